@@ -1,0 +1,75 @@
+"""The four questions a backend answers, with defaults that suit host memory and gloo.
+
+A new chip is one module with one `Backend` subclass that replaces the facets in which it differs.
+Nothing here knows of engines, optimizers or launchers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class RuntimeFacet:
+    """Which device, and its memory, random numbers and determinism switch."""
+
+    device_type = "cpu"
+
+    def unavailable_reason(self) -> str | None:
+        """One sentence saying why the backend cannot be used here; None when it can."""
+        return None
+
+    def device_count(self) -> int:
+        """Devices that the ranks of this host can use; 0 means no fixed number (host processors)."""
+        return 0
+
+    def device(self, local_rank: int) -> torch.device:
+        """The device of the rank with this number on its host."""
+        return torch.device(self.device_type)
+
+    def synchronize(self) -> None:
+        """Wait until all work queued on the device is done."""
+
+    def get_rng_state(self) -> torch.Tensor:
+        """State of the device's default generator, a uint8 tensor on the host."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Restore what `get_rng_state` returned."""
+        torch.set_rng_state(state)
+
+
+class CollectivesFacet:
+    """Which process-group library moves bytes between ranks."""
+
+    process_group_backend = "gloo"
+    """A name that torch.distributed.init_process_group takes."""
+
+
+class PrecisionFacet:
+    """Which dtypes compute natively, and in which dtype long sums are kept."""
+
+    native_dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16})
+    norm_dtype: torch.dtype = torch.float32
+    """Dtype in which squares are summed for the gradient norm."""
+
+
+class ZeroFacet:
+    """How states are cut and overlapped."""
+
+    alignment_bytes = 64
+    """Each parameter starts at a multiple of this in its flat buffer: kernels round by alignment."""
+    overlap_comm = True
+    """Whether buckets are reduced during backward when the config does not say."""
+
+
+class Backend:
+    """One accelerator: a name and four facets."""
+
+    name = "base"
+    runtime: RuntimeFacet = RuntimeFacet()
+    collectives: CollectivesFacet = CollectivesFacet()
+    precision: PrecisionFacet = PrecisionFacet()
+    zero: ZeroFacet = ZeroFacet()
+
+    def __repr__(self) -> str:
+        return f"<xtrain backend {self.name}>"

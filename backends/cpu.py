@@ -1,0 +1,18 @@
+"""Host processors: host memory, gloo, float32 and bfloat16."""
+
+from __future__ import annotations
+
+import torch
+
+from xtrain.backends.base import Backend, PrecisionFacet
+
+
+class CpuPrecision(PrecisionFacet):
+    """float64 costs the host little, and makes the norm independent of how the gradients are cut."""
+
+    norm_dtype = torch.float64
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+    precision = CpuPrecision()

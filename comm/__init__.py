@@ -1,0 +1,63 @@
+"""Collectives between ranks: the interface of `deepspeed.comm`, every call counted in a ledger.
+
+Imports the backends below it and nothing above it.
+"""
+
+from torch.distributed import ReduceOp
+
+from xtrain.comm.collectives import (
+    all_gather,
+    all_gather_into_tensor,
+    all_gather_object,
+    all_reduce,
+    all_to_all_single,
+    barrier,
+    broadcast,
+    broadcast_object_list,
+    recv,
+    reduce,
+    reduce_scatter_tensor,
+    send,
+)
+from xtrain.comm.groups import (
+    destroy_process_group,
+    get_global_rank,
+    get_local_rank,
+    get_rank,
+    get_world_group,
+    get_world_size,
+    init_distributed,
+    is_available,
+    is_initialized,
+    new_group,
+)
+from xtrain.comm.ledger import Ledger, ledger, log_summary
+
+__all__ = [
+    "Ledger",
+    "ReduceOp",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "destroy_process_group",
+    "get_global_rank",
+    "get_local_rank",
+    "get_rank",
+    "get_world_group",
+    "get_world_size",
+    "init_distributed",
+    "is_available",
+    "is_initialized",
+    "ledger",
+    "log_summary",
+    "new_group",
+    "recv",
+    "reduce",
+    "reduce_scatter_tensor",
+    "send",
+]

@@ -1,0 +1,85 @@
+"""Counts what goes over the wire: calls, message bytes and bytes sent, by operation and group.
+
+"Sent" is what one rank has to send at least, the bandwidth-optimal volume of the operation (what a
+ring sends), so that figures can be compared with formulas whatever algorithm the library uses.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from fractions import Fraction
+
+from xtrain.log import log_dist
+
+_FACTOR = {
+    # operation: bytes sent per rank / message bytes, as a function of the group's size n
+    "all_reduce": lambda n: Fraction(2 * (n - 1), n),
+    "reduce_scatter": lambda n: Fraction(n - 1, n),  # message: the whole input
+    "all_gather": lambda n: Fraction(n - 1, n),  # message: the whole output
+    "all_to_all": lambda n: Fraction(n - 1, n),
+    "broadcast": lambda n: Fraction(n - 1, n),  # averaged over the ranks of the tree
+    "reduce": lambda n: Fraction(n - 1, n),  # likewise
+    "send": lambda n: Fraction(1),
+    "recv": lambda n: Fraction(0),
+    "barrier": lambda n: Fraction(0),
+}
+
+
+@dataclass
+class Entry:
+    """Totals of one (operation, group): calls, bytes of the messages, bytes sent by this rank."""
+
+    calls: int = 0
+    message_bytes: int = 0
+    sent_bytes: Fraction = Fraction(0)
+
+
+class Ledger:
+    """Exact totals since the last `reset`."""
+
+    def __init__(self) -> None:
+        self.entries: dict[tuple[str, str], Entry] = defaultdict(Entry)
+
+    def record(self, operation: str, group_name: str, group_size: int, message_bytes: int) -> None:
+        """Count one call. `message_bytes`: size of the full message, see the table above."""
+        entry = self.entries[operation, group_name]
+        entry.calls += 1
+        entry.message_bytes += message_bytes
+        entry.sent_bytes += message_bytes * _FACTOR[operation](group_size)
+
+    def sent_bytes(self, *operations: str) -> Fraction:
+        """Bytes sent by this rank in the given operations (all of them when none is named)."""
+        return sum(
+            (entry.sent_bytes for (name, _), entry in self.entries.items() if not operations or name in operations),
+            Fraction(0),
+        )
+
+    def reset(self) -> None:
+        """Forget all totals."""
+        self.entries.clear()
+
+    def summary(self) -> str:
+        """A table, one line per operation and group."""
+        lines = [f"{'operation':<16}{'group':<12}{'calls':>8}{'message MiB':>14}{'sent MiB':>12}"]
+        for (operation, group), entry in sorted(self.entries.items()):
+            lines.append(
+                f"{operation:<16}{group:<12}{entry.calls:>8}"
+                f"{entry.message_bytes / 2**20:>14.3f}{float(entry.sent_bytes) / 2**20:>12.3f}"
+            )
+        return "\n".join(lines)
+
+
+ledger = Ledger()
+"""The ledger of this process."""
+
+
+def log_summary(show_straggler: bool = False) -> None:
+    """Log the ledger on rank 0, as `deepspeed.comm.log_summary` does.
+
+    Raises:
+        ValueError: `show_straggler`, which needs timings that the ledger does not take.
+    """
+    if show_straggler:
+        raise ValueError("log_summary(show_straggler=True) needs timings, which the ledger does not take yet")
+    log_dist("communication since start (rank 0)\n" + ledger.summary(), ranks=[0])

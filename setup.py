@@ -1,0 +1,55 @@
+"""Packaging. Ranges live here; the versions that are tested live in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def read_version() -> str:
+    """The version is written once, in xtrain/version.py (imported by nothing heavy)."""
+    namespace: dict[str, str] = {}
+    exec((HERE / "xtrain" / "version.py").read_text(), namespace)
+    return namespace["__version__"]
+
+
+setup(
+    name="xtrain",
+    version=read_version(),
+    description="The DeepSpeed training API on NVIDIA CUDA, Ascend, Hygon DCU and Sunway, with loss curves that align",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # backends/, comm/, launch/ and conf/ are reached through the symlinks inside xtrain/, so that
+    # `xtrain` is the only importable name. examples/ ships as xtrain.examples: it holds the script
+    # that `xtrain launch` runs by default.
+    packages=[*find_packages(include=["xtrain", "xtrain.*"]), "xtrain.conf", "xtrain.examples"],
+    package_dir={"xtrain": "xtrain", "xtrain.examples": "examples"},
+    package_data={"xtrain": ["py.typed"], "xtrain.conf": ["*.yaml", "*/*.yaml"]},
+    install_requires=[
+        "torch>=2.4",
+        "numpy>=1.26",
+        "pydantic>=2.7,<3",
+        "hydra-core>=1.3,<1.4",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.19",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4.0"],
+        "deepspeed": ["deepspeed>=0.16"],
+        "ascend": ["torch_npu>=2.4"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1.2"],
+    },
+    entry_points={"console_scripts": ["xtrain=xtrain.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

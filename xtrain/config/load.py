@@ -1,0 +1,146 @@
+"""From a path or a dictionary to a checked `Config`; every mistake becomes one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from xtrain.config.rules import Section, apply_rules, drop_auto
+from xtrain.config.schema import Config
+from xtrain.errors import ConfigError, NotImplementedYetError, nearest
+
+_OLD_SPELLINGS = {"bfloat16": "bf16"}  # DeepSpeed still reads it
+
+
+class XtrainConfig:
+    """A checked configuration with where it came from.
+
+    Attributes:
+        values: the typed configuration.
+        raw: the dictionary as the user wrote it.
+        source: file name, or "config" when it was passed as a dictionary.
+        notices: sentences about keys that were accepted without effect.
+    """
+
+    def __init__(self, values: Config, raw: dict[str, Any], source: str, notices: list[str]) -> None:
+        self.values = values
+        self.raw = raw
+        self.source = source
+        self.notices = notices
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ConfigError(f"the key {key!r} stands twice: remove one")
+        result[key] = value
+    return result
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    try:
+        data = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"config file {path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(f"config file {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def _section_model(path: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The model that describes the section at `path`, or None below a free-form dictionary."""
+    model: type[BaseModel] = Config
+    for part in path:
+        for name, info in model.model_fields.items():
+            if part in (name, info.alias):
+                candidates = [info.annotation, *get_args(info.annotation)]
+                sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+                if not sections:
+                    return None
+                model = sections[0]
+                break
+        else:
+            return None
+    return model
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _key_elsewhere(key: str) -> str | None:
+    """Dotted name of a section key called `key`, for keys written at the wrong level."""
+    if key in _keys(Config):
+        return key
+    for name in _keys(Config):
+        model = _section_model((name,))
+        if model is not None and key in _keys(model):
+            return f"{name}.{key}"
+    return None
+
+
+def _describe(error: Any, source: str) -> str:
+    path = tuple(part for part in error["loc"])
+    dotted = ".".join(str(part) for part in path)
+    if error["type"] == "extra_forbidden":
+        model = _section_model(path[:-1])
+        key = str(path[-1])
+        close = nearest(key, _keys(model)) if model else None
+        where = f" in section {'.'.join(map(str, path[:-1]))!r}" if len(path) > 1 else ""
+        elsewhere = _key_elsewhere(key)
+        if close:
+            hint = f"did you mean {close!r}?"
+        elif elsewhere:
+            hint = f"the key is {elsewhere!r}"
+        else:
+            hint = "remove it, or see docs/config.md for the keys there are"
+        return f"{source}: unknown key {key!r}{where}: {hint}"
+    if error["type"] == "missing":
+        return f"{source}: the key {dotted!r} is missing"
+    return f"{source}: {dotted!r} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def load_config(config: str | Path | Mapping[str, Any]) -> XtrainConfig:
+    """Read and check a DeepSpeed configuration given as a path or as a mapping.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest valid one is named) or wrong value.
+        NotImplementedYetError: the configuration asks for a feature that xtrain does not have yet.
+    """
+    if isinstance(config, Mapping):
+        raw, source = dict(config), "config"
+    elif isinstance(config, str | Path):
+        raw, source = _read_json(Path(config)), str(config)
+    else:
+        raise ConfigError(f"config must be a path or a dictionary, not {type(config).__name__}")
+    renamed = {_OLD_SPELLINGS.get(key, key): value for key, value in raw.items()}
+    try:
+        values = Config.model_validate(drop_auto(renamed))
+    except ValidationError as error:
+        raise ConfigError(_describe(error.errors()[0], source)) from None
+    try:
+        notices = apply_rules(values)
+        if values.zero_optimization.stage > 1:
+            raise NotImplementedYetError(
+                f"config key 'zero_optimization.stage' = {values.zero_optimization.stage}",
+                "use stage 0 or 1",
+            )
+    except NotImplementedYetError as error:
+        error.args = (f"{source}: {error.args[0]}",)
+        raise
+    return XtrainConfig(values, raw, source, notices)

@@ -1,0 +1,75 @@
+"""What happens to a configuration key that xtrain knows but does not act on.
+
+Each field of the schema is implemented unless it carries one of these marks. Nothing is silent:
+`NotYet` raises when the key asks for something, `NoEffect` is reported once at initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from xtrain.errors import NotImplementedYetError
+
+
+@dataclass(frozen=True)
+class NotYet:
+    """The key turns on a feature that is not there yet. `instead`: what to do about it."""
+
+    instead: str
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """The key is accepted and changes nothing here. `reason`: why that is right."""
+
+    reason: str
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, "auto" means "not given"."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, populate_by_name=True)
+
+
+def drop_auto(value: Any) -> Any:
+    """Remove keys whose value is "auto" (Hugging Face's placeholder), as DeepSpeed does."""
+    if not isinstance(value, dict):
+        return value
+    return {key: drop_auto(item) for key, item in value.items() if not (isinstance(item, str) and item == "auto")}
+
+
+def _asks_for_something(value: Any, default: Any) -> bool:
+    """Whether a value differs from leaving the key out. A section with `"enabled": false` does not."""
+    if isinstance(value, dict):
+        return bool(value) and value.get("enabled", True) not in (False, "false")
+    return value != default
+
+
+def _set_fields(section: Section, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value, field info) of every key that the user wrote, depth first."""
+    for name in sorted(section.model_fields_set):
+        info = type(section).model_fields[name]
+        dotted = f"{path}{info.alias or name}"
+        value = getattr(section, name)
+        yield dotted, value, info
+        if isinstance(value, Section):
+            yield from _set_fields(value, f"{dotted}.")
+
+
+def apply_rules(config: Section) -> list[str]:
+    """Raise for the first key that asks for a feature not there yet; return the NoEffect notices."""
+    notices: list[str] = []
+    for dotted, value, info in _set_fields(config, ""):
+        if not _asks_for_something(value, info.get_default(call_default_factory=True)):
+            continue
+        for mark in info.metadata:
+            if isinstance(mark, NotYet):
+                shown = "" if isinstance(value, dict | Section) else f" = {value!r}"
+                raise NotImplementedYetError(f"config key {dotted!r}{shown}", mark.instead)
+            if isinstance(mark, NoEffect):
+                notices.append(f"config key {dotted!r} has no effect: {mark.reason}")
+    return notices

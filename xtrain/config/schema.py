@@ -1,0 +1,276 @@
+"""The DeepSpeed configuration as pydantic models: the reference of what xtrain reads.
+
+Key names, defaults and units are DeepSpeed's (https://www.deepspeed.ai/docs/config-json/). A field
+without a mark is implemented; `NotYet` and `NoEffect` (see rules.py) say what happens to the others.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from xtrain.config.rules import NoEffect, NotYet, Section
+
+FeatureDict = dict[str, Any]  # a section of a feature that is not there yet: checked for "enabled" only
+
+_STAGE3_ONLY = NoEffect("it is only read in ZeRO stage 3")
+_ONE_BUFFER = NoEffect("xtrain always reduces and gathers whole buckets of one flat buffer")
+_NO_OFFLOAD = NotYet("keep states on the device; ZeRO stage 1 divides them by the number of ranks")
+_NO_QUANTIZED = NotYet("leave it out: communication uses the gradients' own dtype")
+
+
+class ZeroConfig(Section):
+    """`zero_optimization`. Sizes are in elements."""
+
+    stage: int = Field(0, ge=0, le=3)
+    reduce_bucket_size: int = Field(500_000_000, gt=0)
+    overlap_comm: bool | None = None
+    """Reduce a bucket as soon as its last gradient has arrived. None: the backend's default."""
+    ignore_unused_parameters: bool = True
+    """False: an error when a parameter received no gradient in a step."""
+
+    contiguous_gradients: Annotated[bool, _ONE_BUFFER] = True
+    reduce_scatter: Annotated[bool, _ONE_BUFFER] = True
+    use_multi_rank_bucket_allreduce: Annotated[bool, _ONE_BUFFER] = True
+    allgather_partitions: Annotated[bool, _ONE_BUFFER] = True
+    allgather_bucket_size: Annotated[int, _ONE_BUFFER] = Field(500_000_000, ge=0)
+    round_robin_gradients: Annotated[bool, _ONE_BUFFER] = False
+    parameter_alignment: Annotated[
+        bool, NoEffect("every parameter is aligned in its flat buffer already")
+    ] = False
+    elastic_checkpoint: Annotated[bool, NoEffect("every checkpoint loads into any number of ranks")] = False
+    legacy_stage1: Annotated[bool, NoEffect("there is one implementation of stage 1")] = False
+    sub_group_size: Annotated[int, _STAGE3_ONLY] = Field(1_000_000_000, ge=0)
+
+    compute_grad_norm: Annotated[bool, NotYet("leave it out: the norm is always computed")] = True
+    load_from_fp32_weights: Annotated[
+        bool, NotYet("leave it out: masters are restored from the fp32 weights of the checkpoint")
+    ] = True
+    offload_param: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
+    offload_optimizer: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
+    cpu_offload: Annotated[bool | None, _NO_OFFLOAD] = None
+    cpu_offload_param: Annotated[bool | None, _NO_OFFLOAD] = None
+    cpu_offload_use_pin_memory: Annotated[bool | None, _NO_OFFLOAD] = None
+    zenflow: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
+    zero_hpz_partition_size: Annotated[int, _STAGE3_ONLY] = Field(1, ge=0)
+    zero_quantized_weights: Annotated[bool, _NO_QUANTIZED] = False
+    zero_quantized_nontrainable_weights: Annotated[bool, _NO_QUANTIZED] = False
+    zero_quantized_gradients: Annotated[bool, _NO_QUANTIZED] = False
+
+    prefetch_bucket_size: Annotated[int, _STAGE3_ONLY] = Field(
+        50_000_000, ge=0, alias="stage3_prefetch_bucket_size"
+    )
+    param_persistence_threshold: Annotated[int, _STAGE3_ONLY] = Field(
+        100_000, ge=0, alias="stage3_param_persistence_threshold"
+    )
+    model_persistence_threshold: Annotated[int, _STAGE3_ONLY] = Field(
+        2**63 - 1, ge=0, alias="stage3_model_persistence_threshold"
+    )
+    max_live_parameters: Annotated[int, _STAGE3_ONLY] = Field(
+        1_000_000_000, ge=0, alias="stage3_max_live_parameters"
+    )
+    max_reuse_distance: Annotated[int, _STAGE3_ONLY] = Field(
+        1_000_000_000, ge=0, alias="stage3_max_reuse_distance"
+    )
+    gather_16bit_weights_on_model_save: Annotated[bool, _STAGE3_ONLY] = Field(
+        False, alias="stage3_gather_16bit_weights_on_model_save"
+    )
+    stage3_gather_fp16_weights_on_model_save: Annotated[bool, _STAGE3_ONLY] = False
+    module_granularity_threshold: Annotated[int, _STAGE3_ONLY] = Field(
+        0, alias="stage3_module_granularity_threshold"
+    )
+    use_all_reduce_for_fetch_params: Annotated[bool, _STAGE3_ONLY] = Field(
+        False, alias="stage3_use_all_reduce_for_fetch_params"
+    )
+    allgather_sequential: Annotated[bool, _STAGE3_ONLY] = Field(False, alias="stage3_allgather_sequential")
+    memory_efficient_linear: Annotated[bool, _STAGE3_ONLY] = True
+    pipeline_loading_checkpoint: Annotated[bool, _STAGE3_ONLY] = False
+    override_module_apply: Annotated[bool, _STAGE3_ONLY] = True
+    log_trace_cache_warnings: Annotated[bool, _STAGE3_ONLY] = False
+    enable_sanity_checks: Annotated[bool, _STAGE3_ONLY] = False
+    save_muon_momentum_buffer_in_memory: Annotated[bool, _STAGE3_ONLY] = False
+    leaf_module: Annotated[FeatureDict | None, _STAGE3_ONLY] = None
+
+
+class Bf16Config(Section):
+    """`bf16`: parameters and gradients in bfloat16, master weights and optimizer states in float32."""
+
+    enabled: bool = False
+    check_grad_overflow: bool = True
+    """Skip the step on all ranks when the gradient norm is not finite."""
+    immediate_grad_update: Annotated[
+        bool, NoEffect("gradients are accumulated in place as they arrive")
+    ] = False
+    bf16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
+    bf16_optimizer_states: Annotated[bool, NotYet("optimizer states are kept in float32")] = False
+
+
+class Fp16Config(Section):
+    """`fp16`. Only `"enabled": false` is accepted for now."""
+
+    enabled: Annotated[bool, NotYet('use "bf16": {"enabled": true} or train in fp32')] = False
+    auto_cast: Annotated[bool, NotYet("cast the inputs in the script")] = False
+    loss_scale: float = Field(0.0, ge=0)
+    initial_scale_power: int = 16
+    loss_scale_window: int = Field(1000, gt=0)
+    hysteresis: int = Field(2, gt=0)
+    consecutive_hysteresis: bool = False
+    min_loss_scale: float = Field(1.0, ge=0)
+    fp16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
+
+
+class DataTypesConfig(Section):
+    """`data_types`."""
+
+    grad_accum_dtype: Literal["fp32", "bf16", "bfloat16", "float32"] | None = None
+    """Dtype in which micro-batch gradients are added up and reduced. None: the parameters' dtype."""
+    param_dtype: Annotated[str | None, NotYet("the bf16 section decides the parameters' dtype")] = None
+    buffer_dtype: Annotated[str | None, NotYet("buffers are cast like the parameters")] = None
+    keep_in_fp32_modules: Annotated[
+        str | list[str] | None, NotYet("keep the module out of the engine, or train in fp32")
+    ] = None
+
+
+class OptimizerConfig(Section):
+    """`optimizer`: `type` is Adam, AdamW or SGD; `params` are the constructor's arguments."""
+
+    type: str
+    params: dict[str, Any] = {}
+    legacy_fusion: Annotated[bool, NotYet("leave it out")] = False
+
+
+class SchedulerConfig(Section):
+    """`scheduler`: `type` is WarmupLR or WarmupDecayLR; `params` are the constructor's arguments."""
+
+    type: str
+    params: dict[str, Any] = {}
+
+
+class CheckpointConfig(Section):
+    """`checkpoint`."""
+
+    tag_validation: Literal["Ignore", "Warn", "Fail"] = "Warn"
+    """What to do when ranks pass different tags to save_checkpoint."""
+    load_universal: Annotated[
+        bool, NoEffect("every checkpoint loads into any number of ranks without conversion")
+    ] = False
+    use_node_local_storage: Annotated[bool, NotYet("save to a file system that all nodes share")] = False
+    parallel_write: Annotated[FeatureDict | None, NoEffect("every rank writes its own part already")] = None
+    writer: Annotated[FeatureDict | None, NotYet("leave it out: files are written by each rank")] = None
+    format: Annotated[
+        Literal["xtrain", "deepspeed"], NotYet("checkpoints are written in xtrain's own format")
+    ] = "xtrain"
+
+    @field_validator("tag_validation", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.capitalize() if isinstance(value, str) else value
+
+
+class XtrainSection(Section):
+    """`xtrain`: what DeepSpeed has no key for."""
+
+    backend: str | None = None
+    """Name of the backend; overrides XTRAIN_BACKEND, DS_ACCELERATOR and detection."""
+    engine: Annotated[
+        Literal["native", "deepspeed"], NotYet("run the script with `import deepspeed` to use its engine")
+    ] = "native"
+    aligned: Annotated[bool, NotYet("leave it out: stages 0 and 1 agree within rounding")] = False
+    record: str | None = None
+    """Path of the run record (JSON Lines) that rank 0 writes. None: no record, unless the launcher asks."""
+    tokens_per_sample: int | None = Field(None, gt=0)
+    """Tokens in one sample; with it the record and the progress display count tokens."""
+
+
+_MONITOR = NotYet('use "xtrain": {"record": "PATH"}, which writes loss, norm and learning rate per step')
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    train_batch_size: int | None = None
+    train_micro_batch_size_per_gpu: int | None = None
+    gradient_accumulation_steps: int | None = None
+    optimizer: OptimizerConfig | None = None
+    scheduler: SchedulerConfig | None = None
+    gradient_clipping: float = Field(0.0, ge=0)
+    """Largest 2-norm of the gradients of all parameters; 0 means no clipping."""
+    zero_optimization: ZeroConfig = ZeroConfig()
+    bf16: Bf16Config = Bf16Config()
+    fp16: Fp16Config = Fp16Config()
+    data_types: DataTypesConfig = DataTypesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    xtrain: XtrainSection = XtrainSection()
+    zero_allow_untested_optimizer: bool = False
+    steps_per_print: int | None = Field(None, ge=0)
+    dump_state: bool = False
+    dataloader_drop_last: bool = False
+    log_level: str | None = None
+
+    # Not there yet.
+    communication_data_type: Annotated[
+        str | None, NotYet("gradients are reduced in data_types.grad_accum_dtype")
+    ] = None
+    seq_parallel_communication_data_type: Annotated[
+        str | None, NotYet("sequence parallelism is not there yet")
+    ] = None
+    managed_gradient_accumulation: Annotated[bool, NotYet("set gradient_accumulation_steps")] = True
+    prescale_gradients: Annotated[bool, NotYet("gradients are averaged in fp32 after the reduction")] = False
+    gradient_predivide_factor: Annotated[
+        float, NotYet("gradients are averaged in fp32 after the reduction")
+    ] = 1.0
+    gradient_allreduce_op: Annotated[Literal["mean", "sum"], NotYet("scale the loss in the script")] = "mean"
+    sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
+    wall_clock_breakdown: Annotated[bool, _MONITOR] = False
+    memory_breakdown: Annotated[bool, NotYet("use the backend's memory statistics in the script")] = False
+    timers: Annotated[FeatureDict | None, _MONITOR] = None
+    tensorboard: Annotated[FeatureDict | None, _MONITOR] = None
+    wandb: Annotated[FeatureDict | None, _MONITOR] = None
+    csv_monitor: Annotated[FeatureDict | None, _MONITOR] = None
+    comet: Annotated[FeatureDict | None, _MONITOR] = None
+    flops_profiler: Annotated[FeatureDict | None, NotYet("use torch.profiler in the script")] = None
+    comms_logger: Annotated[
+        FeatureDict | None, NotYet("call xtrain.comm.log_summary(), which needs no key")
+    ] = None
+    activation_checkpointing: Annotated[
+        FeatureDict | None, NotYet("use torch.utils.checkpoint in the model")
+    ] = None
+    amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
+    torch_autocast: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
+    pipeline: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
+    tensor_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
+    expert_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
+    sequence_parallel_size: Annotated[int, NotYet("use data parallelism")] = 1
+    data_parallel_size: Annotated[
+        int | None, NotYet("leave it out: it is the number of ranks, or what mpu says")
+    ] = None
+    use_data_before_expert_parallelism: Annotated[bool, NotYet("use data parallelism")] = False
+    elasticity: Annotated[FeatureDict | None, NotYet("set train_batch_size")] = None
+    autotuning: Annotated[FeatureDict | None, NotYet("set the batch size by hand")] = None
+    compression_training: Annotated[FeatureDict | None, NotYet("leave it out")] = None
+    data_efficiency: Annotated[FeatureDict | None, NotYet("sample in the script")] = None
+    curriculum_learning: Annotated[FeatureDict | None, NotYet("sample in the script")] = None
+    progressive_layer_drop: Annotated[FeatureDict | None, NotYet("drop layers in the model")] = None
+    eigenvalue: Annotated[FeatureDict | None, NotYet("leave it out")] = None
+    quantize_training: Annotated[FeatureDict | None, NotYet("leave it out")] = None
+    weight_quantization: Annotated[FeatureDict | None, NotYet("leave it out")] = None
+    sparse_attention: Annotated[FeatureDict | None, NotYet("choose the attention in the model")] = None
+    hybrid_engine: Annotated[FeatureDict | None, NotYet("leave it out")] = None
+    compile: Annotated[FeatureDict | None, NotYet("wrap the model in torch.compile yourself")] = None
+    nebula: Annotated[FeatureDict | None, NotYet("use save_checkpoint, which writes atomically")] = None
+    datastates_ckpt: Annotated[FeatureDict | None, NotYet("use save_checkpoint")] = None
+
+    # Accepted, without effect.
+    disable_allgather: Annotated[bool, _ONE_BUFFER] = False
+    zero_force_ds_cpu_optimizer: Annotated[
+        bool, NoEffect("it is only read when optimizer states are offloaded")
+    ] = True
+    aio: Annotated[FeatureDict | None, NoEffect("it is only read when states are offloaded to disk")] = None
+    disable_python_gc: Annotated[bool, NotYet("call gc.disable() in the script")] = False
+
+    @field_validator("zero_optimization", mode="before")
+    @classmethod
+    def _stage_from_bool(cls, value: Any) -> Any:
+        """The old spelling `"zero_optimization": true` means stage 1."""
+        return {"stage": int(value)} if isinstance(value, bool) else value

@@ -1,0 +1,65 @@
+"""What xtrain raises when the user has to act: one sentence that says what, where and what to do.
+
+Every class carries `exit_code`, the status that the command line ends with. Programming errors
+inside xtrain are ordinary exceptions and keep their tracebacks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class XtrainError(Exception):
+    """Base of all errors whose cause is outside xtrain: configuration, data, files, environment."""
+
+    exit_code = 2
+
+
+class ConfigError(XtrainError, ValueError):
+    """A configuration value or an argument is wrong."""
+
+
+class NotImplementedYetError(XtrainError, NotImplementedError):
+    """A DeepSpeed feature that xtrain does not have yet; says what to use instead."""
+
+    def __init__(self, feature: str, instead: str) -> None:
+        super().__init__(f"{feature} is not there yet in xtrain: {instead}")
+        self.feature = feature
+
+
+class BackendError(XtrainError, RuntimeError):
+    """A backend was asked for and cannot be used on this machine."""
+
+
+class DataError(XtrainError, ValueError):
+    """Training data is missing, empty or unreadable."""
+
+
+class CheckpointError(XtrainError, RuntimeError):
+    """A checkpoint is missing, damaged, or does not fit the model."""
+
+
+class RecordError(XtrainError, ValueError):
+    """A run record cannot be read or compared."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """The run was asked to stop; the engine has saved a checkpoint at a step boundary.
+
+    Derives from KeyboardInterrupt so that a script's `except Exception` does not swallow it.
+    """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice most similar to `word`, or None when none is similar."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def unknown_name(kind: str, word: str, choices: Iterable[str]) -> str:
+    """A sentence for a name that is not one of `choices`, with the nearest one offered first."""
+    names = sorted(choices)
+    close = nearest(word, names)
+    hint = f"did you mean {close!r}? " if close else ""
+    return f"unknown {kind} {word!r}: {hint}choose one of {', '.join(names)}"
