@@ -58,6 +58,8 @@ class ZeroFacet:
 
     alignment_bytes = 64
     """Each parameter starts at a multiple of this in its flat buffer: kernels round by alignment."""
+    reduce_bucket_bytes = 25 * 2**20
+    """Size of a bucket when the config does not say: as large as PyTorch DDP's, so that several are in flight."""
     overlap_comm = True
     """Whether buckets are reduced during backward when the config does not say."""
 

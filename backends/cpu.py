@@ -1,4 +1,4 @@
-"""Host processors: host memory, gloo, float32 and bfloat16."""
+"""Host processors: host memory, gloo, float64, float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from xtrain.backends.base import Backend, PrecisionFacet
 
 
 class CpuPrecision(PrecisionFacet):
-    """float64 costs the host little, and makes the norm independent of how the gradients are cut."""
+    """fp16 has too few host kernels. float64 costs the host little, and makes the norm independent of how the gradients are cut."""
 
+    native_dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16})
     norm_dtype = torch.float64
 
 

@@ -20,6 +20,7 @@ from xtrain.comm.collectives import (
     send,
 )
 from xtrain.comm.groups import (
+    TORCH_DISTRIBUTED_DEFAULT_PORT,
     destroy_process_group,
     get_global_rank,
     get_local_rank,
@@ -34,6 +35,7 @@ from xtrain.comm.groups import (
 from xtrain.comm.ledger import Ledger, ledger, log_summary
 
 __all__ = [
+    "TORCH_DISTRIBUTED_DEFAULT_PORT",
     "Ledger",
     "ReduceOp",
     "all_gather",

@@ -24,7 +24,8 @@ class ZeroConfig(Section):
     """`zero_optimization`. Sizes are in elements."""
 
     stage: int = Field(0, ge=0, le=3)
-    reduce_bucket_size: int = Field(500_000_000, gt=0)
+    reduce_bucket_size: int | None = Field(None, gt=0)
+    """None: the backend's default (DeepSpeed: 5e8, one bucket for most models)."""
     overlap_comm: bool | None = None
     """Reduce a bucket as soon as its last gradient has arrived. None: the backend's default."""
     ignore_unused_parameters: bool = True

@@ -1,0 +1,67 @@
+"""xtrain: the DeepSpeed training API on every accelerator. `import xtrain as deepspeed`.
+
+Names are loaded when first used: `import xtrain` costs nothing, and the command line, which needs no
+torch, starts at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from xtrain.version import __version__
+
+if TYPE_CHECKING:
+    from xtrain import checkpoint, comm
+    from xtrain.api import add_config_arguments, initialize
+    from xtrain.comm import init_distributed
+    from xtrain.dataloader import RepeatingLoader
+    from xtrain.engine import XtrainEngine
+    from xtrain.engine import XtrainEngine as DeepSpeedEngine
+    from xtrain.log import log_dist, logger
+
+_EXPORTS = {
+    "initialize": "xtrain.api",
+    "add_config_arguments": "xtrain.api",
+    "init_distributed": "xtrain.comm",
+    "XtrainEngine": "xtrain.engine",
+    "DeepSpeedEngine": "xtrain.engine",
+    "RepeatingLoader": "xtrain.dataloader",
+    "log_dist": "xtrain.log",
+    "logger": "xtrain.log",
+}
+_SUBMODULES = ("backends", "checkpoint", "comm", "config", "optim", "schedulers", "zero")
+_ALIASES = {"DeepSpeedEngine": "XtrainEngine"}
+
+__all__ = [
+    "DeepSpeedEngine",
+    "RepeatingLoader",
+    "XtrainEngine",
+    "__version__",
+    "add_config_arguments",
+    "checkpoint",
+    "comm",
+    "init_distributed",
+    "initialize",
+    "log_dist",
+    "logger",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), _ALIASES.get(name, name))
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"xtrain.{name}")
+    elif name.startswith("_"):
+        raise AttributeError(f"module 'xtrain' has no attribute {name!r}")
+    else:
+        raise AttributeError(
+            f"xtrain has no {name!r} yet; if it is part of DeepSpeed's API, the script needs a later release of xtrain"
+        )
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBMODULES})

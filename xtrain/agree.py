@@ -1,0 +1,32 @@
+"""Doing something on every rank and failing on all of them if it fails on one, instead of hanging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from xtrain import comm
+from xtrain.errors import XtrainError
+
+
+def together(action: Callable[[], Any], what: str, error: type[XtrainError]) -> list[Any]:
+    """Run `action` on every rank; return every rank's result, which must be picklable.
+
+    Args:
+        action: must not contain collectives: a rank that fails would leave the others waiting.
+        what: what was attempted, for the message.
+        error: class of the error that all ranks raise when one of them failed.
+    """
+    result: tuple[Any, str | None]
+    try:
+        result = action(), None
+    except XtrainError as problem:
+        result = None, str(problem)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as problem:
+        result = None, f"{what} failed on rank {comm.get_rank()}: {type(problem).__name__}: {problem}"
+    results: list[Any] = [None] * comm.get_world_size()
+    comm.all_gather_object(results, result)
+    for _, message in results:
+        if message is not None:
+            raise error(message)
+    return [value for value, _ in results]

@@ -1,0 +1,1 @@
+"""Recording runs and comparing their curves."""

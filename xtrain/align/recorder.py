@@ -1,0 +1,138 @@
+"""Writes the run record while a DeepSpeed-like engine trains.
+
+Works on any engine with DeepSpeed's methods (xtrain's own or the real one): it wraps `backward` and
+`step` of the instance and asks nothing that is not public.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from xtrain.align.record import VERSION
+from xtrain.version import __version__
+
+
+class Recorder:
+    """Records loss, gradient norm, learning rate, tokens and time of each optimizer step.
+
+    The loss of a step is the mean over micro-batches and data-parallel ranks, added up in float64.
+
+    Args:
+        path: the record; lines are appended.
+        header: facts about the run that go into the header line.
+        tokens_per_sample: with it, every line says how many tokens the step consumed.
+        flag: asked once per step on rank 0; the answer reaches all ranks in the same collective as the
+            loss (see `raised`).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        header: dict[str, Any] | None = None,
+        tokens_per_sample: int | None = None,
+        flag: Callable[[], bool] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.header = header or {}
+        self.tokens_per_sample = tokens_per_sample
+        self.flag = flag
+        self.raised = False
+        """Whether `flag` answered True on rank 0 at the last step; the same on every rank."""
+        self._losses: list[torch.Tensor] = []
+        self._file: IO[str] | None = None
+        self._start = self._last = 0.0
+
+    def attach(self, engine: Any, after_step: Callable[[Any], None] | None = None) -> None:
+        """Record every step of `engine` from now on; call `after_step(engine)` after each line."""
+        backward, step = engine.backward, engine.step
+
+        @wraps(backward)
+        def recorded_backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._losses.append(loss.detach().double())
+            return backward(loss, *args, **kwargs)
+
+        @wraps(step)
+        def recorded_step(*args: Any, **kwargs: Any) -> Any:
+            boundary, lr = engine.is_gradient_accumulation_boundary(), list(engine.get_lr())
+            result = step(*args, **kwargs)
+            if boundary:
+                self._write_step(engine, lr)
+                if after_step is not None:
+                    after_step(engine)
+            return result
+
+        # Instance attributes; nn.Module keeps functions apart from parameters and modules.
+        engine.backward, engine.step = recorded_backward, recorded_step
+        self._open(engine)
+
+    def _open(self, engine: Any) -> None:
+        self._start = self._last = time.perf_counter()
+        if engine.global_rank != 0:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        header = {
+            "type": "header",
+            "version": VERSION,
+            "xtrain": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "world_size": engine.world_size,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "from_step": engine.global_steps,
+            **self.header,
+        }
+        self._write(header)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def _mean_loss(self, engine: Any) -> float:
+        mean = torch.stack(self._losses).mean() if self._losses else torch.tensor(float("nan"))
+        self._losses.clear()
+        raised = bool(self.flag and engine.global_rank == 0 and self.flag())
+        totals = torch.tensor([float(mean), float(raised)], dtype=torch.float64, device=engine.device)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if ranks > 1:
+            dist.all_reduce(totals)
+        loss, flags = totals.tolist()
+        self.raised = flags > 0
+        return loss / ranks
+
+    def _write_step(self, engine: Any, lr: list[float]) -> None:
+        loss = self._mean_loss(engine)
+        now = time.perf_counter()
+        norm = engine.get_global_grad_norm()
+        line: dict[str, Any] = {
+            "type": "step",
+            "step": engine.global_steps,
+            "loss": loss,
+            "loss_hex": loss.hex(),
+            "grad_norm": None if norm is None else float(norm),
+            "lr": lr,
+            "applied": bool(engine.was_step_applied()),
+            "seconds": now - self._last,
+            "elapsed": now - self._start,
+        }
+        if self.tokens_per_sample:
+            line["tokens"] = engine.train_batch_size() * self.tokens_per_sample
+        self._last = now
+        self._write(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

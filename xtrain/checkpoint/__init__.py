@@ -1,0 +1,20 @@
+"""Checkpoints: readable by parameter name, complete or absent, loadable into any number of ranks.
+
+A checkpoint is the directory `save_dir/tag`:
+
+- `model.safetensors`: the module's weights and buffers by name, in their training dtype;
+- `optimizer-{r}-of-{n}.safetensors`: what rank r owned: runs of master weights and optimizer states,
+  named `kind|parameter|start`, one-dimensional;
+- `state.pt`: counters, schedule, scalar optimizer state and the script's client state;
+- `rng-{r}-of-{n}.pt`: the rank's random-number states;
+- `manifest.json`: written last; sizes and SHA-256 of all files, and which file holds which run.
+
+Reading never executes code from a file: tensors are safetensors, the rest is loaded with
+`weights_only=True`.
+"""
+
+from xtrain.checkpoint.layout import find_tag, is_checkpoint, read_manifest
+from xtrain.checkpoint.load import load
+from xtrain.checkpoint.save import save
+
+__all__ = ["find_tag", "is_checkpoint", "load", "read_manifest", "save"]

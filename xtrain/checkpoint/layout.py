@@ -1,0 +1,108 @@
+"""Names of the files and the manifest. Imports no torch: the launcher asks it whether a folder is a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from xtrain.errors import CheckpointError
+from xtrain.files import sha256
+
+FORMAT = "xtrain-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+MODEL = "model.safetensors"
+STATE = "state.pt"
+
+
+def optimizer_file(rank: int, ranks: int) -> str:
+    """Name of the file with what data-parallel rank `rank` of `ranks` owned."""
+    return f"optimizer-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def rng_file(rank: int, ranks: int) -> str:
+    """Name of the file with the random-number states of global rank `rank` of `ranks`."""
+    return f"rng-{rank:05d}-of-{ranks:05d}.pt"
+
+
+def run_key(kind: str, parameter: str, start: int) -> str:
+    """Name of the tensor that holds one run of a parameter's elements of one kind of state."""
+    return f"{kind}|{parameter}|{start}"
+
+
+def complete_tags(save_dir: Path) -> list[str]:
+    """Tags of the complete checkpoints in a folder, oldest first."""
+    manifests = sorted(save_dir.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
+    return [path.parent.name for path in manifests if not path.parent.name.startswith(".")]
+
+
+def is_checkpoint(save_dir: Path) -> bool:
+    """Whether a folder holds at least one complete checkpoint."""
+    return bool(complete_tags(save_dir))
+
+
+def find_tag(save_dir: Path, tag: str | None) -> str | None:
+    """The tag to load: the given one, or what `latest` names; None when there is nothing yet.
+
+    Raises:
+        CheckpointError: the folder has files but no checkpoint, or the tag is not there.
+    """
+    if tag is None:
+        if not save_dir.exists() or (save_dir.is_dir() and not any(save_dir.iterdir())):
+            return None
+        if not save_dir.is_dir():
+            raise CheckpointError(f"{save_dir} is not a folder: pass the folder that save_checkpoint wrote to")
+        latest = save_dir / LATEST
+        if not latest.is_file():
+            found = complete_tags(save_dir)
+            hint = f"pass tag={found[-1]!r}, the newest one in it" if found else "it holds no checkpoint"
+            raise CheckpointError(f"{save_dir} has no file {LATEST!r}: {hint}")
+        tag = latest.read_text(encoding="utf-8").strip()
+    if not (save_dir / tag / MANIFEST).is_file():
+        found = complete_tags(save_dir)
+        hint = f"complete ones in {save_dir}: {', '.join(found)}" if found else f"{save_dir} holds no complete one"
+        raise CheckpointError(f"{save_dir / tag} is not a complete checkpoint ({hint})")
+    return tag
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of `save_dir/tag`, checked for format, version, and the files' presence and sizes.
+
+    Raises:
+        CheckpointError: it cannot be read, is of another format, or a file is missing or truncated.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint manifest {path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not the manifest of an xtrain checkpoint")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {manifest.get('version')}, this xtrain reads {VERSION}: use a matching release"
+        )
+    for name, entry in manifest["files"].items():
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {directory} is damaged: file {name} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {directory} is damaged: file {name} has {file.stat().st_size} bytes, not {entry['bytes']}"
+            )
+    return manifest
+
+
+def verified(directory: Path, manifest: dict[str, Any], name: str) -> Path:
+    """Path of a file of the checkpoint, after its content was compared with the manifest's checksum.
+
+    Raises:
+        CheckpointError: the file is not listed, or its content has changed since it was written.
+    """
+    if name not in manifest["files"]:
+        raise CheckpointError(f"checkpoint {directory} has no file {name}")
+    if sha256(directory / name) != manifest["files"][name]["sha256"]:
+        raise CheckpointError(f"checkpoint {directory} is damaged: the content of {name} does not match its checksum")
+    return directory / name

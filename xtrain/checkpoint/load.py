@@ -1,0 +1,208 @@
+"""Reading a checkpoint by name into whatever layout the engine has now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from xtrain.agree import together
+from xtrain.checkpoint import layout
+from xtrain.errors import CheckpointError
+from xtrain.log import log_dist, logger
+from xtrain.zero.flat import FlatGroup
+
+if TYPE_CHECKING:
+    from xtrain.engine import XtrainEngine
+
+
+def _read_torch(directory: Path, manifest: dict[str, Any], name: str) -> Any:
+    path = layout.verified(directory, manifest, name)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from None
+
+
+def _check_shapes(engine: XtrainEngine, manifest: dict[str, Any], directory: Path) -> None:
+    saved = manifest["parameters"]
+    for name, param in engine.module.named_parameters():
+        if name in saved and saved[name]["shape"] != list(param.shape):
+            raise CheckpointError(
+                f"checkpoint {directory}: parameter {name!r} has shape {saved[name]['shape']}, "
+                f"the model's has {list(param.shape)}"
+            )
+
+
+def _load_module(
+    engine: XtrainEngine, directory: Path, manifest: dict[str, Any], strict: bool, custom: Callable[..., None] | None
+) -> None:
+    tensors = load_file(layout.verified(directory, manifest, layout.MODEL))
+    if custom is not None:
+        custom(src=tensors, dst=engine.module)
+        return
+    missing, unexpected = engine.module.load_state_dict(tensors, strict=False)
+    # A tied weight is stored under one of its names: it is missing only if none of them was stored.
+    state = {n: t for n, t in engine.module.state_dict(keep_vars=True).items() if torch.is_tensor(t)}
+    loaded = {state[name].data_ptr() for name in state if name in tensors}
+    missing = [name for name in missing if name not in state or state[name].data_ptr() not in loaded]
+    if strict and (missing or unexpected):
+        parts = [f"lacks {missing[0]!r}"] if missing else []
+        parts += [f"has {unexpected[0]!r}, which the model lacks"] if unexpected else []
+        count = len(missing) + len(unexpected)
+        more = f" ({count} names differ in all)" if count > 1 else ""
+        raise CheckpointError(f"checkpoint {directory} {' and '.join(parts)}{more}: load_module_strict=False ignores it")
+
+
+class _Runs:
+    """Reads runs of elements, opening and verifying each optimizer file once, when first needed."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._open: dict[str, Any] = {}
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            path = layout.verified(self.directory, self.manifest, name)
+            try:
+                self._open[name] = safe_open(str(path), framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from None
+        return self._open[name]
+
+    def kinds(self, parameter: str) -> list[str]:
+        """Kinds of state stored for a parameter."""
+        return list(dict.fromkeys(kind for _, kind, _, _ in self.manifest["runs"].get(parameter, [])))
+
+    def fill(self, out: torch.Tensor, kind: str, parameter: str, start: int) -> None:
+        """Copy elements [start, start + len(out)) of a parameter's state into `out`."""
+        stop, covered = start + out.numel(), 0
+        for name, entry_kind, low, high in self.manifest["runs"].get(parameter, []):
+            first, last = max(start, low), min(stop, high)
+            if entry_kind != kind or first >= last:
+                continue
+            stored = self._file(name).get_slice(layout.run_key(kind, parameter, low))
+            out[first - start : last - start].copy_(stored[first - low : last - low])
+            covered += last - first
+        if covered != out.numel():
+            raise CheckpointError(
+                f"checkpoint {self.directory} has {covered} of {out.numel()} elements of {kind} of {parameter!r}"
+            )
+
+
+def _split(shard: torch.Tensor, group: FlatGroup) -> list[torch.Tensor]:
+    return list(torch.split(shard, [master.numel() for master in group.masters]))
+
+
+def _load_group(group: FlatGroup, optimizer: torch.optim.Optimizer, runs: _Runs, scalars: dict[str, Any]) -> None:
+    """Restore the masters and the optimizer states of what this rank owns now."""
+    kinds = dict.fromkeys(kind for name in group.names for kind in runs.kinds(name))
+    elements = sum(master.numel() for master in group.masters)
+    for kind in kinds:
+        shard = torch.zeros(elements, dtype=group.masters[0].dtype)  # padding stays zero
+        for piece in group.layout.pieces(group.partition):
+            length = piece.stop - piece.start
+            runs.fill(
+                shard[piece.shard_start : piece.shard_start + length], kind, group.names[piece.member], piece.start
+            )
+        for master, values in zip(group.masters, _split(shard, group), strict=True):
+            if kind == "master":
+                master.data.copy_(values)
+            else:
+                optimizer.state[master][kind] = values.to(master.device, copy=True)
+    if len(kinds) > 1:
+        for master in group.masters:
+            for kind, value in scalars.items():
+                optimizer.state[master][kind] = value.clone() if torch.is_tensor(value) else value
+
+
+def _load_optimizer(engine: XtrainEngine, directory: Path, manifest: dict[str, Any], state: dict[str, Any]) -> None:
+    assert engine.optimizer is not None
+    optimizer = engine.optimizer.optimizer
+    saved = state.get("optimizer")
+    if saved is None:
+        raise CheckpointError(f"checkpoint {directory} has no optimizer states: pass load_optimizer_states=False")
+    if saved["type"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"checkpoint {directory} was written with {saved['type']}, this run uses {type(optimizer).__name__}: "
+            "use the same optimizer or pass load_optimizer_states=False"
+        )
+    if len(saved["options"]) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"checkpoint {directory} has {len(saved['options'])} parameter groups, "
+            f"this run has {len(optimizer.param_groups)}"
+        )
+    for group, options in zip(optimizer.param_groups, saved["options"], strict=True):
+        group.update(options)
+    runs = _Runs(directory, manifest)
+    steps = saved["scalars"]
+    for flat in engine.optimizer.groups:
+        scalars = next((steps[name] for name in flat.names if name in steps), next(iter(steps.values()), {}))
+        _load_group(flat, optimizer, runs, scalars)
+
+
+def _load_rng(engine: XtrainEngine, directory: Path, manifest: dict[str, Any]) -> None:
+    if manifest["ranks"] != engine.world_size:
+        log_dist(
+            f"checkpoint was written by {manifest['ranks']} ranks, this run has {engine.world_size}: "
+            "random-number states (dropout) are not restored",
+            ranks=[0],
+        )
+        return
+    states = _read_torch(directory, manifest, layout.rng_file(engine.global_rank, engine.world_size))
+    torch.set_rng_state(states["torch"])
+    engine.backend.runtime.set_rng_state(states["device"])
+
+
+def _load_counters(engine: XtrainEngine, state: dict[str, Any]) -> None:
+    engine.global_steps = state["global_steps"]
+    engine.global_samples = state["global_samples"]
+    engine.skipped_steps = state["skipped_steps"]
+    # Counted in windows of the present size, which may differ from the one that wrote it.
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+
+
+def load(
+    engine: XtrainEngine,
+    load_dir: str | Path,
+    tag: str | None,
+    strict: bool,
+    optimizer_states: bool,
+    scheduler_states: bool,
+    counters: bool,
+    custom_load_fn: Callable[..., None] | None,
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Load `load_dir/tag` (None: what `latest` names); see XtrainEngine.load_checkpoint."""
+    found = layout.find_tag(Path(load_dir), tag)
+    if found is None:
+        logger.warning("no checkpoint in %s yet: starting from the model as it is", load_dir)
+        return None, None
+    directory = Path(load_dir) / found
+
+    state: dict[str, Any] = {}
+
+    def read() -> None:
+        manifest = layout.read_manifest(directory)
+        _check_shapes(engine, manifest, directory)
+        state.update(_read_torch(directory, manifest, layout.STATE))
+        _load_module(engine, directory, manifest, strict, custom_load_fn)
+        for group in engine.flat_groups:
+            group.refresh_masters()
+        if engine.optimizer is not None and optimizer_states:
+            _load_optimizer(engine, directory, manifest, state)
+        if engine.lr_scheduler is not None and scheduler_states and "lr_scheduler" in state:
+            engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if counters:
+            _load_counters(engine, state)
+            _load_rng(engine, directory, manifest)
+
+    together(read, f"loading checkpoint {directory}", CheckpointError)
+    if engine.optimizer is not None and optimizer_states:
+        engine.optimizer.publish()
+    log_dist(f"loaded checkpoint {directory}", ranks=[0])
+    return str(directory), state["client_state"]

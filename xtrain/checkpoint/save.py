@@ -1,0 +1,224 @@
+"""Writing a checkpoint: every rank its part into a temporary folder, then one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from xtrain import comm
+from xtrain.agree import together
+from xtrain.checkpoint import layout
+from xtrain.errors import CheckpointError
+from xtrain.files import sha256, sync_directory, write_text
+from xtrain.log import log_dist
+from xtrain.version import __version__
+from xtrain.zero.flat import FlatGroup
+
+if TYPE_CHECKING:
+    from xtrain.engine import XtrainEngine
+
+
+def _owned_states(engine: XtrainEngine) -> tuple[dict[str, torch.Tensor], dict[str, list[list[Any]]]]:
+    """This rank's runs by key, and for each parameter the [kind, start, stop] of its runs."""
+    assert engine.optimizer is not None
+    tensors: dict[str, torch.Tensor] = {}
+    index: dict[str, list[list[Any]]] = {}
+    for group in engine.optimizer.groups:
+        for kind, shard in _sharded_states(group, engine.optimizer.optimizer).items():
+            for piece in group.layout.pieces(group.partition):
+                name, length = group.names[piece.member], piece.stop - piece.start
+                run = shard[piece.shard_start : piece.shard_start + length]
+                tensors[layout.run_key(kind, name, piece.start)] = run.detach().cpu().clone()
+                index.setdefault(name, []).append([kind, piece.start, piece.stop])
+    return tensors, index
+
+
+def _sharded_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The masters and each tensor state of the optimizer, as whole shards in shard order."""
+    kinds = {"master": [master.data for master in group.masters]}
+    first = optimizer.state.get(group.masters[0], {})
+    for kind, value in first.items():
+        if torch.is_tensor(value) and value.shape == group.masters[0].shape:
+            kinds[kind] = [optimizer.state[master][kind] for master in group.masters]
+    return {kind: torch.cat([slice_.reshape(-1) for slice_ in slices]) for kind, slices in kinds.items()}
+
+
+def scalar_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """State of the optimizer that is not one value an element (step counts), the same on every rank."""
+    first = optimizer.state.get(group.masters[0], {})
+    return {
+        kind: value
+        for kind, value in first.items()
+        if not (torch.is_tensor(value) and value.shape == group.masters[0].shape)
+    }
+
+
+def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "global_steps": engine.global_steps,
+        "micro_steps": engine.micro_steps,
+        "global_samples": engine.global_samples,
+        "skipped_steps": engine.skipped_steps,
+        "client_state": client_state,
+    }
+    if engine.optimizer is not None:
+        optimizer = engine.optimizer
+        state["optimizer"] = {
+            "type": type(optimizer.optimizer).__name__,
+            "options": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
+            "scalars": {group.names[0]: scalar_states(group, optimizer.optimizer) for group in optimizer.groups},
+        }
+    if hasattr(engine.lr_scheduler, "state_dict"):
+        state["lr_scheduler"] = engine.lr_scheduler.state_dict()
+    return state
+
+
+def _module_tensors(engine: XtrainEngine, exclude_frozen: bool) -> dict[str, torch.Tensor]:
+    frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad} if exclude_frozen else set()
+    tensors: dict[str, torch.Tensor] = {}
+    seen: dict[tuple[int, torch.Size, Any], str] = {}
+    for name, value in engine.module.state_dict().items():
+        if not torch.is_tensor(value) or name in frozen:
+            continue
+        key = (value.data_ptr(), value.shape, value.stride())
+        if value.numel() and key in seen:
+            continue  # a tied weight: safetensors stores it once, the model ties it again when loading
+        seen[key] = name
+        tensors[name] = value.detach().cpu().contiguous().clone()
+    return tensors
+
+
+def _write_torch(value: Any, path: Path, what: str) -> None:
+    """torch.save, refusing what could not be read back without executing code."""
+    torch.save(value, path)
+    try:
+        torch.load(path, weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{what} holds an object that cannot be read back safely; use numbers, strings, lists, "
+            f"dictionaries and tensors ({reason})"
+        ) from None
+
+
+def _write_part(
+    engine: XtrainEngine, directory: Path, client_state: dict[str, Any], exclude_frozen: bool
+) -> dict[str, Any]:
+    """Write this rank's files; return their manifest entries and the index of runs."""
+    written: list[str] = []
+    index: dict[str, list[list[Any]]] = {}
+    if engine.global_rank == 0:
+        save_file(_module_tensors(engine, exclude_frozen), directory / layout.MODEL)
+        _write_torch(_state(engine, client_state), directory / layout.STATE, "client_state or the scheduler's state")
+        written += [layout.MODEL, layout.STATE]
+    # In stage 0 every rank owns the same states: the first data-parallel rank writes them.
+    partitioned = engine.zero_optimization()
+    if engine.optimizer is not None and (partitioned or engine.grid.rank == 0):
+        name = layout.optimizer_file(engine.grid.rank, engine.grid.size if partitioned else 1)
+        tensors, index = _owned_states(engine)
+        save_file(tensors, directory / name)
+        index = {parameter: [[name, *run] for run in runs] for parameter, runs in index.items()}
+        written.append(name)
+    rng = layout.rng_file(engine.global_rank, engine.world_size)
+    states = {"torch": torch.get_rng_state(), "device": engine.backend.runtime.get_rng_state()}
+    _write_torch(states, directory / rng, "the random-number state")
+    written.append(rng)
+    files = {}
+    for name in written:
+        with (directory / name).open("rb") as file:
+            os.fsync(file.fileno())
+        files[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)}
+    return {"files": files, "runs": index}
+
+
+def _publish(engine: XtrainEngine, temporary: Path, target: Path, parts: list[dict[str, Any]], latest: bool) -> None:
+    runs: dict[str, list[list[Any]]] = {}
+    for part in parts:
+        for parameter, entries in part["runs"].items():
+            runs.setdefault(parameter, []).extend(entries)
+    manifest = {
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
+        "xtrain": __version__,
+        "global_steps": engine.global_steps,
+        "ranks": engine.world_size,
+        "data_parallel_ranks": engine.grid.size,
+        "zero_stage": engine.zero_optimization_stage(),
+        "files": {name: entry for part in parts for name, entry in sorted(part["files"].items())},
+        "parameters": {
+            name: {"shape": list(param.shape), "dtype": str(param.dtype).removeprefix("torch.")}
+            for name, param in engine.module.named_parameters()
+        },
+        "runs": runs,
+    }
+    write_text(temporary / layout.MANIFEST, json.dumps(manifest, indent=1))
+    sync_directory(temporary)
+    if target.exists():
+        # rename cannot replace a folder that has files: the old one steps aside first.
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(target)
+    sync_directory(target.parent)
+    if latest:
+        write_text(target.parent / layout.LATEST, target.name)
+
+
+def _check_tag(engine: XtrainEngine, tag: str) -> str:
+    """Rank 0's tag, after comparing it with the others as `checkpoint.tag_validation` says."""
+    tags = [""] * engine.world_size
+    comm.all_gather_object(tags, tag)
+    if not tags[0] or "/" in tags[0] or tags[0].startswith("."):
+        raise CheckpointError(f"checkpoint tag {tags[0]!r} must be a plain name, without '/' and not starting with '.'")
+    if len(set(tags)) > 1:
+        message = f"ranks gave different checkpoint tags: {', '.join(sorted(set(tags)))}"
+        mode = engine.xtrain_config.values.checkpoint.tag_validation
+        if mode == "Fail":
+            raise CheckpointError(message)
+        if mode == "Warn":
+            log_dist(f"{message}; using {tags[0]!r}", ranks=[0])
+    return tags[0]
+
+
+def save(
+    engine: XtrainEngine,
+    save_dir: str | Path,
+    tag: str,
+    client_state: dict[str, Any],
+    save_latest: bool,
+    exclude_frozen: bool,
+) -> Path:
+    """Write the checkpoint `save_dir/tag`; collective over all ranks.
+
+    Raises:
+        CheckpointError: on every rank, when any rank could not write its part; what existed stays.
+    """
+    tag = _check_tag(engine, tag)
+    target = Path(save_dir) / tag
+    temporary = target.with_name(f".{tag}.tmp")
+    first = engine.global_rank == 0
+
+    def prepare() -> None:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    what = f"saving checkpoint {target}"
+    together(prepare, what, CheckpointError)
+    parts = together(
+        lambda: _write_part(engine, temporary, client_state, exclude_frozen), what, CheckpointError
+    )
+    together(
+        lambda: _publish(engine, temporary, target, parts, save_latest) if first else None, what, CheckpointError
+    )
+    log_dist(f"saved checkpoint {target}", ranks=[0])
+    return target

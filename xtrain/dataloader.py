@@ -1,0 +1,55 @@
+"""The loader that `initialize(training_data=...)` returns: each rank's share, in micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from xtrain.parallel import DataParallelGrid
+
+
+def make_dataloader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    grid: DataParallelGrid,
+    shuffle: bool,
+    drop_last: bool,
+    collate_fn: Callable[..., Any] | None,
+    workers: int,
+    sampler: Any,
+) -> DataLoader[Any]:
+    """A DataLoader over this rank's share of a map-style dataset."""
+    if sampler is None:
+        sampler = DistributedSampler(dataset, grid.size, grid.rank, shuffle=shuffle, drop_last=drop_last)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate_fn,
+        drop_last=drop_last,
+    )
+
+
+class RepeatingLoader:
+    """Restarts a loader when it ends, as `deepspeed.utils.RepeatingLoader` does; epochs are reshuffled."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self.epoch = 0
+        self._iterator = iter(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self.epoch += 1
+            if isinstance(self.loader.sampler, DistributedSampler):
+                self.loader.sampler.set_epoch(self.epoch)
+            self._iterator = iter(self.loader)
+            return next(self._iterator)

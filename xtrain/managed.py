@@ -1,0 +1,45 @@
+"""What an engine does when `xtrain launch` started it: record the run, and stop when asked.
+
+The launcher sets XTRAIN_RUN_DIR. The engine then appends to `metrics.jsonl` in it, and when a file
+`stop` appears there (Ctrl-C in the launcher, or an operator's `touch`), all ranks save a checkpoint
+at the same step boundary and leave.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xtrain.align.recorder import Recorder
+from xtrain.errors import RunInterrupted
+
+if TYPE_CHECKING:
+    from xtrain.engine import XtrainEngine
+
+RUN_DIR_VARIABLE = "XTRAIN_RUN_DIR"
+METRICS = "metrics.jsonl"
+STOP = "stop"
+CHECKPOINTS = "checkpoint"
+
+
+def attach(engine: XtrainEngine) -> None:
+    """Attach a recorder when the config or the launcher asks for one, and the stop file's watcher."""
+    section = engine.xtrain_config.values.xtrain
+    run_dir = Path(os.environ[RUN_DIR_VARIABLE]) if RUN_DIR_VARIABLE in os.environ else None
+    path = Path(section.record) if section.record else run_dir / METRICS if run_dir else None
+    if path is None:
+        return
+    recorder = Recorder(
+        path,
+        header={"engine": "native", "backend": engine.backend.name, "config": engine.xtrain_config.raw},
+        tokens_per_sample=section.tokens_per_sample,
+        flag=(run_dir / STOP).exists if run_dir else None,
+    )
+
+    def stop_if_asked(engine: XtrainEngine) -> None:
+        if recorder.raised and run_dir is not None:
+            engine.save_checkpoint(str(run_dir / CHECKPOINTS))
+            raise RunInterrupted(f"stopped after step {engine.global_steps}")
+
+    recorder.attach(engine, after_step=stop_if_asked)

@@ -1,0 +1,77 @@
+"""From the config's `optimizer` section to an optimizer object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from xtrain.config.arguments import construct
+from xtrain.config.schema import OptimizerConfig
+from xtrain.errors import ConfigError, NotImplementedYetError, unknown_name
+from xtrain.optim.adam import Adam
+
+_NOT_YET = {"adagrad", "lamb", "lion", "muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd"}
+_TYPES = ("Adam", "AdamW", "SGD")
+
+# Optimizers whose update of an element depends on that element alone, so that slices can be updated apart.
+_ELEMENTWISE = (
+    Adam,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.SGD,
+    torch.optim.Adagrad,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+)
+
+
+def build_optimizer(config: OptimizerConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Build the optimizer that the config names, over `param_groups`.
+
+    As in DeepSpeed, type Adam means AdamW unless `"adam_w_mode": false`, and `"torch_adam": true`
+    takes PyTorch's own class.
+
+    Raises:
+        ConfigError: unknown type, unknown entry in `params`, or a value out of range.
+        NotImplementedYetError: a type that DeepSpeed has and xtrain has not yet.
+    """
+    kind, params = config.type.lower(), dict(config.params)
+    if "max_grad_norm" in params:
+        raise ConfigError(
+            "config key 'optimizer.params.max_grad_norm' is not an optimizer option: use 'gradient_clipping'"
+        )
+    if kind in ("adam", "adamw"):
+        decoupled = bool(params.pop("adam_w_mode", True)) or kind == "adamw"
+        if params.pop("torch_adam", False):
+            factory: Any = torch.optim.AdamW if decoupled else torch.optim.Adam
+            return construct(factory, param_groups, params, "optimizer.params")
+        return construct(Adam, param_groups, {**params, "adam_w_mode": decoupled}, "optimizer.params")
+    if kind == "sgd":
+        return construct(torch.optim.SGD, param_groups, params, "optimizer.params")
+    if kind in _NOT_YET:
+        raise NotImplementedYetError(
+            f"optimizer type {config.type!r}", f"use {', '.join(_TYPES)}, or pass an optimizer object to initialize()"
+        )
+    raise ConfigError(f"config key 'optimizer.type': {unknown_name('optimizer', config.type, _TYPES)}")
+
+
+def check_elementwise(optimizer: torch.optim.Optimizer, allow_untested: bool) -> None:
+    """Refuse a user's optimizer that may not work on slices of parameters.
+
+    Raises:
+        ConfigError: the class is not known to be element-wise and the config does not allow it; or the
+            optimizer has taken steps already, whose state cannot be divided.
+    """
+    if optimizer.state:
+        raise ConfigError(
+            f"the optimizer {type(optimizer).__name__} has taken steps already: pass a fresh one to initialize() "
+            "and restore its state with load_checkpoint()"
+        )
+    if type(optimizer) not in _ELEMENTWISE and not allow_untested:
+        raise ConfigError(
+            f"the optimizer {type(optimizer).__name__} is not known to update each element on its own, which "
+            'flat buffers need: set "zero_allow_untested_optimizer": true if it does'
+        )

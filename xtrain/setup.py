@@ -1,0 +1,140 @@
+"""The steps of `initialize`: what is done once to a model before the engine can train it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from xtrain import comm
+from xtrain.backends import Backend
+from xtrain.config import XtrainConfig
+from xtrain.errors import ConfigError
+from xtrain.parallel import DataParallelGrid
+from xtrain.zero.flat import FlatGroup, FlatOptions
+
+_ACCUMULATION_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def as_param_groups(parameters: Iterable[Any] | None, module: nn.Module) -> list[dict[str, Any]]:
+    """`model_parameters` of initialize() as optimizer groups; frozen parameters are left out."""
+    items = list(module.parameters() if parameters is None else parameters)
+    if not items:
+        raise ConfigError("model_parameters is empty: pass the model's parameters, or None for all of them")
+    groups = items if isinstance(items[0], dict) else [{"params": items}]
+    trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    if not any(group["params"] for group in trainable):
+        raise ConfigError("no parameter requires a gradient: there is nothing to train")
+    return trainable
+
+
+def place_module(module: nn.Module, device: torch.device, dtype: torch.dtype | None, backend: Backend) -> None:
+    """Move the module to the device; cast floating parameters and buffers when `dtype` is given.
+
+    Raises:
+        ConfigError: a parameter has a dtype that the backend does not compute in.
+    """
+    module.to(device=device, dtype=dtype)
+    for name, param in module.named_parameters():
+        if param.is_floating_point() and param.dtype not in backend.precision.native_dtypes:
+            native = ", ".join(sorted(str(d).removeprefix("torch.") for d in backend.precision.native_dtypes))
+            raise ConfigError(
+                f"parameter {name!r} is {str(param.dtype).removeprefix('torch.')}, which backend {backend.name!r} "
+                f"does not train in: cast the model to one of {native}"
+            )
+
+
+def _describe_parameters(module: nn.Module) -> list[str]:
+    return [
+        f"{name} {tuple(param.shape)} {str(param.dtype).removeprefix('torch.')}"
+        f"{'' if param.requires_grad else ' frozen'}"
+        for name, param in module.named_parameters()
+    ]
+
+
+def check_agreement(module: nn.Module, config: XtrainConfig, grid: DataParallelGrid) -> None:
+    """Fail on every rank, naming the first difference, when ranks disagree on parameters or config.
+
+    Without this check a disagreement shows as a hang or as a wrong curve. Fingerprints are exchanged
+    first; the full descriptions only when they differ.
+    """
+    description = {
+        "parameters": _describe_parameters(module),
+        "config": json.dumps(config.raw, sort_keys=True, default=repr),
+    }
+    text = json.dumps(description, sort_keys=True)
+    fingerprints = [""] * grid.size
+    comm.all_gather_object(fingerprints, hashlib.sha256(text.encode()).hexdigest(), group=grid.group)
+    if len(set(fingerprints)) == 1:
+        return
+    everyone: list[dict[str, Any]] = [{}] * grid.size
+    comm.all_gather_object(everyone, description, group=grid.group)
+    other = next(rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0])
+    if everyone[0]["config"] != everyone[other]["config"]:
+        raise ConfigError(
+            f"ranks 0 and {other} were given different configs: {everyone[0]['config']} and {everyone[other]['config']}"
+        )
+    ours, theirs = everyone[0]["parameters"], everyone[other]["parameters"]
+    for mine, its in zip(ours, theirs, strict=False):
+        if mine != its:
+            raise ConfigError(f"ranks 0 and {other} disagree on a parameter: {mine!r} and {its!r}")
+    raise ConfigError(f"rank 0 has {len(ours)} parameters and rank {other} has {len(theirs)}")
+
+
+def flatten(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: XtrainConfig,
+    backend: Backend,
+    grid: DataParallelGrid,
+) -> list[FlatGroup]:
+    """Move the optimizer's parameters into flat groups, one per parameter group and dtype."""
+    names = {param: name for name, param in module.named_parameters()}
+    order = {param: index for index, param in enumerate(names)}
+    zero = config.values.zero_optimization
+    accumulation = config.values.data_types.grad_accum_dtype
+    groups = []
+    for index, param_group in enumerate(optimizer.param_groups):
+        by_dtype: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+        # Gradients arrive in reverse order of registration; parameters unknown to the module come first.
+        for position, param in sorted(
+            enumerate(param_group["params"]), key=lambda item: -order.get(item[1], len(order))
+        ):
+            if param.requires_grad:
+                name = names.get(param, f"param_groups.{index}.{position}")
+                by_dtype[param.dtype].append((name, param))
+        for dtype, members in by_dtype.items():
+            wanted = _ACCUMULATION_DTYPES[accumulation] if accumulation else dtype
+            accumulation_dtype = torch.promote_types(dtype, wanted)
+            bucket_size = zero.reduce_bucket_size or (
+                backend.zero.reduce_bucket_bytes // accumulation_dtype.itemsize
+            )
+            options = FlatOptions(
+                partitions=grid.size if zero.stage >= 1 else 1,
+                partition=grid.rank if zero.stage >= 1 else 0,
+                bucket_size=bucket_size,
+                alignment_bytes=backend.zero.alignment_bytes,
+            )
+            groups.append(FlatGroup(members, index, accumulation_dtype, options))
+    return groups
+
+
+def broadcast_states(module: nn.Module, groups: list[FlatGroup], grid: DataParallelGrid) -> None:
+    """Give every rank the parameters and buffers of the first data-parallel rank."""
+    if grid.size > 1:
+        flat = {param for group in groups for param in group.members}
+        loose = [param.data for param in module.parameters() if param not in flat]
+        for tensor in [*(group.params for group in groups), *loose, *module.buffers()]:
+            comm.broadcast(tensor, grid.source, group=grid.group)
+    for group in groups:
+        group.refresh_masters()

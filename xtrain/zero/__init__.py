@@ -1,0 +1,1 @@
+"""ZeRO: state (flat), schedule (reducer) and update (optimizer) of partitioned training states."""

@@ -1,0 +1,142 @@
+"""The partitioned optimizer: clip, update the owned master slices, gather the new parameters.
+
+Stage 0 is the same code with one partition: every rank owns everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xtrain import comm
+from xtrain.backends import Backend
+from xtrain.zero.flat import FlatGroup
+
+
+class ZeroOptimizer:
+    """What `initialize` returns as the optimizer: the user's optimizer, working on this rank's slices.
+
+    The wrapped optimizer's `param_groups` are kept, so learning-rate schedulers and scripts that read
+    or set `param_groups[i]["lr"]` work; their `params` are replaced by master slices.
+
+    Args:
+        optimizer: any torch optimizer whose update is element-wise.
+        groups: the flat groups; group i belongs to `optimizer.param_groups[group.group_index]`.
+        backend: decides the dtype in which the norm is summed.
+        process_group: the data-parallel group.
+        clip: largest 2-norm of the gradients, 0 for none.
+        skip_non_finite: leave the weights unchanged when the norm is infinite or NaN.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        groups: list[FlatGroup],
+        backend: Backend,
+        process_group: dist.ProcessGroup | None,
+        clip: float,
+        skip_non_finite: bool,
+    ) -> None:
+        self.optimizer = optimizer
+        self.groups = groups
+        self.backend = backend
+        self.process_group = process_group
+        self.world_size = comm.get_world_size(process_group)
+        self.clip_grad = clip
+        self.skip_non_finite = skip_non_finite
+        self.overflow = False
+        self.grad_norm: float | None = None
+        for index, param_group in enumerate(optimizer.param_groups):
+            param_group["params"] = [
+                master for group in groups if group.group_index == index for master in group.masters
+            ]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's groups, options included."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state, keyed by master slice."""
+        return self.optimizer.state
+
+    @property
+    def loss_scale(self) -> float:
+        """Always 1: fp32 and bf16 need no loss scaling."""
+        return 1.0
+
+    cur_scale = loss_scale
+
+    def _slices(self) -> Iterator[tuple[FlatGroup, torch.nn.Parameter, torch.Tensor]]:
+        """(group, master slice, gradient slice) of everything this rank owns."""
+        for group in self.groups:
+            for bucket, master in zip(group.layout.buckets, group.masters, strict=True):
+                yield group, master, group.owned(group.grads, bucket)
+
+    def _compute_norm(self) -> float:
+        """2-norm of the gradients, averaged over ranks, of all parameters; equal on every rank."""
+        dtype = self.backend.precision.norm_dtype
+        squares = [torch.linalg.vector_norm(grad, dtype=dtype).square() for _, _, grad in self._slices()]
+        if not squares:
+            return 0.0
+        total = torch.stack(squares).sum()
+        if any(group.layout.partitions > 1 for group in self.groups):
+            comm.all_reduce(total, group=self.process_group)
+        return math.sqrt(total.item()) / self.world_size
+
+    def step(self) -> None:
+        """Update the parameters from the reduced gradients; clears the gradients."""
+        self.grad_norm = self._compute_norm()
+        self.overflow = self.skip_non_finite and not math.isfinite(self.grad_norm)
+        if not self.overflow:
+            self._update()
+        self.zero_grad()
+
+    def _update(self) -> None:
+        assert self.grad_norm is not None
+        factor = 1.0 / self.world_size
+        if self.clip_grad > 0:
+            factor *= min(1.0, self.clip_grad / (self.grad_norm + 1e-6))
+        for _, master, grad in self._slices():
+            # A gradient of the master's dtype is scaled where it is; it is cleared after the step anyway.
+            full = grad.to(master.dtype)
+            master.grad = full.mul_(factor) if factor != 1.0 else full
+        self.optimizer.step()
+        for _, master, _ in self._slices():
+            master.grad = None
+        self.publish()
+
+    def publish(self) -> None:
+        """Round the masters into the parameters and gather every rank's slices."""
+        works = []
+        for group in self.groups:
+            group.publish_masters()
+            if group.layout.partitions == 1:
+                continue
+            for bucket in group.layout.buckets:
+                full, owned = group.bucket(group.params, bucket), group.owned(group.params, bucket)
+                works.append(comm.all_gather_into_tensor(full, owned, self.process_group, async_op=True))
+        for work in works:
+            work.wait()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients. The buffer stays allocated, whatever `set_to_none` says."""
+        for group in self.groups:
+            group.zero_grads()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part, in the wrapped optimizer's format. Checkpoints are written by parameter name
+        (see xtrain.checkpoint), not with this."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on a rank that owned the same slices."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"ZeroOptimizer({self.optimizer!r})"
