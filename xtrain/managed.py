@@ -13,14 +13,10 @@ from typing import TYPE_CHECKING
 
 from xtrain.align.recorder import Recorder
 from xtrain.errors import RunInterrupted
+from xtrain.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE, STOP
 
 if TYPE_CHECKING:
     from xtrain.engine import XtrainEngine
-
-RUN_DIR_VARIABLE = "XTRAIN_RUN_DIR"
-METRICS = "metrics.jsonl"
-STOP = "stop"
-CHECKPOINTS = "checkpoint"
 
 
 def attach(engine: XtrainEngine) -> None:

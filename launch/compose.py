@@ -1,0 +1,100 @@
+"""Composing the launch configuration with Hydra; every mistake becomes one sentence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from xtrain.errors import ConfigError, nearest, unknown_name
+from xtrain.launch.schema import LaunchConfig
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def _conf_dir() -> Path:
+    # In a checkout this file is launch/compose.py, in an installed package xtrain/launch/compose.py;
+    # conf stands beside launch in both.
+    if not (CONF / "config.yaml").is_file():
+        raise ConfigError(f"the configuration folder {CONF} is missing: reinstall xtrain")
+    return CONF
+
+
+def groups(extra: Path | None = None) -> dict[str, list[str]]:
+    """The config groups and their choices, those of the user's own folder included."""
+    found: dict[str, set[str]] = {}
+    for root in filter(None, (_conf_dir(), extra)):
+        for path in root.glob("*/*.yaml"):
+            found.setdefault(path.parent.name, set()).add(path.stem)
+    return {name: sorted(choices) for name, choices in sorted(found.items())}
+
+
+def _check_overrides(overrides: list[str], extra: Path | None) -> None:
+    choices = groups(extra)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals and not override.startswith("~"):
+            raise ConfigError(f"{override!r} is not of the form key=value (script arguments go after `--`)")
+        if key in choices and value not in choices[key]:
+            raise ConfigError(unknown_name(key, value, choices[key]))
+
+
+def _all_keys(node: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for key in node:
+        dotted = f"{prefix}{key}"
+        keys.append(dotted)
+        child = OmegaConf.to_container(node, resolve=False)[key]
+        if isinstance(child, dict):
+            keys += _all_keys(node._get_node(key), f"{dotted}.")
+    return keys
+
+
+def _explain(error: Exception, compose_defaults: DictConfig) -> str:
+    first = str(error).split("\n")[0].strip()
+    if match := re.match(r"Could not override '([^']+)'", first):
+        key = match[1]
+        close = nearest(key, _all_keys(compose_defaults))
+        hint = f"did you mean {close!r}?" if close else "see conf/config.yaml; `+key=value` adds a DeepSpeed key"
+        return f"unknown key {key!r}: {hint}"
+    return f"the configuration cannot be composed: {first}"
+
+
+def compose_config(overrides: list[str], config_dir: str | None = None) -> tuple[LaunchConfig, DictConfig]:
+    """The checked configuration, and the resolved tree to be written into the run folder.
+
+    Args:
+        overrides: Hydra overrides, as on the command line.
+        config_dir: a folder of the user's with more choices for the groups (cluster/mine.yaml, ...).
+
+    Raises:
+        ConfigError: unknown choice or key (the nearest is named), wrong value, unreadable file.
+    """
+    extra = Path(config_dir).resolve() if config_dir else None
+    if extra is not None and not extra.is_dir():
+        raise ConfigError(f"--config-dir {config_dir} is not a folder")
+    _check_overrides(overrides, extra)
+    OmegaConf.register_new_resolver("equal", lambda a, b: a == b, replace=True)
+    search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(_conf_dir()), version_base="1.3"):
+        try:
+            tree = compose("config", overrides=[*search, *overrides])
+            OmegaConf.resolve(tree)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(_explain(error, compose("config"))) from None
+    try:
+        checked = LaunchConfig.model_validate(OmegaConf.to_container(tree))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        dotted = ".".join(str(part) for part in problem["loc"])
+        raise ConfigError(f"{dotted} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+    return checked, tree

@@ -1,0 +1,152 @@
+"""From a checked configuration to what will run: a run folder, a DeepSpeed config and a command.
+
+Everything that can be wrong is found here, before a rank is started.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from xtrain.checkpoint.layout import find_tag, is_checkpoint
+from xtrain.config import load_config, solve_batch_sizes
+from xtrain.data.corpus import find_files
+from xtrain.errors import CheckpointError, ConfigError, DataError, NotImplementedYetError
+from xtrain.files import write_text
+from xtrain.launch.schema import LaunchConfig
+from xtrain.run_folder import CHECKPOINTS, LOGS, METRICS, RUN_DIR_VARIABLE, STOP
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what to start, where it writes, and what the progress display needs."""
+
+    run_dir: Path
+    script: Path
+    script_args: list[str]
+    ranks: int
+    env: dict[str, str]
+    stop_timeout: float
+    total_steps: int | None
+    model: str
+
+    @property
+    def agent_command(self) -> list[str]:
+        """The process that starts and watches the ranks (torchrun's agent)."""
+        return [sys.executable, "-m", "xtrain.launch.agent", str(self.run_dir), str(self.ranks)] + self.rank_command
+
+    @property
+    def rank_command(self) -> list[str]:
+        """What every rank runs."""
+        return ["-m", "xtrain.launch.rank", str(self.script), *self.script_args]
+
+
+def builtin_script() -> Path:
+    """The GLM pretraining script: beside this package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent.parent
+    for candidate in (package / "examples" / "pretrain_glm.py", package.parent / "examples" / "pretrain_glm.py"):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError("the built-in script pretrain_glm.py is missing: reinstall xtrain or pass script=")
+
+
+def _builtin_flags(config: LaunchConfig, run_dir: Path, load: Path | None) -> list[str]:
+    model = config.model.model_dump(exclude={"name"})
+    train = {key: getattr(config.train, key) for key in ("steps", "seq_length", "seed", "weight_decay")}
+    train |= {key: getattr(config.train, key) for key in ("log_interval", "save_interval")}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in {**model, **train}.items()]
+    if config.data.paths:
+        find_files(config.data.paths)
+        flags += ["--data-path", *(str(Path(path).expanduser().absolute()) for path in config.data.paths)]
+    flags += ["--save", str(run_dir / CHECKPOINTS)]
+    return flags + (["--load", str(load)] if load else [])
+
+
+def _deepspeed_config(config: LaunchConfig) -> dict[str, Any]:
+    checked = load_config(config.deepspeed_config or config.deepspeed)
+    values = checked.values
+    solve_batch_sizes(
+        values.train_batch_size,
+        values.train_micro_batch_size_per_gpu,
+        values.gradient_accumulation_steps,
+        config.ranks,
+    )
+    return checked.raw
+
+
+def _resume_from(resume: str | None) -> Path | None:
+    if resume is None:
+        return None
+    for folder in (Path(resume) / CHECKPOINTS, Path(resume)):
+        if folder.is_dir() and is_checkpoint(folder):
+            find_tag(folder, None)
+            return folder.absolute()
+    raise CheckpointError(f"resume={resume}: there is no complete checkpoint in this folder")
+
+
+def _run_dir(config: LaunchConfig, resume: Path | None) -> Path:
+    run_dir = Path(config.run_dir).expanduser().absolute()
+    own = resume is not None and resume.parent == run_dir
+    if (run_dir / METRICS).exists() and not own:
+        raise ConfigError(
+            f"run_dir={config.run_dir} holds a run already: choose another folder, or add resume={config.run_dir} "
+            "to continue it"
+        )
+    return run_dir
+
+
+def make_job(config: LaunchConfig, extra_args: list[str]) -> tuple[Job, dict[str, Any]]:
+    """Check everything and return the job with its DeepSpeed config; writes nothing.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, NotImplementedYetError: what is wrong, in one sentence.
+    """
+    if config.cluster.nodes > 1:
+        raise NotImplementedYetError(f"cluster.nodes={config.cluster.nodes}", "launch on one node")
+    deepspeed_config = _deepspeed_config(config)
+    resume = _resume_from(config.resume)
+    run_dir = _run_dir(config, resume)
+    given = [str(arg) for arg in config.script_args] + extra_args
+    if config.script is None:
+        script, flags = builtin_script(), _builtin_flags(config, run_dir, resume)
+        total_steps: int | None = config.train.steps
+    else:
+        script, flags, total_steps = Path(config.script).expanduser().absolute(), [], None
+        if not script.is_file():
+            raise ConfigError(f"script={config.script} does not exist")
+        if config.data.path is not None or resume is not None:
+            key = "data.path" if config.data.path is not None else "resume"
+            raise ConfigError(f"{key} is for the built-in script: pass your script its own arguments after `--`")
+    job = Job(
+        run_dir=run_dir,
+        script=script,
+        script_args=[*flags, "--deepspeed", "--deepspeed_config", str(run_dir / "ds_config.json"), *given],
+        ranks=config.ranks,
+        env={**config.cluster.env, RUN_DIR_VARIABLE: str(run_dir)},
+        stop_timeout=config.cluster.stop_timeout,
+        total_steps=total_steps,
+        model=config.model.name if config.script is None else script.name,
+    )
+    return job, deepspeed_config
+
+
+def write_run_folder(job: Job, tree: DictConfig, deepspeed_config: dict[str, Any]) -> None:
+    """Create the run folder with the resolved configuration.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    try:
+        (job.run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        (job.run_dir / STOP).unlink(missing_ok=True)
+        for old in (job.run_dir / LOGS).glob("*.json"):
+            old.unlink()
+        write_text(job.run_dir / "config.yaml", OmegaConf.to_yaml(tree))
+        write_text(job.run_dir / "ds_config.json", json.dumps(deepspeed_config, indent=2) + "\n")
+    except OSError as error:
+        raise DataError(f"run folder {job.run_dir} cannot be written: {error}") from None

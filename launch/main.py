@@ -1,0 +1,60 @@
+"""`xtrain launch`: compose, check, run, summarise."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+
+from rich.console import Console
+
+from xtrain.align.plot import plot_curves
+from xtrain.align.record import read_record
+from xtrain.launch.compose import compose_config
+from xtrain.launch.job import Job, make_job, write_run_folder
+from xtrain.launch.supervisor import Supervisor
+from xtrain.run_folder import CURVE, METRICS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `xtrain launch`."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, such as model=glm_tiny")
+    parser.add_argument("--config-dir", help="a folder with more choices: cluster/mine.yaml, model/mine.yaml, ...")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+
+
+def _describe(job: Job) -> str:
+    env = " ".join(f"{key}={shlex.quote(value)}" for key, value in sorted(job.env.items()))
+    return f"{env} {shlex.join(job.agent_command)}"
+
+
+def _summarise(job: Job, console: Console, seconds: float) -> None:
+    record = read_record(job.run_dir / METRICS)
+    losses = record.losses()
+    if not losses:
+        return
+    first, last = next(iter(losses)), next(reversed(losses))
+    plot_curves({job.model: losses}, job.run_dir / CURVE, f"{job.model}, {job.ranks} ranks")
+    console.print(
+        f"loss {losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}; {seconds:.0f} s; "
+        f"everything is in {job.run_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def run(args: argparse.Namespace, script_args: list[str]) -> int:
+    """Carry out the command; returns the exit status."""
+    console = Console()
+    config, tree = compose_config(args.overrides, args.config_dir)
+    job, deepspeed_config = make_job(config, script_args)
+    if args.dry_run:
+        print(_describe(job))
+        return 0
+    write_run_folder(job, tree, deepspeed_config)
+    console.print(f"{job.model} on {job.ranks} ranks, run folder {job.run_dir}", highlight=False, soft_wrap=True)
+    start = time.monotonic()
+    status = Supervisor(job, console, args.debug).run()
+    if (job.run_dir / METRICS).exists():
+        _summarise(job, console, time.monotonic() - start)
+    return status

@@ -1,0 +1,27 @@
+"""Small facts about processes on Linux, used by the launcher, the agent and the ranks."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+
+def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent dies, so that nothing is left behind."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal_number)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal_number)
+
+
+def signal_name(number: int) -> str:
+    """"SIGKILL" for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,76 @@
+"""What every rank runs: `python -m xtrain.launch.rank SCRIPT ARGS`.
+
+Sends output to the rank's log, runs the script as `__main__`, and writes down why it ended.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import runpy
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from xtrain.errors import RunInterrupted, XtrainError
+from xtrain.launch.failure import Failure, rank_log, write_failure
+from xtrain.launch.processes import die_with_parent
+from xtrain.run_folder import RUN_DIR_VARIABLE
+
+
+def _redirect_output(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.close(descriptor)
+
+
+def _run(script: str, args: list[str]) -> None:
+    sys.argv = [script, *args]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def _failure(rank: int, error: BaseException) -> Failure:
+    if isinstance(error, XtrainError):
+        return Failure(rank, str(error), error.exit_code, time.time(), user_error=True, traceback=traceback.format_exc())
+    message = f"{type(error).__name__}: {error}".strip()
+    return Failure(rank, message, 1, time.time(), traceback=traceback.format_exc())
+
+
+def main() -> int:
+    """Run the script; returns the exit status of the rank."""
+    die_with_parent()
+    faulthandler.enable()
+    run_dir, rank = Path(os.environ[RUN_DIR_VARIABLE]), int(os.environ["RANK"])
+    _redirect_output(rank_log(run_dir, rank))
+    try:
+        _run(sys.argv[1], sys.argv[2:])
+    except RunInterrupted as stop:
+        print(f"xtrain: {stop}")
+        return 0
+    except SystemExit as leave:
+        if leave.code is None or leave.code == 0:
+            return 0
+        code = leave.code if isinstance(leave.code, int) else 1
+        last = [line for line in rank_log(run_dir, rank).read_text(errors="replace").splitlines() if line.strip()]
+        message = str(leave.code) if isinstance(leave.code, str) else last[-1] if last else f"exited with code {code}"
+        write_failure(run_dir, Failure(rank, message, code, time.time(), user_error=code == 2))
+        return code
+    except BaseException as error:
+        failure = _failure(rank, error)
+        write_failure(run_dir, failure)
+        print(failure.traceback, file=sys.stderr)
+        return failure.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without a process group to close, interpreter shutdown could wait for peers that are gone.
+    os._exit(status) if status else sys.exit(0)

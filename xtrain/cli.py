@@ -1,0 +1,54 @@
+"""The `xtrain` command. Imports no torch: a mistake is answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from xtrain.errors import XtrainError
+from xtrain.version import __version__
+
+
+def _parser() -> argparse.ArgumentParser:
+    from xtrain.align import main as align
+    from xtrain.launch import main as launch
+
+    parser = argparse.ArgumentParser(prog="xtrain", description="DeepSpeed scripts on every accelerator")
+    parser.add_argument("--version", action="version", version=f"xtrain {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module, text in (
+        ("launch", launch, "start ranks: xtrain launch model=glm_tiny train.steps=100 [-- script args]"),
+        ("align", align, "compare the loss curves of two runs"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+        module.add_arguments(command)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status. Errors of the user are one sentence and status 2."""
+    from xtrain.align import main as align
+    from xtrain.launch import main as launch
+
+    given = sys.argv[1:] if argv is None else argv
+    ours, separator, script_args = given, "", []
+    if "--" in given:
+        cut = given.index("--")
+        ours, separator, script_args = given[:cut], "--", given[cut + 1 :]
+    args = _parser().parse_args(ours)
+    try:
+        if args.command == "launch":
+            return launch.run(args, script_args)
+        if separator:
+            raise XtrainError(f"`--` has no meaning for xtrain {args.command}")
+        return align.run(args)
+    except XtrainError as error:
+        if args.debug:
+            raise
+        print(f"xtrain: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""Names inside a run folder, shared by the launcher and the ranks. Imports nothing."""
+
+RUN_DIR_VARIABLE = "XTRAIN_RUN_DIR"
+"""Environment variable by which the launcher tells the ranks where the run folder is."""
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoint"
+LOGS = "logs"
+STOP = "stop"
+"""When this file appears, all ranks save a checkpoint at the next step boundary and leave."""
+CURVE = "curve.png"
+EXIT_CODES = "exit_codes.json"
+"""In the logs: exit code of each rank that failed, as the agent saw it."""
