@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+for _variable in ("XTRAIN_BACKEND", "DS_ACCELERATOR", "XTRAIN_RUN_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    os.environ.pop(_variable, None)
+
+from tests import pool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tests never touch the user's cache. Set before any worker starts, which inherits it."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XTRAIN_CACHE"] = str(folder)
+    yield folder
+    pool.close_all()
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[Any]]:
+    """`ranks(n, function, *args)`: run a module-level function on n ranks; results by rank."""
+
+    def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        return pool.pool(world_size).run(function, *args)
+
+    return run

@@ -1,0 +1,139 @@
+"""Worker ranks for distributed tests: started once per world size and reused for the whole pytest run.
+
+Starting an interpreter and importing torch takes seconds; a forkserver that has torch loaded forks
+ranks in milliseconds. Every task gets a fresh process group over a file store, torn down afterwards.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 20.0
+"""Seconds that the other ranks get after one has failed (they may wait for it in a collective)."""
+
+
+class RemoteTraceback(Exception):
+    """Shows a worker's traceback under the error that is raised in the test."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+def _serve(rank: int, world_size: int, connection: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    while True:
+        task = connection.recv()
+        if task is None:
+            return
+        connection.send(_run(rank, world_size, *task))
+
+
+def _run(rank: int, world_size: int, store_file: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from xtrain.comm import ledger
+
+    try:
+        store = dist.FileStore(store_file, world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE)
+        )
+        ledger.reset()
+        torch.manual_seed(0)
+        return function(*args), None, ""
+    except BaseException as error:  # whatever it was, the test must see it
+        return None, error, traceback.format_exc()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class WorkerPool:
+    """`world_size` processes that run one function at a time, together."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._workers: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "xtrain.api", "tests.pool"])
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(rank, self.world_size, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+            self._workers.append(worker)
+            self._connections.append(ours)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
+        """Run `function(*args)` on every rank; return the results by rank, or raise the first failure."""
+        if not self._workers:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            for connection in self._connections:
+                connection.send((str(Path(folder) / "store"), function, args))
+            results = self._collect(timeout)
+        failures = [(error, text) for _, error, text in results if error is not None]
+        if failures:
+            error, text = failures[0]
+            raise error from RemoteTraceback(text)
+        return [value for value, _, _ in results]
+
+    def _collect(self, timeout: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) < self.world_size:
+            missing = {c: rank for rank, c in enumerate(self._connections) if rank not in results}
+            ready = wait(list(missing), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                raise next(
+                    (error for _, error, _ in results.values() if error is not None),
+                    TimeoutError(f"ranks {sorted(missing.values())} did not answer; their pool was ended"),
+                )
+            for connection in ready:
+                rank = missing[connection]
+                try:
+                    results[rank] = connection.recv()
+                except EOFError:
+                    self.close()
+                    raise RuntimeError(f"worker rank {rank} died") from None
+                if results[rank][1] is not None:
+                    deadline = min(deadline, time.monotonic() + 2 * PATIENCE)
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        """End the processes; the next `run` starts new ones."""
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        self._workers, self._connections = [], []
+
+
+_POOLS: dict[int, WorkerPool] = {}
+
+
+def pool(world_size: int) -> WorkerPool:
+    """The pool of this size for the whole run."""
+    return _POOLS.setdefault(world_size, WorkerPool(world_size))
+
+
+def close_all() -> None:
+    """End all pools."""
+    for workers in _POOLS.values():
+        workers.close()
