@@ -1,0 +1,51 @@
+# Two commands set everything up on a machine with Python 3.10+ and a C compiler:
+#   make train   virtual environment, installation, the main job on two ranks and again on one
+#   make test    the same, and the test suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNS ?= runs
+STAMP := $(VENV)/.installed
+
+.PHONY: install train test lint slow parity docs clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "xtrain needs Python 3.10 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# The same global batch on two ranks, and on one rank with twice the accumulation.
+train: $(STAMP)
+	rm -rf $(RUNS)/two_ranks $(RUNS)/one_rank
+	$(BIN)/xtrain launch run_dir=$(RUNS)/two_ranks cluster.ranks_per_node=2
+	$(BIN)/xtrain launch run_dir=$(RUNS)/one_rank cluster.ranks_per_node=1
+	$(BIN)/xtrain align $(RUNS)/two_ranks $(RUNS)/one_rank --policy relative:0.02 --plot $(RUNS)/curves.png
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+# Real DeepSpeed, next to xtrain: compares live with what tests/parity/golden.json has recorded.
+# `make parity RECORD=1` records it anew.
+parity: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ninja py-cpuinfo psutil
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[deepspeed]'
+	$(BIN)/python -m tests.parity.record $(if $(RECORD),,--check)
+
+docs: $(STAMP)
+	$(BIN)/python -m xtrain.config.document docs/config.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,277 @@
+"""Checkpoints: any number of ranks and stage, interrupted equals uninterrupted, complete or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import xtrain
+from tests import training
+from xtrain.checkpoint import find_tag, is_checkpoint, layout
+from xtrain.errors import CheckpointError
+
+
+def _engine(stage: int, micro: int, bf16: bool) -> Any:
+    model = training.build_model()
+    settings = training.config(stage, micro, bf16)
+    return xtrain.initialize(model=model, model_parameters=training.param_groups(model), config=settings)[0]
+
+
+def _save(folder: str, stage: int, micro: int, bf16: bool) -> list[float]:
+    """Train 4 steps, save, train 6 more; the six losses are the uninterrupted curve."""
+    engine = _engine(stage, micro, bf16)
+    for step in range(4):
+        training.engine_step(engine, step)
+    engine.save_checkpoint(folder, client_state={"step": 4, "note": ["a", {"b": torch.arange(3)}]})
+    return [training.engine_step(engine, step) for step in range(4, 10)]
+
+
+def _resume(folder: str, stage: int, micro: int, bf16: bool) -> tuple[list[float], Any, int, list[float]]:
+    engine = _engine(stage, micro, bf16)
+    for param in engine.module.parameters():
+        param.data.zero_()
+    path, client = engine.load_checkpoint(folder)
+    assert path == str(Path(folder) / "global_step4")
+    rates = engine.get_lr()
+    return [training.engine_step(engine, step) for step in range(4, 10)], client, engine.global_samples, rates
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_resumed_equals_uninterrupted_to_the_bit(ranks: Any, tmp_path: Path, bf16: bool) -> None:
+    for stage in (0, 1):
+        folder = str(tmp_path / str(stage))
+        uninterrupted = ranks(2, _save, folder, stage, 4, bf16)[0]
+        resumed, client, samples, _ = ranks(2, _resume, folder, stage, 4, bf16)[0]
+        assert resumed == uninterrupted
+        assert client["step"] == 4
+        assert client["note"][0] == "a"
+        assert client["note"][1]["b"].tolist() == [0, 1, 2]
+        assert samples == 4 * training.GLOBAL_BATCH
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 1), (1, 0)), ((2, 1), (4, 1)), ((4, 1), (2, 1)), ((1, 0), (4, 1)), ((4, 0), (1, 1))]
+)
+def test_any_number_of_ranks_and_stage(
+    ranks: Any, tmp_path: Path, before: tuple[int, int], after: tuple[int, int], bf16: bool
+) -> None:
+    uninterrupted = ranks(before[0], _save, str(tmp_path), before[1], 4, bf16)[0]
+    resumed, _, _, rates = ranks(after[0], _resume, str(tmp_path), after[1], 4, bf16)[0]
+    assert resumed == pytest.approx(uninterrupted, rel=1e-2 if bf16 else 1e-5)
+    assert rates[0] > 0
+
+
+def test_files_are_readable_by_name(ranks: Any, tmp_path: Path) -> None:
+    ranks(2, _save, str(tmp_path), 1, 4, True)
+    directory = tmp_path / "global_step4"
+    assert (tmp_path / "latest").read_text() == "global_step4"
+    weights = load_file(directory / "model.safetensors")
+    assert set(weights) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert weights["first.weight"].dtype == torch.bfloat16
+    # Put the masters together from the ranks' files by their names alone.
+    masters: dict[str, dict[int, torch.Tensor]] = {}
+    for rank in range(2):
+        for key, run in load_file(directory / layout.optimizer_file(rank, 2)).items():
+            kind, name, start = key.split("|")
+            if kind == "master":
+                masters.setdefault(name, {})[int(start)] = run
+    for name, weight in weights.items():
+        whole = torch.cat([run for _, run in sorted(masters[name].items())])
+        assert whole.dtype == torch.float32
+        assert torch.equal(whole.view(weight.shape).bfloat16(), weight)
+    assert not list(tmp_path.glob(".*"))
+
+
+def _load_error(folder: str, tag: str | None = None, **changes: Any) -> str:
+    model = training.build_model() if not changes.get("shape") else nn.Sequential(nn.Linear(7, 3))
+    if changes.get("shape") == "same names":
+        model = training.build_model()
+        model.second = nn.Linear(33, 6)
+    settings = training.config(1, 4)
+    if changes.get("optimizer"):
+        settings["optimizer"] = {"type": "SGD", "params": {"lr": 0.1}}
+    engine, _, _, _ = xtrain.initialize(model=model, config=settings)
+    with pytest.raises(CheckpointError) as caught:
+        engine.load_checkpoint(folder, tag)
+    return str(caught.value)
+
+
+def _damage(folder: Path, how: str) -> None:
+    directory = folder / "global_step4"
+    if how == "flip":
+        path = directory / layout.optimizer_file(1, 2)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 0x40
+        path.write_bytes(data)
+    elif how == "truncate":
+        path = directory / layout.MODEL
+        path.write_bytes(path.read_bytes()[:-5])
+    elif how == "missing file":
+        (directory / layout.STATE).unlink()
+    elif how == "no manifest":
+        (directory / layout.MANIFEST).unlink()
+    elif how == "bad manifest":
+        (directory / layout.MANIFEST).write_text("{")
+    elif how == "other version":
+        manifest = json.loads((directory / layout.MANIFEST).read_text())
+        (directory / layout.MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
+    elif how == "no latest":
+        (folder / "latest").unlink()
+    elif how == "code":
+        # A pickle that would run code when loaded carelessly.
+        import os
+        import pickle
+
+        class Evil:
+            def __reduce__(self) -> Any:
+                return os.system, (f"touch {folder}/executed",)
+
+        path = directory / layout.STATE
+        path.write_bytes(pickle.dumps(Evil()))
+        manifest = json.loads((directory / layout.MANIFEST).read_text())
+        manifest["files"][layout.STATE] = {"bytes": path.stat().st_size, "sha256": layout.sha256(path)}
+        (directory / layout.MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("flip", "does not match its checksum"),
+        ("truncate", "model.safetensors has"),
+        ("missing file", "state.pt is missing"),
+        ("no manifest", "not a complete checkpoint"),
+        ("bad manifest", "cannot be read"),
+        ("other version", "version 99"),
+        ("no latest", "global_step4"),
+        ("code", "cannot be read"),
+    ],
+)
+def test_damage_is_named_on_every_rank(ranks: Any, tmp_path: Path, how: str, said: str) -> None:
+    ranks(2, _save, str(tmp_path), 1, 4, False)
+    _damage(tmp_path, how)
+    for message in ranks(2, _load_error, str(tmp_path)):
+        assert said in message
+    assert not (tmp_path / "executed").exists()
+
+
+def _mismatch(folder: str) -> list[str]:
+    return [
+        _load_error(folder, shape=True),
+        _load_error(folder, shape="same names"),
+        _load_error(folder, optimizer=True),
+        _load_error(folder, tag="global_step9"),
+    ]
+
+
+def test_what_does_not_fit_is_named(ranks: Any, tmp_path: Path) -> None:
+    ranks(2, _save, str(tmp_path), 1, 4, False)
+    names, shapes, optimizer, tag = ranks(1, _mismatch, str(tmp_path))[0]
+    assert "lacks '0.weight'" in names
+    assert "'second.weight' has shape [5, 33], the model's has [6, 33]" in shapes
+    assert "Adam, this run uses SGD" in optimizer
+    assert "global_step4" in tag
+
+
+def _fresh_start(folder: str) -> Any:
+    return _engine(1, 4, False).load_checkpoint(folder)
+
+
+def test_a_folder_without_checkpoints(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2, _fresh_start, str(tmp_path / "none"))[0] == (None, None)
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    with pytest.raises(CheckpointError, match="has no file 'latest'"):
+        ranks(2, _fresh_start, str(tmp_path))
+    assert not is_checkpoint(tmp_path)
+    assert find_tag(tmp_path / "none", None) is None
+
+
+def _unwritable(folder: str) -> str:
+    engine = _engine(1, 4, False)
+    training.engine_step(engine, 0)
+    engine.save_checkpoint(folder, "good")
+    original = layout.optimizer_file
+    if xtrain.comm.get_rank() == 1:  # the disk of one rank fails
+        from xtrain.checkpoint import save
+
+        save.layout = type("Broken", (), {**vars(layout), "optimizer_file": lambda *_: "no/such/folder"})
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            engine.save_checkpoint(folder, "bad")
+    finally:
+        if xtrain.comm.get_rank() == 1:
+            save.layout = layout
+    assert layout.optimizer_file is original
+    return str(caught.value)
+
+
+def test_a_failed_save_leaves_the_old_one_and_fails_everywhere(ranks: Any, tmp_path: Path) -> None:
+    for message in ranks(2, _unwritable, str(tmp_path)):
+        assert "failed on rank 1" in message
+    assert (tmp_path / "latest").read_text() == "good"
+    assert not (tmp_path / "bad").exists()
+    assert layout.read_manifest(tmp_path / "good")["global_steps"] == 1
+
+
+def _client_object(folder: str) -> str:
+    engine = _engine(0, 4, False)
+    with pytest.raises(CheckpointError) as caught:
+        engine.save_checkpoint(folder, client_state={"model": engine.module})
+    return str(caught.value)
+
+
+def test_client_state_that_needs_code_is_refused_when_saving(ranks: Any, tmp_path: Path) -> None:
+    assert "client_state" in ranks(1, _client_object, str(tmp_path))[0]
+    assert not is_checkpoint(tmp_path)
+
+
+def _overwrite_and_weights_only(folder: str) -> tuple[int, bool, bool]:
+    engine = _engine(1, 4, True)
+    training.engine_step(engine, 0)
+    engine.save_checkpoint(folder, "same")
+    training.engine_step(engine, 1)
+    engine.save_checkpoint(folder, "same")
+    weights = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    fresh = _engine(1, 4, True)
+    for param in fresh.module.parameters():
+        param.data.zero_()
+    fresh.load_checkpoint(folder, "same", load_module_only=True)
+    loaded = fresh.module.state_dict()
+    same = all(torch.equal(loaded[name], weights[name]) for name in weights)
+    master = fresh.optimizer.groups[0].masters[0]
+    return fresh.global_steps, same, bool(master.abs().sum() > 0)
+
+
+def test_overwriting_and_loading_weights_only(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2, _overwrite_and_weights_only, str(tmp_path))[0] == (0, True, True)
+    assert layout.read_manifest(tmp_path / "same")["global_steps"] == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+class Dropping(training.TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(super().forward(x), 0.3)
+
+
+def _dropout(folder: str, save: bool) -> list[float]:
+    torch.manual_seed(5 if save else 6)
+    engine, _, _, _ = xtrain.initialize(model=Dropping(), config=training.config(1, 8))
+    if save:
+        training.engine_step(engine, 0)
+        engine.save_checkpoint(folder)
+    else:
+        engine.load_checkpoint(folder)
+    return [training.engine_step(engine, step) for step in range(1, 5)]
+
+
+def test_random_states_continue(ranks: Any, tmp_path: Path) -> None:
+    uninterrupted = ranks(2, _dropout, str(tmp_path), True)[0]
+    assert ranks(2, _dropout, str(tmp_path), False)[0] == uninterrupted
+    shutil.rmtree(tmp_path / "global_step1")

@@ -1,0 +1,127 @@
+"""The schedules against closed forms, and against the real DeepSpeed where it is installed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from xtrain.config.schema import OptimizerConfig, SchedulerConfig
+from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.optim import Adam, build_optimizer
+from xtrain.schedulers import WarmupDecayLR, WarmupLR, build_scheduler
+
+
+def _optimizer(groups: int = 1) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 0.5} for _ in range(groups)])
+
+
+def _rates(scheduler: Any, steps: int) -> list[float]:
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.step()
+    return rates
+
+
+def test_linear_warmup_and_decay() -> None:
+    rates = _rates(WarmupDecayLR(_optimizer(), 20, 0.0, 1.0, 5, "linear"), 25)
+    iterations = [-1, *range(24)]
+    expected = [0.0 if i < 0 else i / 5 if i < 5 else max(0.0, (20 - i) / 15) for i in iterations]
+    assert rates == pytest.approx(expected)
+
+
+def test_logarithmic_warmup_to_the_groups_own_rate() -> None:
+    rates = _rates(WarmupLR(_optimizer(), 0.1, None, 10), 14)
+    expected = [0.1] + [0.1 + 0.4 * math.log(i + 1) / math.log(10) if i < 10 else 0.5 for i in range(13)]
+    assert rates == pytest.approx(expected)
+
+
+def test_saved_and_restored() -> None:
+    first = WarmupLR(_optimizer(), 0.0, 1.0, 10, "linear")
+    before = _rates(first, 6)
+    second = WarmupLR(_optimizer(), 0.0, 1.0, 10, "linear")
+    second.load_state_dict(first.state_dict())
+    assert _rates(second, 4) == _rates(first, 4)
+    assert before[-1] < second.get_last_lr()[0]
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR"])
+@pytest.mark.parametrize("warmup_type", ["log", "linear"])
+def test_against_deepspeed(kind: str, warmup_type: str) -> None:
+    theirs = pytest.importorskip("deepspeed.runtime.lr_schedules", reason="needs the extra deepspeed")
+    params: dict[str, Any] = {"warmup_min_lr": 0.01, "warmup_max_lr": 0.3, "warmup_num_steps": 7}
+    params["warmup_type"] = warmup_type
+    if kind == "WarmupDecayLR":
+        params["total_num_steps"] = 15
+    ours = build_scheduler(SchedulerConfig(type=kind, params=params), _optimizer())
+    assert _rates(ours, 20) == pytest.approx(_rates(getattr(theirs, kind)(_optimizer(), **params), 20), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "said"),
+    [
+        ("WarmupLr", {}, "did you mean 'WarmupLR'"),
+        ("WarmupLR", {"warmup_max": 1}, "did you mean 'warmup_max_lr'"),
+        ("WarmupLR", {"warmup_type": "lin"}, "unknown schedule 'lin'"),
+        ("WarmupLR", {"warmup_num_steps": 0}, "positive integer"),
+        ("WarmupLR", {"warmup_max_lr": [1, 2]}, "2 values for 1"),
+        ("WarmupDecayLR", {}, "lacks total_num_steps"),
+    ],
+)
+def test_scheduler_mistakes(kind: str, params: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build_scheduler(SchedulerConfig(type=kind, params=params), _optimizer())
+
+
+def test_scheduler_not_there_yet() -> None:
+    with pytest.raises(NotImplementedYetError, match="OneCycle"):
+        build_scheduler(SchedulerConfig(type="OneCycle"), _optimizer())
+
+
+def _minimise(optimizer: torch.optim.Optimizer, param: torch.Tensor, steps: int = 30) -> torch.Tensor:
+    target = torch.linspace(-1, 1, param.numel(), dtype=param.dtype)
+    for _ in range(steps):
+        param.grad = (param.detach() - target) * torch.linspace(0.1, 10, param.numel(), dtype=param.dtype)
+        optimizer.step()
+    return param.detach()
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adam_is_pytorchs_adam(decoupled: bool) -> None:
+    a, b = torch.nn.Parameter(torch.ones(50).double()), torch.nn.Parameter(torch.ones(50).double())
+    settings: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    ours = _minimise(Adam([a], adam_w_mode=decoupled, **settings), a)
+    theirs = _minimise((torch.optim.AdamW if decoupled else torch.optim.Adam)([b], **settings), b)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def _build(kind: str, **params: Any) -> torch.optim.Optimizer:
+    return build_optimizer(OptimizerConfig(type=kind, params=params), [{"params": [torch.nn.Parameter(torch.zeros(2))]}])
+
+
+def test_adam_type_means_adamw_unless_said_otherwise() -> None:
+    assert _build("Adam").defaults["adam_w_mode"] is True
+    assert _build("Adam", adam_w_mode=False).defaults["adam_w_mode"] is False
+    assert _build("AdamW", adam_w_mode=False).defaults["adam_w_mode"] is True
+    assert type(_build("Adam", torch_adam=True)) is torch.optim.AdamW
+    assert type(_build("Adam", torch_adam=True, adam_w_mode=False)) is torch.optim.Adam
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "error", "said"),
+    [
+        ("AdamX", {}, ConfigError, "did you mean"),
+        ("Lamb", {}, NotImplementedYetError, "'Lamb'"),
+        ("Adam", {"bets": [0.9, 0.9]}, ConfigError, "did you mean 'betas'"),
+        ("Adam", {"lr": -1.0}, ConfigError, "must not be negative"),
+        ("Adam", {"betas": [0.9, 1.5]}, ConfigError, "betas"),
+        ("Adam", {"max_grad_norm": 1.0}, ConfigError, "gradient_clipping"),
+    ],
+)
+def test_optimizer_mistakes(kind: str, params: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        _build(kind, **params)
