@@ -8,7 +8,8 @@ from xtrain.backends.base import Backend, PrecisionFacet
 
 
 class CpuPrecision(PrecisionFacet):
-    """fp16 has too few host kernels. float64 costs the host little, and makes the norm independent of how the gradients are cut."""
+    """fp16 has too few host kernels. float64 costs the host little, and makes the norm independent of how
+    the gradients are cut."""
 
     native_dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16})
     norm_dtype = torch.float64

@@ -45,7 +45,9 @@ def get(name: str) -> Backend:
     """
     if name not in names():
         if name in _NOT_YET:
-            raise BackendError(f"backend {name!r} is not there yet in xtrain: use one of {', '.join(names())}")
+            raise BackendError(
+                f"backend {name!r} is not there yet in xtrain: use one of {', '.join(names())}"
+            )
         raise BackendError(unknown_name("backend", name, names()))
     backend = _load(name)
     reason = backend.runtime.unavailable_reason()

@@ -48,8 +48,8 @@ def get_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def get_world_group() -> dist.ProcessGroup:
-    """The group of all ranks."""
+def get_world_group() -> dist.ProcessGroup | None:
+    """The group of all ranks; None before it exists."""
     return dist.group.WORLD
 
 
@@ -114,7 +114,7 @@ def init_distributed(
             dist.init_process_group(
                 library, init_method=init_method, rank=place[0], world_size=place[1], timeout=timeout
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             raise BackendError(
                 f"rank {place[0]} of {place[1]} could not start {library} at {address}: {error}"
             ) from error

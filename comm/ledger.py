@@ -51,7 +51,11 @@ class Ledger:
     def sent_bytes(self, *operations: str) -> Fraction:
         """Bytes sent by this rank in the given operations (all of them when none is named)."""
         return sum(
-            (entry.sent_bytes for (name, _), entry in self.entries.items() if not operations or name in operations),
+            (
+                entry.sent_bytes
+                for (name, _), entry in self.entries.items()
+                if not operations or name in operations
+            ),
             Fraction(0),
         )
 

@@ -33,7 +33,9 @@ def parse_args(argv=None):
     model.add_argument("--dropout", type=float, default=0.0)
     model.add_argument("--embedding-gradient-alpha", type=float, default=1.0)
     data = parser.add_argument_group("data")
-    data.add_argument("--data-path", nargs="+", help="text files, folders or globs; default: Python's library")
+    data.add_argument(
+        "--data-path", nargs="+", help="text files, folders or globs; default: Python's library"
+    )
     data.add_argument("--seq-length", type=int, default=128)
     train = parser.add_argument_group("training")
     train.add_argument("--steps", type=int, default=300)
@@ -41,7 +43,9 @@ def parse_args(argv=None):
     train.add_argument("--weight-decay", type=float, default=0.01)
     train.add_argument("--log-interval", type=int, default=10)
     train.add_argument("--save", help="folder for checkpoints")
-    train.add_argument("--save-interval", type=int, default=0, help="steps between checkpoints; 0: only at the end")
+    train.add_argument(
+        "--save-interval", type=int, default=0, help="steps between checkpoints; 0: only at the end"
+    )
     train.add_argument("--load", help="folder of the checkpoint to continue from")
     train.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.add_config_arguments(parser)
@@ -170,7 +174,9 @@ def main(argv=None):
         losses.append(train_step(engine, sampler, mpu, engine.global_steps))
         step = engine.global_steps
         if engine.global_rank == 0 and (step % args.log_interval == 0 or step == args.steps):
-            print(f"step {step}/{args.steps} | loss {losses[-1]:.6f} | lr {engine.get_lr()[0]:.3e}", flush=True)
+            print(
+                f"step {step}/{args.steps} | loss {losses[-1]:.6f} | lr {engine.get_lr()[0]:.3e}", flush=True
+            )
         last = step == args.steps
         if args.save and (last or (args.save_interval and step % args.save_interval == 0)):
             engine.save_checkpoint(args.save)

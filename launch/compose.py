@@ -47,23 +47,23 @@ def _check_overrides(overrides: list[str], extra: Path | None) -> None:
             raise ConfigError(unknown_name(key, value, choices[key]))
 
 
-def _all_keys(node: Any, prefix: str = "") -> list[str]:
+def _all_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
     keys = []
-    for key in node:
-        dotted = f"{prefix}{key}"
-        keys.append(dotted)
-        child = OmegaConf.to_container(node, resolve=False)[key]
+    for key, child in tree.items():
+        keys.append(f"{prefix}{key}")
         if isinstance(child, dict):
-            keys += _all_keys(node._get_node(key), f"{dotted}.")
+            keys += _all_keys(child, f"{prefix}{key}.")
     return keys
 
 
-def _explain(error: Exception, compose_defaults: DictConfig) -> str:
+def _explain(error: Exception, defaults: dict[str, Any]) -> str:
     first = str(error).split("\n")[0].strip()
     if match := re.match(r"Could not override '([^']+)'", first):
         key = match[1]
-        close = nearest(key, _all_keys(compose_defaults))
-        hint = f"did you mean {close!r}?" if close else "see conf/config.yaml; `+key=value` adds a DeepSpeed key"
+        close = nearest(key, _all_keys(defaults))
+        hint = (
+            f"did you mean {close!r}?" if close else "see conf/config.yaml; `+key=value` adds a DeepSpeed key"
+        )
         return f"unknown key {key!r}: {hint}"
     return f"the configuration cannot be composed: {first}"
 
@@ -90,11 +90,14 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> tuple
             tree = compose("config", overrides=[*search, *overrides])
             OmegaConf.resolve(tree)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(_explain(error, compose("config"))) from None
+            defaults: Any = OmegaConf.to_container(compose("config"), resolve=False)
+            raise ConfigError(_explain(error, defaults)) from None
     try:
         checked = LaunchConfig.model_validate(OmegaConf.to_container(tree))
     except ValidationError as error:
         problem = error.errors()[0]
         dotted = ".".join(str(part) for part in problem["loc"])
-        raise ConfigError(f"{dotted} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+        raise ConfigError(
+            f"{dotted} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        ) from None
     return checked, tree

@@ -38,7 +38,13 @@ class Job:
     @property
     def agent_command(self) -> list[str]:
         """The process that starts and watches the ranks (torchrun's agent)."""
-        return [sys.executable, "-m", "xtrain.launch.agent", str(self.run_dir), str(self.ranks)] + self.rank_command
+        return [
+            sys.executable,
+            "-m",
+            "xtrain.launch.agent",
+            str(self.run_dir),
+            str(self.ranks),
+        ] + self.rank_command
 
     @property
     def rank_command(self) -> list[str]:
@@ -49,7 +55,10 @@ class Job:
 def builtin_script() -> Path:
     """The GLM pretraining script: beside this package in a checkout, inside it when installed."""
     package = Path(__file__).resolve().parent.parent
-    for candidate in (package / "examples" / "pretrain_glm.py", package.parent / "examples" / "pretrain_glm.py"):
+    for candidate in (
+        package / "examples" / "pretrain_glm.py",
+        package.parent / "examples" / "pretrain_glm.py",
+    ):
         if candidate.is_file():
             return candidate
     raise ConfigError("the built-in script pretrain_glm.py is missing: reinstall xtrain or pass script=")
@@ -121,7 +130,9 @@ def make_job(config: LaunchConfig, extra_args: list[str]) -> tuple[Job, dict[str
             raise ConfigError(f"script={config.script} does not exist")
         if config.data.path is not None or resume is not None:
             key = "data.path" if config.data.path is not None else "resume"
-            raise ConfigError(f"{key} is for the built-in script: pass your script its own arguments after `--`")
+            raise ConfigError(
+                f"{key} is for the built-in script: pass your script its own arguments after `--`"
+            )
     job = Job(
         run_dir=run_dir,
         script=script,

@@ -18,8 +18,12 @@ from xtrain.run_folder import CURVE, METRICS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `xtrain launch`."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, such as model=glm_tiny")
-    parser.add_argument("--config-dir", help="a folder with more choices: cluster/mine.yaml, model/mine.yaml, ...")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="Hydra overrides, such as model=glm_tiny"
+    )
+    parser.add_argument(
+        "--config-dir", help="a folder with more choices: cluster/mine.yaml, model/mine.yaml, ..."
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
 
 
@@ -52,7 +56,9 @@ def run(args: argparse.Namespace, script_args: list[str]) -> int:
         print(_describe(job))
         return 0
     write_run_folder(job, tree, deepspeed_config)
-    console.print(f"{job.model} on {job.ranks} ranks, run folder {job.run_dir}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{job.model} on {job.ranks} ranks, run folder {job.run_dir}", highlight=False, soft_wrap=True
+    )
     start = time.monotonic()
     status = Supervisor(job, console, args.debug).run()
     if (job.run_dir / METRICS).exists():

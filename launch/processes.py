@@ -20,7 +20,7 @@ def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
 
 
 def signal_name(number: int) -> str:
-    """"SIGKILL" for 9."""
+    """ "SIGKILL" for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -42,7 +42,9 @@ def _clock(seconds: float) -> str:
 class ProgressDisplay:
     """A bar on a terminal; a line every few seconds elsewhere."""
 
-    def __init__(self, console: Console, total: int | None, title: str, seconds_between_lines: float = 10.0) -> None:
+    def __init__(
+        self, console: Console, total: int | None, title: str, seconds_between_lines: float = 10.0
+    ) -> None:
         self.console = console
         self.total = total
         self.seconds_between_lines = seconds_between_lines

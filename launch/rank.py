@@ -36,7 +36,9 @@ def _run(script: str, args: list[str]) -> None:
 
 def _failure(rank: int, error: BaseException) -> Failure:
     if isinstance(error, XtrainError):
-        return Failure(rank, str(error), error.exit_code, time.time(), user_error=True, traceback=traceback.format_exc())
+        return Failure(
+            rank, str(error), error.exit_code, time.time(), user_error=True, traceback=traceback.format_exc()
+        )
     message = f"{type(error).__name__}: {error}".strip()
     return Failure(rank, message, 1, time.time(), traceback=traceback.format_exc())
 
@@ -56,8 +58,16 @@ def main() -> int:
         if leave.code is None or leave.code == 0:
             return 0
         code = leave.code if isinstance(leave.code, int) else 1
-        last = [line for line in rank_log(run_dir, rank).read_text(errors="replace").splitlines() if line.strip()]
-        message = str(leave.code) if isinstance(leave.code, str) else last[-1] if last else f"exited with code {code}"
+        last = [
+            line for line in rank_log(run_dir, rank).read_text(errors="replace").splitlines() if line.strip()
+        ]
+        message = (
+            str(leave.code)
+            if isinstance(leave.code, str)
+            else last[-1]
+            if last
+            else f"exited with code {code}"
+        )
         write_failure(run_dir, Failure(rank, message, code, time.time(), user_error=code == 2))
         return code
     except BaseException as error:

@@ -119,7 +119,9 @@ class Supervisor:
             if stop.requests and not told:
                 (self.job.run_dir / STOP).touch()
                 told = True
-                self._say("stopping: ranks finish the step and save a checkpoint (Ctrl-C again kills them now)")
+                self._say(
+                    "stopping: ranks finish the step and save a checkpoint (Ctrl-C again kills them now)"
+                )
             late = stop.requests and time.monotonic() - stop.since > self.job.stop_timeout
             if stop.requests > 1 or late:
                 return True

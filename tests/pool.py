@@ -40,7 +40,9 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
         connection.send(_run(rank, world_size, *task))
 
 
-def _run(rank: int, world_size: int, store_file: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _run(
+    rank: int, world_size: int, store_file: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
     import torch
     import torch.distributed as dist
 

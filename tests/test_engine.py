@@ -121,7 +121,9 @@ def test_tied_unused_frozen_and_empty_parameters(ranks: Any) -> None:
     torch.manual_seed(1)
     model = Odd()
     start = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0
+    )
     scheduler = xtrain.schedulers.WarmupDecayLR(optimizer, 40, 0.0, 0.01, 4)
     optimizer.param_groups[0]["betas"] = (0.9, 0.95)
     expected = []
@@ -316,7 +318,9 @@ def _single(case: str) -> str:
         settings["xtrain"] = {"backend": "cpuu"}
     elif case == "backend later":
         settings["xtrain"] = {"backend": "cuda"}
-    with pytest.raises((ConfigError, NotImplementedYetError, xtrain.backends.registry.BackendError)) as caught:
+    with pytest.raises(
+        (ConfigError, NotImplementedYetError, xtrain.backends.registry.BackendError)
+    ) as caught:
         engine, _, _, _ = xtrain.initialize(model=model, config=settings, **kwargs)
         if case == "step without backward":
             engine.step()

@@ -113,7 +113,9 @@ def initialize(
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `--deepspeed` and `--deepspeed_config` (and their old spellings) to a script's parser."""
     group = parser.add_argument_group("DeepSpeed")
-    group.add_argument("--deepspeed", action="store_true", help="for the script's own use; changes nothing here")
+    group.add_argument(
+        "--deepspeed", action="store_true", help="for the script's own use; changes nothing here"
+    )
     group.add_argument("--deepspeed_config", type=str, default=None, help="path of the DeepSpeed JSON config")
     group.add_argument("--deepscale", action="store_true", help=argparse.SUPPRESS)
     group.add_argument("--deepscale_config", type=str, default=None, help=argparse.SUPPRESS)

@@ -99,7 +99,9 @@ class XtrainEngine(nn.Module):
             check_elementwise(given, values.zero_allow_untested_optimizer)
             return given
         if given is not None and not callable(given):
-            raise ConfigError(f"optimizer must be a torch optimizer or a callable, not {type(given).__name__}")
+            raise ConfigError(
+                f"optimizer must be a torch optimizer or a callable, not {type(given).__name__}"
+            )
         if given is None and values.optimizer is None:
             return None
         groups = setup.as_param_groups(model_parameters, self.module)
@@ -174,7 +176,9 @@ class XtrainEngine(nn.Module):
         """Run the model."""
         return self.module(*inputs, **kwargs)
 
-    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
+    def backward(
+        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> torch.Tensor:
         """Add the gradients of this micro-batch; at a boundary, start reducing them over the ranks.
 
         Args:
@@ -185,9 +189,13 @@ class XtrainEngine(nn.Module):
             The loss as it was differentiated (divided by the accumulation steps).
         """
         if self.optimizer is None:
-            raise ConfigError("backward() needs an optimizer: name one in the config or pass it to initialize()")
+            raise ConfigError(
+                "backward() needs an optimizer: name one in the config or pass it to initialize()"
+            )
         if loss.numel() != 1:
-            raise ConfigError(f"backward() takes a scalar loss, got shape {tuple(loss.shape)}: average it first")
+            raise ConfigError(
+                f"backward() takes a scalar loss, got shape {tuple(loss.shape)}: average it first"
+            )
         if scale_wrt_gas and self.batch_sizes.accumulation > 1:
             loss = loss / self.batch_sizes.accumulation
         loss.backward(retain_graph=retain_graph)
@@ -284,7 +292,7 @@ class XtrainEngine(nn.Module):
 
     def get_batch_info(self) -> tuple[int, int, int]:
         """(train batch size, micro-batch size, accumulation steps)."""
-        return tuple(self.batch_sizes)
+        return self.batch_sizes.train, self.batch_sizes.micro, self.batch_sizes.accumulation
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the global batch by changing the number of accumulation steps."""

@@ -38,7 +38,9 @@ def as_param_groups(parameters: Iterable[Any] | None, module: nn.Module) -> list
     return trainable
 
 
-def place_module(module: nn.Module, device: torch.device, dtype: torch.dtype | None, backend: Backend) -> None:
+def place_module(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None, backend: Backend
+) -> None:
     """Move the module to the device; cast floating parameters and buffers when `dtype` is given.
 
     Raises:

@@ -23,7 +23,10 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
     ("config", "said"),
     [
         ({"train_batch_siz": 8}, "unknown key 'train_batch_siz': did you mean 'train_batch_size'?"),
-        ({"zero_optimization": {"stge": 1}}, "unknown key 'stge' in section 'zero_optimization': did you mean 'stage'?"),
+        (
+            {"zero_optimization": {"stge": 1}},
+            "unknown key 'stge' in section 'zero_optimization': did you mean 'stage'?",
+        ),
         ({"stage": 1}, "the key is 'zero_optimization.stage'"),
         ({"zero_optimization": {"gradient_clipping": 1.0}}, "the key is 'gradient_clipping'"),
         ({"qwertyuiop": 1}, "see docs/config.md"),
@@ -79,14 +82,18 @@ def test_features_that_are_off_are_accepted_in_silence(config: dict[str, Any]) -
 
 
 def test_keys_without_effect_are_reported() -> None:
-    notices = load_config({"zero_optimization": {"stage3_max_live_parameters": 5, "contiguous_gradients": False}}).notices
+    notices = load_config(
+        {"zero_optimization": {"stage3_max_live_parameters": 5, "contiguous_gradients": False}}
+    ).notices
     assert len(notices) == 2
     assert "zero_optimization.stage3_max_live_parameters" in notices[1]
     assert all("no effect: " in notice for notice in notices)
 
 
 def test_auto_means_left_out() -> None:
-    values = load_config({"train_batch_size": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}}).values
+    values = load_config(
+        {"train_batch_size": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}}
+    ).values
     assert values.train_batch_size is None
     assert values.zero_optimization.reduce_bucket_size is None
 

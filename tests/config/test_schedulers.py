@@ -58,7 +58,9 @@ def test_against_deepspeed(kind: str, warmup_type: str) -> None:
     if kind == "WarmupDecayLR":
         params["total_num_steps"] = 15
     ours = build_scheduler(SchedulerConfig(type=kind, params=params), _optimizer())
-    assert _rates(ours, 20) == pytest.approx(_rates(getattr(theirs, kind)(_optimizer(), **params), 20), rel=1e-12)
+    assert _rates(ours, 20) == pytest.approx(
+        _rates(getattr(theirs, kind)(_optimizer(), **params), 20), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,9 @@ def test_adam_is_pytorchs_adam(decoupled: bool) -> None:
 
 
 def _build(kind: str, **params: Any) -> torch.optim.Optimizer:
-    return build_optimizer(OptimizerConfig(type=kind, params=params), [{"params": [torch.nn.Parameter(torch.zeros(2))]}])
+    return build_optimizer(
+        OptimizerConfig(type=kind, params=params), [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
+    )
 
 
 def test_adam_type_means_adamw_unless_said_otherwise() -> None:

@@ -99,7 +99,12 @@ def test_a_vocabulary_below_bytes_is_refused(tmp_path: Path) -> None:
 def test_philox_against_its_published_vector() -> None:
     """Random123's known answer for philox4x64-10 with counter and key zero, after numpy's first increment."""
     numbers = np.random.Philox(counter=[2**64 - 1] * 4, key=[0, 0]).random_raw(4)
-    assert numbers.tolist() == [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
+    assert numbers.tolist() == [
+        0x16554D9ECA36314C,
+        0xDB20FE9D672D0FDC,
+        0xD7E772CEE186176B,
+        0x7E68B68AEC7BA23B,
+    ]
 
 
 def test_numbers_depend_on_where_not_when() -> None:

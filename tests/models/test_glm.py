@@ -109,7 +109,9 @@ def test_embedding_gradient_is_shrunk_and_values_are_not() -> None:
         model = GLM(GLMConfig(128, 1, 16, 2, 24, embedding_gradient_alpha=alpha)).double()
         # Untie by hand: read the input embeddings' own gradient through a hook.
         captured = []
-        model.word_embeddings.register_forward_hook(lambda *_args, c=captured: c.append(_args[2]) or _args[2].retain_grad())
+        model.word_embeddings.register_forward_hook(
+            lambda *_args, c=captured: c.append(_args[2]) or _args[2].retain_grad()
+        )
         loss = model(*batch, torch.tensor([5]), torch.from_numpy(sample.labels)[None])
         loss.backward()
         results.append((loss.item(), captured[0].grad))

@@ -9,8 +9,36 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-_NOUNS = "buffer rank shard bucket tensor layer step scale mask token window group node slot".split()
-_VERBS = "gather reduce scatter cast clip pack align record shift merge split load".split()
+_NOUNS = [
+    "buffer",
+    "rank",
+    "shard",
+    "bucket",
+    "tensor",
+    "layer",
+    "step",
+    "scale",
+    "mask",
+    "token",
+    "window",
+    "group",
+    "node",
+    "slot",
+]
+_VERBS = [
+    "gather",
+    "reduce",
+    "scatter",
+    "cast",
+    "clip",
+    "pack",
+    "align",
+    "record",
+    "shift",
+    "merge",
+    "split",
+    "load",
+]
 
 
 def _pick(source: random.Random, words: list[str]) -> str:

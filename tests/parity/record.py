@@ -35,7 +35,9 @@ def run_engine(engine: str, dtype: str, ranks: int, folder: Path, corpus: Path) 
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "XTRAIN_CACHE": str(folder)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"{engine}, {dtype}, {ranks} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{engine}, {dtype}, {ranks} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return [float.fromhex(loss) for loss in json.loads(output.read_text())]
 
 
@@ -47,7 +49,9 @@ def float64_run(folder: Path, corpus: Path) -> list[float]:
         "print(json.dumps([x.hex() for x in float64_curve(pathlib.Path(sys.argv[1]))]))"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "XTRAIN_CACHE": str(folder)}
-    done = subprocess.run([sys.executable, "-c", code, str(corpus)], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(corpus)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     if done.returncode != 0:
         raise SystemExit(done.stderr[-4000:])
     return [float.fromhex(loss) for loss in json.loads(done.stdout.splitlines()[-1])]
@@ -68,7 +72,9 @@ def main() -> int:
         folder = Path(name)
         corpus = write_corpus(folder)
         curves["float64"] = float64_run(folder, corpus)
-        print(f"{'run':<22}{'xtrain - DeepSpeed':>20}{'xtrain - float64':>18}{'DeepSpeed - float64':>21}  (largest relative)")
+        print(
+            f"{'run':<22}{'xtrain - DeepSpeed':>20}{'xtrain - float64':>18}{'DeepSpeed - float64':>21}  (largest relative)"
+        )
         for dtype, ranks in CASES:
             theirs = run_engine("deepspeed", dtype, ranks, folder, corpus)
             ours = run_engine("xtrain", dtype, ranks, folder, corpus)
@@ -81,14 +87,19 @@ def main() -> int:
             fits = apart < 1e-4 if dtype == "fp32" else apart < 0.02 or our_error < their_error
             good &= fits
             verdict = "" if fits else "  OUTSIDE"
-            print(f"{case_name(dtype, ranks):<22}{apart:>20.2e}{our_error:>18.2e}{their_error:>21.2e}{verdict}", flush=True)
+            print(
+                f"{case_name(dtype, ranks):<22}{apart:>20.2e}{our_error:>18.2e}{their_error:>21.2e}{verdict}",
+                flush=True,
+            )
     if check:
         recorded = json.loads(GOLDEN.read_text())["curves"]
         for case, curve in curves.items():
             stored = [float.fromhex(loss) for loss in recorded[case]]
             print(f"recorded against now, {case}: {largest_difference(curve, stored):.2e}")
     else:
-        versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "torch", "tokenizers", "numpy")}
+        versions = {
+            name: importlib.metadata.version(name) for name in ("deepspeed", "torch", "tokenizers", "numpy")
+        }
         golden = {
             "command": COMMAND,
             "recorded": time.strftime("%Y-%m-%d"),

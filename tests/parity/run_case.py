@@ -15,7 +15,7 @@ def _spare_deepspeed_its_compiler() -> None:
     """Tell DeepSpeed that no compiled op is available; it would build its shared-memory op for minutes."""
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__.update({name: False for name in deepspeed.ops.__compatible_ops__})
+    deepspeed.ops.__compatible_ops__.update(dict.fromkeys(deepspeed.ops.__compatible_ops__, False))
 
 
 def main() -> None:

@@ -44,7 +44,9 @@ def test_slices_are_equal_and_aligned(sizes: list[int], n: int, bucket: int, ali
 
 
 @given(sizes, partitions, bucket_sizes, aligns)
-def test_buckets_hold_whole_parameters_up_to_their_size(sizes: list[int], n: int, bucket: int, align: int) -> None:
+def test_buckets_hold_whole_parameters_up_to_their_size(
+    sizes: list[int], n: int, bucket: int, align: int
+) -> None:
     layout = cut(sizes, n, bucket, align)
     assert [member for item in layout.buckets for member in item.members] == list(range(len(sizes)))
     for item in layout.buckets:

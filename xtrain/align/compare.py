@@ -33,7 +33,9 @@ class Policy:
         except ValueError:
             tolerance = math.nan
         if kind != "relative" or not tolerance >= 0 or math.isinf(tolerance):
-            raise RecordError(f"unknown policy {text!r}: use exact or relative:TOLERANCE, such as relative:0.02")
+            raise RecordError(
+                f"unknown policy {text!r}: use exact or relative:TOLERANCE, such as relative:0.02"
+            )
         return cls(tolerance)
 
 

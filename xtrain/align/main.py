@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `xtrain align`."""
     parser.add_argument("reference", help="run folder or metrics.jsonl")
     parser.add_argument("candidate", help="run folder or metrics.jsonl")
-    parser.add_argument("--policy", default="relative:0.02", help="exact, or relative:TOLERANCE on every step")
+    parser.add_argument(
+        "--policy", default="relative:0.02", help="exact, or relative:TOLERANCE on every step"
+    )
     parser.add_argument("--plot", metavar="PNG", help="write a picture of both curves and their difference")
 
 

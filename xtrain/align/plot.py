@@ -22,7 +22,9 @@ def plot_curves(curves: Mapping[str, Mapping[int, float]], path: Path, title: st
     pair = len(curves) == 2
     figure = Figure(figsize=(8, 6 if pair else 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2 if pair else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if pair else [1])[:, 0]
+    axes = figure.subplots(
+        2 if pair else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if pair else [1]
+    )[:, 0]
     for (name, curve), colour, style in zip(curves.items(), _COLOURS, ("-", "--", "-.", ":"), strict=False):
         axes[0].plot(list(curve), list(curve.values()), style, label=name, color=colour, linewidth=1.4)
     axes[0].set_title(title)
@@ -32,7 +34,9 @@ def plot_curves(curves: Mapping[str, Mapping[int, float]], path: Path, title: st
     if pair:
         reference, candidate = curves.values()
         common = [step for step in reference if step in candidate]
-        difference = [abs(candidate[step] - reference[step]) / max(abs(reference[step]), 1e-12) for step in common]
+        difference = [
+            abs(candidate[step] - reference[step]) / max(abs(reference[step]), 1e-12) for step in common
+        ]
         axes[1].plot(common, difference, color="#555555", linewidth=1.0)
         axes[1].set_ylabel("relative difference")
         axes[1].grid(alpha=0.3)

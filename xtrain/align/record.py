@@ -67,7 +67,9 @@ def read_record(path: str | Path) -> Record:
                 break
             raise RecordError(f"{file} is not a run record: line {number}: {error}") from None
     if record.headers and record.headers[0].get("version") != VERSION:
-        raise RecordError(f"{file} has record version {record.headers[0].get('version')}, this xtrain reads {VERSION}")
+        raise RecordError(
+            f"{file} has record version {record.headers[0].get('version')}, this xtrain reads {VERSION}"
+        )
     if not record.headers:
         raise RecordError(f"{file} is not a run record: it has no header line")
     return record

@@ -53,7 +53,9 @@ def find_tag(save_dir: Path, tag: str | None) -> str | None:
         if not save_dir.exists() or (save_dir.is_dir() and not any(save_dir.iterdir())):
             return None
         if not save_dir.is_dir():
-            raise CheckpointError(f"{save_dir} is not a folder: pass the folder that save_checkpoint wrote to")
+            raise CheckpointError(
+                f"{save_dir} is not a folder: pass the folder that save_checkpoint wrote to"
+            )
         latest = save_dir / LATEST
         if not latest.is_file():
             found = complete_tags(save_dir)
@@ -62,7 +64,11 @@ def find_tag(save_dir: Path, tag: str | None) -> str | None:
         tag = latest.read_text(encoding="utf-8").strip()
     if not (save_dir / tag / MANIFEST).is_file():
         found = complete_tags(save_dir)
-        hint = f"complete ones in {save_dir}: {', '.join(found)}" if found else f"{save_dir} holds no complete one"
+        hint = (
+            f"complete ones in {save_dir}: {', '.join(found)}"
+            if found
+            else f"{save_dir} holds no complete one"
+        )
         raise CheckpointError(f"{save_dir / tag} is not a complete checkpoint ({hint})")
     return tag
 
@@ -104,5 +110,7 @@ def verified(directory: Path, manifest: dict[str, Any], name: str) -> Path:
     if name not in manifest["files"]:
         raise CheckpointError(f"checkpoint {directory} has no file {name}")
     if sha256(directory / name) != manifest["files"][name]["sha256"]:
-        raise CheckpointError(f"checkpoint {directory} is damaged: the content of {name} does not match its checksum")
+        raise CheckpointError(
+            f"checkpoint {directory} is damaged: the content of {name} does not match its checksum"
+        )
     return directory / name

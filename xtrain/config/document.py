@@ -1,6 +1,6 @@
 """Writes docs/config.md from the schema, so that the reference cannot go stale.
 
-    python -m xtrain.config.document docs/config.md
+python -m xtrain.config.document docs/config.md
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ def drop_auto(value: Any) -> Any:
     """Remove keys whose value is "auto" (Hugging Face's placeholder), as DeepSpeed does."""
     if not isinstance(value, dict):
         return value
-    return {key: drop_auto(item) for key, item in value.items() if not (isinstance(item, str) and item == "auto")}
+    return {
+        key: drop_auto(item) for key, item in value.items() if not (isinstance(item, str) and item == "auto")
+    }
 
 
 def _asks_for_something(value: Any, default: Any) -> bool:

@@ -100,9 +100,9 @@ class Bf16Config(Section):
     enabled: bool = False
     check_grad_overflow: bool = True
     """Skip the step on all ranks when the gradient norm is not finite."""
-    immediate_grad_update: Annotated[
-        bool, NoEffect("gradients are accumulated in place as they arrive")
-    ] = False
+    immediate_grad_update: Annotated[bool, NoEffect("gradients are accumulated in place as they arrive")] = (
+        False
+    )
     bf16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
     bf16_optimizer_states: Annotated[bool, NotYet("optimizer states are kept in float32")] = False
 

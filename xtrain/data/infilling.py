@@ -34,7 +34,12 @@ class Sample(NamedTuple):
 
 
 def infill(
-    tokens: Sequence[int], spans: Sequence[tuple[int, int]], order: Sequence[int], mask: int, start: int, end: int
+    tokens: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    order: Sequence[int],
+    mask: int,
+    start: int,
+    end: int,
 ) -> Sample:
     """Corrupt `tokens`: part A has one `mask` for each span, part B the spans, in the given order.
 

@@ -85,7 +85,7 @@ def _write_tokens(tokenizer: tokenizers.Tokenizer, texts: Iterable[str], path: P
     with path.open("wb") as file:
         while batch := list(islice(texts, 64)):
             for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                ids = np.asarray([*encoding.ids, end], dtype=dtype)
+                ids: NDArray[np.unsignedinteger] = np.asarray([*encoding.ids, end], dtype=dtype)
                 count += ids.size
                 ids.tofile(file)
         file.flush()

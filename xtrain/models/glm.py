@@ -38,7 +38,9 @@ class GLMConfig:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         head, multiple = self.hidden_size // self.num_heads, 4 if self.rotary == "2d" else 2
         if head % multiple:
-            raise ValueError(f"a head has {head} elements, which {self.rotary} rotary positions need divisible by {multiple}")
+            raise ValueError(
+                f"a head has {head} elements, which {self.rotary} rotary positions need divisible by {multiple}"
+            )
 
 
 def attention_mask(context_lengths: Tensor, length: int) -> Tensor:
@@ -154,10 +156,16 @@ class GLM(nn.Module):
         gain = (2 * self.config.num_layers) ** -0.5
         nn.init.normal_(self.word_embeddings.weight, std=0.02)
         for layer in self.layers:
+            assert isinstance(layer, Layer)
             query, key, value = layer.attention.query_key_value.weight.chunk(3)
             nn.init.xavier_normal_(query)
             nn.init.xavier_normal_(key)
-            for weight in (value, layer.attention.dense.weight, layer.mlp.dense_in.weight, layer.mlp.dense_out.weight):
+            for weight in (
+                value,
+                layer.attention.dense.weight,
+                layer.mlp.dense_in.weight,
+                layer.mlp.dense_out.weight,
+            ):
                 nn.init.xavier_normal_(weight, gain=gain)
         for module in self.modules():
             if isinstance(module, nn.Linear):

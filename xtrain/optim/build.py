@@ -11,7 +11,18 @@ from xtrain.config.schema import OptimizerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError, unknown_name
 from xtrain.optim.adam import Adam
 
-_NOT_YET = {"adagrad", "lamb", "lion", "muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd"}
+_NOT_YET = {
+    "adagrad",
+    "lamb",
+    "lion",
+    "muon",
+    "onebitadam",
+    "onebitlamb",
+    "zerooneadam",
+    "muadam",
+    "muadamw",
+    "musgd",
+}
 _TYPES = ("Adam", "AdamW", "SGD")
 
 # Optimizers whose update of an element depends on that element alone, so that slices can be updated apart.
@@ -53,7 +64,8 @@ def build_optimizer(config: OptimizerConfig, param_groups: list[dict[str, Any]])
         return construct(torch.optim.SGD, param_groups, params, "optimizer.params")
     if kind in _NOT_YET:
         raise NotImplementedYetError(
-            f"optimizer type {config.type!r}", f"use {', '.join(_TYPES)}, or pass an optimizer object to initialize()"
+            f"optimizer type {config.type!r}",
+            f"use {', '.join(_TYPES)}, or pass an optimizer object to initialize()",
         )
     raise ConfigError(f"config key 'optimizer.type': {unknown_name('optimizer', config.type, _TYPES)}")
 

@@ -34,7 +34,9 @@ def _ask(mpu: Any, *names: str) -> Any:
         method = getattr(mpu, name, None)
         if callable(method):
             return method()
-    raise ConfigError(f"the mpu object has no method {names[0]}(): xtrain needs it to find the data-parallel ranks")
+    raise ConfigError(
+        f"the mpu object has no method {names[0]}(): xtrain needs it to find the data-parallel ranks"
+    )
 
 
 def grid_from_mpu(mpu: Any | None) -> DataParallelGrid:

@@ -39,7 +39,11 @@ def _check_shapes(engine: XtrainEngine, manifest: dict[str, Any], directory: Pat
 
 
 def _load_module(
-    engine: XtrainEngine, directory: Path, manifest: dict[str, Any], strict: bool, custom: Callable[..., None] | None
+    engine: XtrainEngine,
+    directory: Path,
+    manifest: dict[str, Any],
+    strict: bool,
+    custom: Callable[..., None] | None,
 ) -> None:
     tensors = load_file(layout.verified(directory, manifest, layout.MODEL))
     if custom is not None:
@@ -55,7 +59,9 @@ def _load_module(
         parts += [f"has {unexpected[0]!r}, which the model lacks"] if unexpected else []
         count = len(missing) + len(unexpected)
         more = f" ({count} names differ in all)" if count > 1 else ""
-        raise CheckpointError(f"checkpoint {directory} {' and '.join(parts)}{more}: load_module_strict=False ignores it")
+        raise CheckpointError(
+            f"checkpoint {directory} {' and '.join(parts)}{more}: load_module_strict=False ignores it"
+        )
 
 
 class _Runs:
@@ -99,7 +105,9 @@ def _split(shard: torch.Tensor, group: FlatGroup) -> list[torch.Tensor]:
     return list(torch.split(shard, [master.numel() for master in group.masters]))
 
 
-def _load_group(group: FlatGroup, optimizer: torch.optim.Optimizer, runs: _Runs, scalars: dict[str, Any]) -> None:
+def _load_group(
+    group: FlatGroup, optimizer: torch.optim.Optimizer, runs: _Runs, scalars: dict[str, Any]
+) -> None:
     """Restore the masters and the optimizer states of what this rank owns now."""
     kinds = dict.fromkeys(kind for name in group.names for kind in runs.kinds(name))
     elements = sum(master.numel() for master in group.masters)
@@ -108,7 +116,10 @@ def _load_group(group: FlatGroup, optimizer: torch.optim.Optimizer, runs: _Runs,
         for piece in group.layout.pieces(group.partition):
             length = piece.stop - piece.start
             runs.fill(
-                shard[piece.shard_start : piece.shard_start + length], kind, group.names[piece.member], piece.start
+                shard[piece.shard_start : piece.shard_start + length],
+                kind,
+                group.names[piece.member],
+                piece.start,
             )
         for master, values in zip(group.masters, _split(shard, group), strict=True):
             if kind == "master":
@@ -121,12 +132,16 @@ def _load_group(group: FlatGroup, optimizer: torch.optim.Optimizer, runs: _Runs,
                 optimizer.state[master][kind] = value.clone() if torch.is_tensor(value) else value
 
 
-def _load_optimizer(engine: XtrainEngine, directory: Path, manifest: dict[str, Any], state: dict[str, Any]) -> None:
+def _load_optimizer(
+    engine: XtrainEngine, directory: Path, manifest: dict[str, Any], state: dict[str, Any]
+) -> None:
     assert engine.optimizer is not None
     optimizer = engine.optimizer.optimizer
     saved = state.get("optimizer")
     if saved is None:
-        raise CheckpointError(f"checkpoint {directory} has no optimizer states: pass load_optimizer_states=False")
+        raise CheckpointError(
+            f"checkpoint {directory} has no optimizer states: pass load_optimizer_states=False"
+        )
     if saved["type"] != type(optimizer).__name__:
         raise CheckpointError(
             f"checkpoint {directory} was written with {saved['type']}, this run uses {type(optimizer).__name__}: "
@@ -142,7 +157,9 @@ def _load_optimizer(engine: XtrainEngine, directory: Path, manifest: dict[str, A
     runs = _Runs(directory, manifest)
     steps = saved["scalars"]
     for flat in engine.optimizer.groups:
-        scalars = next((steps[name] for name in flat.names if name in steps), next(iter(steps.values()), {}))
+        scalars: dict[str, Any] = next(
+            (steps[name] for name in flat.names if name in steps), next(iter(steps.values()), {})
+        )
         _load_group(flat, optimizer, runs, scalars)
 
 

@@ -72,7 +72,9 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
         state["optimizer"] = {
             "type": type(optimizer.optimizer).__name__,
             "options": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
-            "scalars": {group.names[0]: scalar_states(group, optimizer.optimizer) for group in optimizer.groups},
+            "scalars": {
+                group.names[0]: scalar_states(group, optimizer.optimizer) for group in optimizer.groups
+            },
         }
     if hasattr(engine.lr_scheduler, "state_dict"):
         state["lr_scheduler"] = engine.lr_scheduler.state_dict()
@@ -80,7 +82,11 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
 
 
 def _module_tensors(engine: XtrainEngine, exclude_frozen: bool) -> dict[str, torch.Tensor]:
-    frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad} if exclude_frozen else set()
+    frozen = (
+        {name for name, p in engine.module.named_parameters() if not p.requires_grad}
+        if exclude_frozen
+        else set()
+    )
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, torch.Size, Any], str] = {}
     for name, value in engine.module.state_dict().items():
@@ -115,7 +121,9 @@ def _write_part(
     index: dict[str, list[list[Any]]] = {}
     if engine.global_rank == 0:
         save_file(_module_tensors(engine, exclude_frozen), directory / layout.MODEL)
-        _write_torch(_state(engine, client_state), directory / layout.STATE, "client_state or the scheduler's state")
+        _write_torch(
+            _state(engine, client_state), directory / layout.STATE, "client_state or the scheduler's state"
+        )
         written += [layout.MODEL, layout.STATE]
     # In stage 0 every rank owns the same states: the first data-parallel rank writes them.
     partitioned = engine.zero_optimization()
@@ -137,7 +145,9 @@ def _write_part(
     return {"files": files, "runs": index}
 
 
-def _publish(engine: XtrainEngine, temporary: Path, target: Path, parts: list[dict[str, Any]], latest: bool) -> None:
+def _publish(
+    engine: XtrainEngine, temporary: Path, target: Path, parts: list[dict[str, Any]], latest: bool
+) -> None:
     runs: dict[str, list[list[Any]]] = {}
     for part in parts:
         for parameter, entries in part["runs"].items():
@@ -178,7 +188,9 @@ def _check_tag(engine: XtrainEngine, tag: str) -> str:
     tags = [""] * engine.world_size
     comm.all_gather_object(tags, tag)
     if not tags[0] or "/" in tags[0] or tags[0].startswith("."):
-        raise CheckpointError(f"checkpoint tag {tags[0]!r} must be a plain name, without '/' and not starting with '.'")
+        raise CheckpointError(
+            f"checkpoint tag {tags[0]!r} must be a plain name, without '/' and not starting with '.'"
+        )
     if len(set(tags)) > 1:
         message = f"ranks gave different checkpoint tags: {', '.join(sorted(set(tags)))}"
         mode = engine.xtrain_config.values.checkpoint.tag_validation
@@ -218,7 +230,9 @@ def save(
         lambda: _write_part(engine, temporary, client_state, exclude_frozen), what, CheckpointError
     )
     together(
-        lambda: _publish(engine, temporary, target, parts, save_latest) if first else None, what, CheckpointError
+        lambda: _publish(engine, temporary, target, parts, save_latest) if first else None,
+        what,
+        CheckpointError,
     )
     log_dist(f"saved checkpoint {target}", ranks=[0])
     return target
