@@ -38,13 +38,8 @@ class Job:
     @property
     def agent_command(self) -> list[str]:
         """The process that starts and watches the ranks (torchrun's agent)."""
-        return [
-            sys.executable,
-            "-m",
-            "xtrain.launch.agent",
-            str(self.run_dir),
-            str(self.ranks),
-        ] + self.rank_command
+        agent = [sys.executable, "-m", "xtrain.launch.agent", str(self.run_dir), str(self.ranks)]
+        return [*agent, *self.rank_command]
 
     @property
     def rank_command(self) -> list[str]:

@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for _variable in ("XTRAIN_BACKEND", "DS_ACCELERATOR", "XTRAIN_RUN_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_variable, None)
 
-from tests import pool
+from tests import pool  # noqa: E402 - workers inherit the environment set above
 
 
 @pytest.fixture(scope="session", autouse=True)
