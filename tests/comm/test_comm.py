@@ -47,7 +47,7 @@ def _collectives() -> dict[str, Any]:
         "total": total, "largest": largest, "part": part, "gathered": gathered, "exchanged": exchanged,
         "from_one": from_one, "to_zero": to_zero, "each": torch.cat(each), "received": received,
         "objects": objects, "shared": shared,
-        "ledger": {key: (entry.calls, entry.message_bytes, entry.sent_bytes) for key, entry in comm.ledger.entries.items()},
+        "ledger": {key: (e.calls, e.message_bytes, e.sent_bytes) for key, e in comm.ledger.entries.items()},
     }  # fmt: skip
 
 

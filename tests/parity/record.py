@@ -72,9 +72,8 @@ def main() -> int:
         folder = Path(name)
         corpus = write_corpus(folder)
         curves["float64"] = float64_run(folder, corpus)
-        print(
-            f"{'run':<22}{'xtrain - DeepSpeed':>20}{'xtrain - float64':>18}{'DeepSpeed - float64':>21}  (largest relative)"
-        )
+        print("largest relative difference over the steps:")
+        print(f"{'run':<22}{'xtrain - DeepSpeed':>20}{'xtrain - float64':>18}{'DeepSpeed - float64':>21}")
         for dtype, ranks in CASES:
             theirs = run_engine("deepspeed", dtype, ranks, folder, corpus)
             ours = run_engine("xtrain", dtype, ranks, folder, corpus)
