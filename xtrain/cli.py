@@ -36,7 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     if "--" in given:
         cut = given.index("--")
         ours, separator, script_args = given[:cut], "--", given[cut + 1 :]
-    args = _parser().parse_args(ours)
+    parser = _parser()
+    # Overrides and options may come in any order, which argparse's subcommands cannot do alone.
+    args, extras = parser.parse_known_args(ours)
+    if args.command == "launch":
+        args.overrides += [extra for extra in extras if not extra.startswith("-")]
+        extras = [extra for extra in extras if extra.startswith("-")]
+    if extras:
+        parser.error(f"unrecognized arguments: {' '.join(extras)}")
     try:
         if args.command == "launch":
             return launch.run(args, script_args)

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from xtrain import checkpoint, comm, setup
+from xtrain import comm, setup
 from xtrain.backends import Backend
+from xtrain.checkpoint import read, write
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
 from xtrain.dataloader import make_dataloader
 from xtrain.errors import ConfigError
@@ -385,7 +386,7 @@ class XtrainEngine(nn.Module):
             exclude_frozen_parameters: leave parameters without gradient out.
         """
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
-        checkpoint.save(self, save_dir, name, client_state or {}, save_latest, exclude_frozen_parameters)
+        write.save(self, save_dir, name, client_state or {}, save_latest, exclude_frozen_parameters)
         return True
 
     def load_checkpoint(
@@ -407,7 +408,7 @@ class XtrainEngine(nn.Module):
         Raises:
             CheckpointError: the folder holds no checkpoint, is damaged, or does not fit the model.
         """
-        return checkpoint.load(
+        return read.load(
             self,
             load_dir,
             tag,

@@ -1,0 +1,84 @@
+"""The parts of the launcher that need no processes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from xtrain.launch.failure import Failure, culprit, killed, read_failures, write_failure
+from xtrain.launch.progress import ProgressDisplay, RecordTail
+
+
+def _failure(rank: int, message: str, at: float, code: int = 1) -> Failure:
+    return Failure(rank, message, code, at)
+
+
+def test_a_rank_with_its_own_error_is_blamed_before_those_that_noticed() -> None:
+    noticed = _failure(0, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1234", at=1.0)
+    own = _failure(2, "ValueError: wrong", at=2.0)
+    assert culprit([noticed, own]) is own
+
+
+def test_a_killed_rank_is_blamed_before_those_that_noticed() -> None:
+    noticed = _failure(0, "RuntimeError: Connection reset by peer", at=1.0)
+    dead = killed(1, -9)
+    assert culprit([noticed, dead]) is dead
+    assert "SIGKILL" in dead.message
+    assert "memory" in dead.message
+
+
+def test_ranks_that_the_agent_ended_are_not_blamed() -> None:
+    ended, own = killed(0, -15), _failure(1, "KeyError: 'x'", at=9.0)
+    assert culprit([ended, own]) is own
+    assert culprit([]) is None
+
+
+def test_the_earliest_of_several_errors_is_blamed() -> None:
+    late, early = _failure(0, "ValueError: b", at=2.0), _failure(3, "ValueError: a", at=1.0)
+    assert culprit([late, early]) is early
+
+
+def test_failures_are_collected_from_files_and_exit_codes(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    write_failure(tmp_path, _failure(1, "ValueError: a", at=1.0))
+    failures = read_failures(tmp_path, {1: 1, 2: -11})
+    assert [(f.rank, f.message) for f in failures] == [(1, "ValueError: a"), (2, "was killed by SIGSEGV")]
+
+
+def _step(number: int, seconds: float = 0.5) -> dict[str, object]:
+    return {"type": "step", "step": number, "loss": 2.0, "seconds": seconds, "tokens": 100}
+
+
+def test_the_tail_returns_whole_lines_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = RecordTail(path)
+    assert tail.new_steps() == []
+    lines = [json.dumps({"type": "header"}), json.dumps(_step(1)), json.dumps(_step(2))]
+    text = "\n".join(lines)
+    path.write_text(text[:-5])
+    assert [step["step"] for step in tail.new_steps()] == [1]
+    path.write_text(text + "\n")
+    assert [step["step"] for step in tail.new_steps()] == [2]
+    assert tail.new_steps() == []
+
+
+def test_figures_are_right() -> None:
+    out = io.StringIO()
+    display = ProgressDisplay(Console(file=out, width=200), 100, "m", seconds_between_lines=0.0)
+    display.update([_step(n) for n in range(1, 11)])
+    assert display.figures() == "loss 2.0000 · 200 tokens/s · 0:45 left"
+    assert out.getvalue() == "step 10/100 · loss 2.0000 · 200 tokens/s · 0:45 left\n"
+
+
+@pytest.mark.parametrize("total", [None, 20])
+def test_the_bar_on_a_terminal(total: int | None) -> None:
+    out = io.StringIO()
+    display = ProgressDisplay(Console(file=out, width=120, force_terminal=True), total, "glm_tiny")
+    display.update([_step(7)])
+    display.close()
+    assert "glm_tiny" in out.getvalue()
+    assert "loss 2.0000" in out.getvalue()
