@@ -1,6 +1,6 @@
 """How parameters are placed in a flat buffer and how the buffer is cut between ranks.
 
-Pure arithmetic on element counts, no tensors. The rules (docs/decisions/0002-flat-buffers.md):
+Pure arithmetic on element counts, no tensors. The rules (docs/decisions/0001-flat-buffers.md):
 
 - parameters stand one after the other, each starting at a multiple of `align` elements;
 - a bucket is a run of whole parameters, closed when the next one would exceed `bucket_size`;
