@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, script_args: list[str]) -> int:
         return 0
     write_run_folder(job, tree, deepspeed_config)
     console.print(
-        f"{job.model} on {job.ranks} ranks, run folder {job.run_dir}", highlight=False, soft_wrap=True
+        f"{job.model} on {job.ranks} {ranks}, run folder {job.run_dir}", highlight=False, soft_wrap=True
     )
     start = time.monotonic()
     status = Supervisor(job, console, args.debug).run()
