@@ -32,13 +32,17 @@ def _describe(job: Job) -> str:
     return f"{env} {shlex.join(job.agent_command)}"
 
 
+def _title(job: Job) -> str:
+    return f"{job.model} on {job.ranks} rank{'' if job.ranks == 1 else 's'}"
+
+
 def _summarise(job: Job, console: Console, seconds: float) -> None:
     record = read_record(job.run_dir / METRICS)
     losses = record.losses()
     if not losses:
         return
     first, last = next(iter(losses)), next(reversed(losses))
-    plot_curves({job.model: losses}, job.run_dir / CURVE, f"{job.model}, {job.ranks} ranks")
+    plot_curves({job.model: losses}, job.run_dir / CURVE, _title(job))
     console.print(
         f"loss {losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}; {seconds:.0f} s; "
         f"everything is in {job.run_dir}",
@@ -56,9 +60,7 @@ def run(args: argparse.Namespace, script_args: list[str]) -> int:
         print(_describe(job))
         return 0
     write_run_folder(job, tree, deepspeed_config)
-    console.print(
-        f"{job.model} on {job.ranks} {ranks}, run folder {job.run_dir}", highlight=False, soft_wrap=True
-    )
+    console.print(f"{_title(job)}, run folder {job.run_dir}", highlight=False, soft_wrap=True)
     start = time.monotonic()
     status = Supervisor(job, console, args.debug).run()
     if (job.run_dir / METRICS).exists():
