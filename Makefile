@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test lint slow parity docs clean
+.PHONY: install train test lint parity docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -32,10 +32,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow'
-
-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 # Real DeepSpeed, next to xtrain: compares live with what tests/parity/golden.json has recorded.
 # `make parity RECORD=1` records it anew.

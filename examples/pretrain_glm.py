@@ -11,6 +11,7 @@ With `import deepspeed` in place of the first import it runs on the real DeepSpe
 
 import argparse
 import os
+import sys
 
 import torch
 
@@ -18,6 +19,7 @@ import xtrain as deepspeed
 from xtrain.data.corpus import find_files
 from xtrain.data.infilling import InfillingSampler
 from xtrain.data.tokens import prepare
+from xtrain.errors import XtrainError
 from xtrain.models.glm import GLM, GLMConfig
 
 
@@ -49,9 +51,7 @@ def parse_args(argv=None):
     train.add_argument("--load", help="folder of the checkpoint to continue from")
     train.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.add_config_arguments(parser)
-    args = parser.parse_args(argv)
-    args.parser = parser
-    return args
+    return parser.parse_args(argv)
 
 
 def default_config(args):
@@ -167,7 +167,7 @@ def main(argv=None):
     if args.load:
         path, _ = engine.load_checkpoint(args.load)
         if path is None:
-            args.parser.error(f"--load {args.load}: there is no checkpoint in this folder")
+            raise XtrainError(f"--load {args.load}: there is no checkpoint in this folder")
     engine.train()
     losses = []
     while engine.global_steps < args.steps:
@@ -184,5 +184,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except XtrainError as error:
+        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     torch.distributed.destroy_process_group()
