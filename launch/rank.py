@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import runpy
 import sys
 import time
@@ -43,6 +44,12 @@ def _failure(rank: int, error: BaseException) -> Failure:
     return Failure(rank, message, 1, time.time(), traceback=traceback.format_exc())
 
 
+def _last_line(log: Path) -> str:
+    """What a script that called sys.exit(code) said last, without argparse's `prog: error: `."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return re.sub(r"^\S+: error: ", "", lines[-1]) if lines else "ended without a message"
+
+
 def main() -> int:
     """Run the script; returns the exit status of the rank."""
     die_with_parent()
@@ -58,16 +65,7 @@ def main() -> int:
         if leave.code is None or leave.code == 0:
             return 0
         code = leave.code if isinstance(leave.code, int) else 1
-        last = [
-            line for line in rank_log(run_dir, rank).read_text(errors="replace").splitlines() if line.strip()
-        ]
-        message = (
-            str(leave.code)
-            if isinstance(leave.code, str)
-            else last[-1]
-            if last
-            else f"exited with code {code}"
-        )
+        message = leave.code if isinstance(leave.code, str) else _last_line(rank_log(run_dir, rank))
         write_failure(run_dir, Failure(rank, message, code, time.time(), user_error=code == 2))
         return code
     except BaseException as error:
