@@ -1,4 +1,4 @@
-"""Host processors: host memory, gloo, float64, float32 and bfloat16."""
+"""Host processors: host memory, gloo, float64 to float16."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from xtrain.backends.base import Backend, PrecisionFacet
 
 
 class CpuPrecision(PrecisionFacet):
-    """fp16 has too few host kernels. float64 costs the host little, and makes the norm independent of how
+    """float64 costs the host little, and makes the norm independent of how
     the gradients are cut."""
 
-    native_dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16})
+    native_dtypes = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
     norm_dtype = torch.float64
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -40,6 +41,15 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
         connection.send(_run(rank, world_size, *task))
 
 
+def _portable(error: BaseException) -> BaseException:
+    """The error itself if it can be sent to the test's process, else its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def _run(
     rank: int, world_size: int, store_file: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
@@ -57,7 +67,7 @@ def _run(
         torch.manual_seed(0)
         return function(*args), None, ""
     except BaseException as error:  # whatever it was, the test must see it
-        return None, error, traceback.format_exc()
+        return None, _portable(error), traceback.format_exc()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

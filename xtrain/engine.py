@@ -23,6 +23,7 @@ from xtrain.errors import ConfigError
 from xtrain.log import log_dist
 from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
+from xtrain.precision import make_loss_scale, make_policy
 from xtrain.schedulers import build_scheduler
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.optimizer import ZeroOptimizer
@@ -70,7 +71,6 @@ class XtrainEngine(nn.Module):
         self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
         self._boundary_override: bool | None = None
         self._syncing = True
-        self._ran_backward = False
         self._step_applied = False
 
         self.local_rank = comm.get_local_rank()
@@ -78,7 +78,8 @@ class XtrainEngine(nn.Module):
         self.world_size = comm.get_world_size()
         self.device = backend.runtime.device(self.local_rank)
         setup.check_agreement(module, config, grid)
-        setup.place_module(module, self.device, torch.bfloat16 if values.bf16.enabled else None, backend)
+        self.precision = make_policy(values)
+        setup.place_module(module, self.device, self.precision.module, backend)
         self.module = module
 
         self.flat_groups: list[FlatGroup] = []
@@ -115,27 +116,29 @@ class XtrainEngine(nn.Module):
 
     def _partition(self, basic_optimizer: torch.optim.Optimizer) -> None:
         values, backend, grid = self.xtrain_config.values, self.backend, self.grid
-        self.flat_groups = setup.flatten(self.module, basic_optimizer, self.xtrain_config, backend, grid)
+        zero = values.zero_optimization
+        gradients = setup.flatten(self.module, basic_optimizer, zero, self.precision, backend, grid)
+        self.flat_groups = [item.group for item in gradients]
         trained = {param for group in self.flat_groups for param in group.members}
         self._untrained = [p for p in self.module.parameters() if p.requires_grad and p not in trained]
         order = {param: index for index, param in enumerate(self.module.parameters())}
         for param in trained - order.keys():
             order[param] = len(order)
-        overlap = values.zero_optimization.overlap_comm
         self._reducer = GradientReducer(
-            self.flat_groups,
+            gradients,
             order,
-            grid.group,
             is_boundary=lambda: self._syncing and self.is_gradient_accumulation_boundary(),
-            overlap=backend.zero.overlap_comm if overlap is None else overlap,
+            every_backward=zero.stage >= 2,
+            overlap=backend.zero.overlap_comm if zero.overlap_comm is None else zero.overlap_comm,
         )
         self.optimizer = ZeroOptimizer(
             basic_optimizer,
-            self.flat_groups,
+            gradients,
+            make_loss_scale(values.fp16),
             backend,
             grid.group,
             clip=values.gradient_clipping,
-            skip_non_finite=values.bf16.enabled and values.bf16.check_grad_overflow,
+            skip_non_finite=self.precision.skip_non_finite,
         )
 
     def _scheduler(self, given: Any) -> Any:
@@ -199,9 +202,16 @@ class XtrainEngine(nn.Module):
             )
         if scale_wrt_gas and self.batch_sizes.accumulation > 1:
             loss = loss / self.batch_sizes.accumulation
-        loss.backward(retain_graph=retain_graph)
-        self._ran_backward = True
+        self.scale(loss).backward(retain_graph=retain_graph)
         return loss
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the loss scale, for scripts that call `.backward()` themselves.
+
+        Such scripts also divide by the accumulation steps themselves.
+        """
+        factor = self.loss_scale()
+        return loss if factor == 1.0 else loss.float() * factor
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Close a micro-batch; at a boundary, update the weights and the schedule."""
@@ -209,21 +219,21 @@ class XtrainEngine(nn.Module):
             raise ConfigError("step() was called inside no_sync(): leave the context before it")
         if self.optimizer is None:
             raise ConfigError("step() needs an optimizer: name one in the config or pass it to initialize()")
-        if not self._ran_backward:
+        if not self._reducer.ran_backward:
             raise ConfigError(
-                "step() was called without engine.backward(loss) since the last step: call it, not loss.backward()"
+                "step() was called, but no gradient has arrived since the last one: call backward(loss)"
             )
-        self._ran_backward = self._step_applied = False
+        self._step_applied = False
         if self.is_gradient_accumulation_boundary():
             self._update(lr_kwargs or {})
         self.micro_steps += 1
 
     def _update(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.optimizer is not None
-        self._reducer.finish()
-        if self._reducer.unused and not self.xtrain_config.values.zero_optimization.ignore_unused_parameters:
+        unused = self._reducer.finish_window()
+        if unused and not self.xtrain_config.values.zero_optimization.ignore_unused_parameters:
             raise ConfigError(
-                f"parameter {self._reducer.unused[0]!r} got no gradient on rank {self.global_rank}: "
+                f"parameter {unused[0]!r} got no gradient on rank {self.global_rank}: "
                 "use it in the loss, freeze it, or set zero_optimization.ignore_unused_parameters to true"
             )
         self.optimizer.step()
@@ -235,7 +245,11 @@ class XtrainEngine(nn.Module):
                 self.lr_scheduler.step(**lr_kwargs)
         else:
             self.skipped_steps += 1
-            log_dist(f"step {self.global_steps + 1}: gradient norm is not finite, step skipped", ranks=[0])
+            log_dist(
+                f"step {self.global_steps + 1}: gradient norm is not finite, step skipped; "
+                f"loss scale is {self.loss_scale():g}",
+                ranks=[0],
+            )
         self.global_steps += 1
         self.global_samples += self.batch_sizes.train
         every = self.xtrain_config.values.steps_per_print
@@ -244,7 +258,12 @@ class XtrainEngine(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes inside add up locally and reduce nothing."""
+        """Backward passes inside add up locally and reduce nothing. Not for stage 2 and above."""
+        if self.zero_optimization_stage() >= 2:
+            raise ConfigError(
+                f"no_sync() cannot work in ZeRO stage {self.zero_optimization_stage()}, where no rank keeps whole "
+                "gradients: use gradient_accumulation_steps, or stage 1"
+            )
         self._syncing = False
         try:
             yield
@@ -268,6 +287,7 @@ class XtrainEngine(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients."""
         if self.optimizer is not None:
+            self._reducer.reset()
             self.optimizer.zero_grad()
         else:
             self.module.zero_grad(set_to_none)
@@ -315,8 +335,12 @@ class XtrainEngine(nn.Module):
         return self.xtrain_config.values.gradient_clipping
 
     def loss_scale(self) -> float:
-        """Always 1: fp32 and bf16 need no loss scaling."""
-        return 1.0
+        """Factor on the loss of the next backward; 1 for fp32 and bf16."""
+        return self.optimizer.loss_scale if self.optimizer else 1.0
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale adapts."""
+        return self.optimizer is not None and self.optimizer.loss_scaler.dynamic
 
     def zero_optimization_stage(self) -> int:
         """ZeRO stage."""
@@ -331,8 +355,8 @@ class XtrainEngine(nn.Module):
         return self.xtrain_config.values.bf16.enabled
 
     def fp16_enabled(self) -> bool:
-        """Always False: fp16 is not there yet."""
-        return False
+        """Whether parameters are float16 with float32 masters."""
+        return self.xtrain_config.values.fp16.enabled
 
     @property
     def dp_world_size(self) -> int:

@@ -36,6 +36,12 @@ class DataError(XtrainError, ValueError):
     """Training data is missing, empty or unreadable."""
 
 
+class TrainingError(XtrainError, RuntimeError):
+    """The run itself went wrong (it diverged, say); configuration and machine are as they should be."""
+
+    exit_code = 1
+
+
 class CheckpointError(XtrainError, RuntimeError):
     """A checkpoint is missing, damaged, or does not fit the model."""
 

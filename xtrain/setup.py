@@ -14,16 +14,12 @@ from torch import nn
 from xtrain import comm
 from xtrain.backends import Backend
 from xtrain.config import XtrainConfig
+from xtrain.config.schema import ZeroConfig
 from xtrain.errors import ConfigError
 from xtrain.parallel import DataParallelGrid
+from xtrain.precision import PrecisionPolicy
 from xtrain.zero.flat import FlatGroup, FlatOptions
-
-_ACCUMULATION_DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-}
+from xtrain.zero.gradients import Gradients, ShardedGradients, WholeGradients
 
 
 def as_param_groups(parameters: Iterable[Any] | None, module: nn.Module) -> list[dict[str, Any]]:
@@ -93,42 +89,49 @@ def check_agreement(module: nn.Module, config: XtrainConfig, grid: DataParallelG
     raise ConfigError(f"rank 0 has {len(ours)} parameters and rank {other} has {len(theirs)}")
 
 
+def _by_dtype(
+    param_group: dict[str, Any], index: int, names: dict[nn.Parameter, str]
+) -> dict[torch.dtype, list[tuple[str, nn.Parameter]]]:
+    """The group's trainable parameters with their names, in the order in which gradients arrive.
+
+    That is the reverse of registration; parameters unknown to the module come first.
+    """
+    order = {param: position for position, param in enumerate(names)}
+    result: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    numbered = sorted(enumerate(param_group["params"]), key=lambda item: -order.get(item[1], len(order)))
+    for position, param in numbered:
+        if param.requires_grad:
+            name = names.get(param, f"param_groups.{index}.{position}")
+            result[param.dtype].append((name, param))
+    return result
+
+
 def flatten(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    config: XtrainConfig,
+    zero: ZeroConfig,
+    precision: PrecisionPolicy,
     backend: Backend,
     grid: DataParallelGrid,
-) -> list[FlatGroup]:
+) -> list[Gradients]:
     """Move the optimizer's parameters into flat groups, one per parameter group and dtype."""
     names = {param: name for name, param in module.named_parameters()}
-    order = {param: index for index, param in enumerate(names)}
-    zero = config.values.zero_optimization
-    accumulation = config.values.data_types.grad_accum_dtype
-    groups = []
+    kind = ShardedGradients if zero.stage >= 2 else WholeGradients
+    predivide = precision.predivide if precision.predivide is not None else float(grid.size)
+    gradients: list[Gradients] = []
     for index, param_group in enumerate(optimizer.param_groups):
-        by_dtype: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = defaultdict(list)
-        # Gradients arrive in reverse order of registration; parameters unknown to the module come first.
-        for position, param in sorted(
-            enumerate(param_group["params"]), key=lambda item: -order.get(item[1], len(order))
-        ):
-            if param.requires_grad:
-                name = names.get(param, f"param_groups.{index}.{position}")
-                by_dtype[param.dtype].append((name, param))
-        for dtype, members in by_dtype.items():
-            wanted = _ACCUMULATION_DTYPES[accumulation] if accumulation else dtype
-            accumulation_dtype = torch.promote_types(dtype, wanted)
-            bucket_size = zero.reduce_bucket_size or (
-                backend.zero.reduce_bucket_bytes // accumulation_dtype.itemsize
-            )
+        for dtype, members in _by_dtype(param_group, index, names).items():
+            accumulation = precision.accumulation_of(dtype)
+            default_size = backend.zero.reduce_bucket_bytes // accumulation.itemsize
             options = FlatOptions(
                 partitions=grid.size if zero.stage >= 1 else 1,
                 partition=grid.rank if zero.stage >= 1 else 0,
-                bucket_size=bucket_size,
-                alignment_bytes=backend.zero.alignment_bytes,
+                bucket_size=zero.reduce_bucket_size or default_size,
+                align=max(1, backend.zero.alignment_bytes // min(dtype.itemsize, accumulation.itemsize)),
             )
-            groups.append(FlatGroup(members, index, accumulation_dtype, options))
-    return groups
+            group = FlatGroup(members, index, options)
+            gradients.append(kind(group, accumulation, grid.group, precision.communication, predivide))
+    return gradients
 
 
 def broadcast_states(module: nn.Module, groups: list[FlatGroup], grid: DataParallelGrid) -> None:

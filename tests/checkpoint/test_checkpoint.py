@@ -45,7 +45,7 @@ def _resume(folder: str, stage: int, micro: int, bf16: bool) -> tuple[list[float
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_resumed_equals_uninterrupted_to_the_bit(ranks: Any, tmp_path: Path, bf16: bool) -> None:
-    for stage in (0, 1):
+    for stage in (0, 1, 2):
         folder = str(tmp_path / str(stage))
         uninterrupted = ranks(2, _save, folder, stage, 4, bf16)[0]
         resumed, client, samples, _ = ranks(2, _resume, folder, stage, 4, bf16)[0]
@@ -59,7 +59,15 @@ def test_resumed_equals_uninterrupted_to_the_bit(ranks: Any, tmp_path: Path, bf1
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((2, 1), (1, 0)), ((2, 1), (4, 1)), ((4, 1), (2, 1)), ((1, 0), (4, 1)), ((4, 0), (1, 1))],
+    [
+        ((2, 1), (1, 0)),
+        ((2, 1), (4, 1)),
+        ((4, 1), (2, 1)),
+        ((1, 0), (4, 1)),
+        ((4, 0), (1, 1)),
+        ((2, 2), (4, 1)),
+        ((4, 1), (2, 2)),
+    ],
 )
 def test_any_number_of_ranks_and_stage(
     ranks: Any, tmp_path: Path, before: tuple[int, int], after: tuple[int, int], bf16: bool

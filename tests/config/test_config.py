@@ -47,14 +47,12 @@ def test_mistakes_name_the_key_and_what_to_do(config: dict[str, Any], said: str)
 @pytest.mark.parametrize(
     "config",
     [
-        {"fp16": {"enabled": True}},
-        {"zero_optimization": {"stage": 2}},
+        {"fp16": {"enabled": True, "auto_cast": True}},
         {"zero_optimization": {"stage": 3}},
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"flops_profiler": {"enabled": True}},
         {"autotuning": {"enabled": True}},
-        {"prescale_gradients": True},
-        {"communication_data_type": "fp32"},
+        {"gradient_allreduce_op": "sum"},
         {"xtrain": {"aligned": True}},
         {"xtrain": {"engine": "deepspeed"}},
     ],

@@ -154,6 +154,7 @@ def _load_optimizer(
         )
     for group, options in zip(optimizer.param_groups, saved["options"], strict=True):
         group.update(options)
+    engine.optimizer.loss_scaler.load_state_dict(saved["loss_scale"])
     runs = _Runs(directory, manifest)
     steps = saved["scalars"]
     for flat in engine.optimizer.groups:

@@ -71,6 +71,7 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
         optimizer = engine.optimizer
         state["optimizer"] = {
             "type": type(optimizer.optimizer).__name__,
+            "loss_scale": optimizer.loss_scaler.state_dict(),
             "options": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
             "scalars": {
                 group.names[0]: scalar_states(group, optimizer.optimizer) for group in optimizer.groups

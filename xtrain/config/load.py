@@ -135,10 +135,10 @@ def load_config(config: str | Path | Mapping[str, Any]) -> XtrainConfig:
         raise ConfigError(_describe(error.errors()[0], source)) from None
     try:
         notices = apply_rules(values)
-        if values.zero_optimization.stage > 1:
+        if values.zero_optimization.stage > 2:
             raise NotImplementedYetError(
                 f"config key 'zero_optimization.stage' = {values.zero_optimization.stage}",
-                "use stage 0 or 1",
+                "use stage 0, 1 or 2",
             )
     except NotImplementedYetError as error:
         error.args = (f"{source}: {error.args[0]}",)

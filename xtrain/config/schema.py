@@ -14,6 +14,8 @@ from xtrain.config.rules import NoEffect, NotYet, Section
 
 FeatureDict = dict[str, Any]  # a section of a feature that is not there yet: checked for "enabled" only
 
+DtypeName = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
+
 _STAGE3_ONLY = NoEffect("it is only read in ZeRO stage 3")
 _ONE_BUFFER = NoEffect("xtrain always reduces and gathers whole buckets of one flat buffer")
 _NO_OFFLOAD = NotYet("keep states on the device; ZeRO stage 1 divides them by the number of ranks")
@@ -108,11 +110,12 @@ class Bf16Config(Section):
 
 
 class Fp16Config(Section):
-    """`fp16`. Only `"enabled": false` is accepted for now."""
+    """`fp16`: parameters and gradients in float16, masters in float32, the loss scaled."""
 
-    enabled: Annotated[bool, NotYet('use "bf16": {"enabled": true} or train in fp32')] = False
+    enabled: bool = False
     auto_cast: Annotated[bool, NotYet("cast the inputs in the script")] = False
     loss_scale: float = Field(0.0, ge=0)
+    """A constant scale; 0 adapts it."""
     initial_scale_power: int = 16
     loss_scale_window: int = Field(1000, gt=0)
     hysteresis: int = Field(2, gt=0)
@@ -124,7 +127,7 @@ class Fp16Config(Section):
 class DataTypesConfig(Section):
     """`data_types`."""
 
-    grad_accum_dtype: Literal["fp32", "bf16", "bfloat16", "float32"] | None = None
+    grad_accum_dtype: DtypeName | None = None
     """Dtype in which micro-batch gradients are added up and reduced. None: the parameters' dtype."""
     param_dtype: Annotated[str | None, NotYet("the bf16 section decides the parameters' dtype")] = None
     buffer_dtype: Annotated[str | None, NotYet("buffers are cast like the parameters")] = None
@@ -204,23 +207,22 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     xtrain: XtrainSection = XtrainSection()
     zero_allow_untested_optimizer: bool = False
+    communication_data_type: DtypeName | None = None
+    """Dtype in which gradients travel. None: the one in which they are accumulated."""
+    prescale_gradients: bool = False
+    """Average over ranks before the reduction instead of after it."""
+    gradient_predivide_factor: float = Field(1.0, gt=0)
+    """Part of the average that is taken before the reduction (fp16 on many ranks may overflow without)."""
     steps_per_print: int | None = Field(None, ge=0)
     dump_state: bool = False
     dataloader_drop_last: bool = False
     log_level: str | None = None
 
     # Not there yet.
-    communication_data_type: Annotated[
-        str | None, NotYet("gradients are reduced in data_types.grad_accum_dtype")
-    ] = None
     seq_parallel_communication_data_type: Annotated[
         str | None, NotYet("sequence parallelism is not there yet")
     ] = None
     managed_gradient_accumulation: Annotated[bool, NotYet("set gradient_accumulation_steps")] = True
-    prescale_gradients: Annotated[bool, NotYet("gradients are averaged in fp32 after the reduction")] = False
-    gradient_predivide_factor: Annotated[
-        float, NotYet("gradients are averaged in fp32 after the reduction")
-    ] = 1.0
     gradient_allreduce_op: Annotated[Literal["mean", "sum"], NotYet("scale the loss in the script")] = "mean"
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
     wall_clock_breakdown: Annotated[bool, _MONITOR] = False

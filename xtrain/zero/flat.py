@@ -1,8 +1,7 @@
-"""The state of one flat group: parameters, gradients and master weights of equal dtype and options.
+"""The state of one flat group: parameters and master weights of equal dtype and options.
 
-Parameters stay ordinary tensors whose storage is a slice of `params`. Gradients are added up in
-`grads`; where the accumulation dtype is the parameters' own, `param.grad` is a view of it and nothing
-is ever copied. When to reduce or gather is decided elsewhere (reducer.py, optimizer.py).
+Parameters stay ordinary tensors whose storage is a slice of `params`. Gradients live in gradients.py;
+when to reduce or gather is decided in reducer.py and optimizer.py.
 """
 
 from __future__ import annotations
@@ -17,12 +16,15 @@ from xtrain.zero.layout import Bucket, Layout, cut
 
 @dataclass(frozen=True)
 class FlatOptions:
-    """How to cut: `partitions` ranks share the optimizer states, `partition` is this rank's number."""
+    """How to cut: `partitions` ranks share the optimizer states, `partition` is this rank's number.
+
+    `align`: elements at a multiple of which every parameter and slice starts.
+    """
 
     partitions: int
     partition: int
     bucket_size: int
-    alignment_bytes: int
+    align: int
 
 
 class FlatGroup:
@@ -32,59 +34,34 @@ class FlatGroup:
         names, members: the parameters in buffer order (reverse of registration, the order in which
             their gradients arrive).
         params: (total,) parameter dtype.
-        grads: (total,) accumulation dtype.
         masters: per bucket, this rank's slice in float32 (float64 for float64 parameters); views of
             `params` when the dtypes are the same.
     """
 
     def __init__(
-        self,
-        members: Sequence[tuple[str, torch.nn.Parameter]],
-        group_index: int,
-        accumulation_dtype: torch.dtype,
-        options: FlatOptions,
+        self, members: Sequence[tuple[str, torch.nn.Parameter]], group_index: int, options: FlatOptions
     ) -> None:
         self.names = [name for name, _ in members]
         self.members = [param for _, param in members]
         self.group_index = group_index
         self.partition = options.partition
         dtype, device = self.members[0].dtype, self.members[0].device
-        align = max(1, options.alignment_bytes // min(dtype.itemsize, accumulation_dtype.itemsize))
-        self.layout: Layout = cut(
-            [param.numel() for param in self.members], options.partitions, options.bucket_size, align
-        )
+        sizes = [param.numel() for param in self.members]
+        self.layout: Layout = cut(sizes, options.partitions, options.bucket_size, options.align)
         self.params = torch.zeros(self.layout.total, dtype=dtype, device=device)
-        self.grads = torch.zeros(self.layout.total, dtype=accumulation_dtype, device=device)
         for member, param in enumerate(self.members):
-            view = self.param_view(member)
+            view = self.member_view(self.params, member)
             view.copy_(param.detach())
             param.data = view
         self.masters = self._make_masters()
-        self.attach_grads()
 
-    @property
-    def grads_in_place(self) -> bool:
-        """Whether `param.grad` is a view of the gradient buffer."""
-        return self.params.dtype == self.grads.dtype
-
-    def _member_view(self, buffer: torch.Tensor, member: int) -> torch.Tensor:
+    def member_view(self, buffer: torch.Tensor, member: int) -> torch.Tensor:
+        """One parameter's part of a buffer that is laid out like `params`, in the parameter's shape."""
         start = self.layout.starts[member]
         return buffer[start : start + self.layout.sizes[member]].view(self.members[member].shape)
 
-    def param_view(self, member: int) -> torch.Tensor:
-        """The parameter as a view of the buffer, in its own shape."""
-        return self._member_view(self.params, member)
-
-    def grad_view(self, member: int) -> torch.Tensor:
-        """The accumulated gradient as a view of the buffer, in the parameter's shape."""
-        return self._member_view(self.grads, member)
-
-    def bucket(self, buffer: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-        """A whole bucket of `params` or `grads`."""
-        return buffer[bucket.start : bucket.stop]
-
     def owned(self, buffer: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-        """This rank's slice of a bucket of `params` or `grads`."""
+        """This rank's slice of a bucket of a buffer that is laid out like `params`."""
         start, stop = self.layout.owned(bucket, self.partition)
         return buffer[start:stop]
 
@@ -106,26 +83,3 @@ class FlatGroup:
         for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
             if master.dtype != self.params.dtype:
                 self.owned(self.params, bucket).copy_(master.data)
-
-    def attach_grads(self) -> None:
-        """Point `param.grad` at the gradient buffer (in-place mode only)."""
-        if self.grads_in_place:
-            for member, param in enumerate(self.members):
-                param.grad = self.grad_view(member)
-
-    def absorb_grad(self, member: int) -> None:
-        """Make sure that the gradient which just arrived is in the buffer.
-
-        In place this is nothing, unless somebody replaced `param.grad` (`zero_grad(set_to_none=True)`).
-        Otherwise the gradient is added in the accumulation dtype and released.
-        """
-        param, view = self.members[member], self.grad_view(member)
-        if param.grad is None or param.grad.data_ptr() == view.data_ptr():
-            return
-        view.add_(param.grad)
-        param.grad = view if self.grads_in_place else None
-
-    def zero_grads(self) -> None:
-        """Clear the gradient buffer."""
-        self.grads.zero_()
-        self.attach_grads()

@@ -6,7 +6,7 @@ Stage 0 is the same code with one partition: every rank owns everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.backends import Backend
-from xtrain.zero.flat import FlatGroup
+from xtrain.precision import LossScale
+from xtrain.zero.gradients import Gradients
 
 
 class ZeroOptimizer:
@@ -25,7 +26,8 @@ class ZeroOptimizer:
 
     Args:
         optimizer: any torch optimizer whose update is element-wise.
-        groups: the flat groups; group i belongs to `optimizer.param_groups[group.group_index]`.
+        gradients: those of each flat group; it belongs to `optimizer.param_groups[group.group_index]`.
+        loss_scale: by which the loss was multiplied; learns from overflows.
         backend: decides the dtype in which the norm is summed.
         process_group: the data-parallel group.
         clip: largest 2-norm of the gradients, 0 for none.
@@ -35,14 +37,17 @@ class ZeroOptimizer:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        groups: list[FlatGroup],
+        gradients: Sequence[Gradients],
+        loss_scale: LossScale,
         backend: Backend,
         process_group: dist.ProcessGroup | None,
         clip: float,
         skip_non_finite: bool,
     ) -> None:
         self.optimizer = optimizer
-        self.groups = groups
+        self.gradients = gradients
+        self.groups = [item.group for item in gradients]
+        self.loss_scaler = loss_scale
         self.backend = backend
         self.process_group = process_group
         self.world_size = comm.get_world_size(process_group)
@@ -52,7 +57,7 @@ class ZeroOptimizer:
         self.grad_norm: float | None = None
         for index, param_group in enumerate(optimizer.param_groups):
             param_group["params"] = [
-                master for group in groups if group.group_index == index for master in group.masters
+                master for group in self.groups if group.group_index == index for master in group.masters
             ]
 
     @property
@@ -67,27 +72,32 @@ class ZeroOptimizer:
 
     @property
     def loss_scale(self) -> float:
-        """Always 1: fp32 and bf16 need no loss scaling."""
-        return 1.0
+        """Factor by which the loss of the next backward is multiplied; 1 for fp32 and bf16."""
+        return self.loss_scaler.value
 
     cur_scale = loss_scale
 
-    def _slices(self) -> Iterator[tuple[FlatGroup, torch.nn.Parameter, torch.Tensor]]:
-        """(group, master slice, gradient slice) of everything this rank owns."""
-        for group in self.groups:
-            for bucket, master in zip(group.layout.buckets, group.masters, strict=True):
-                yield group, master, group.owned(group.grads, bucket)
+    @property
+    def _mean_factor(self) -> float:
+        """Turns a summed, scaled gradient into the mean over ranks."""
+        return self.gradients[0].predivide / (self.world_size * self.loss_scale)
+
+    def _slices(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """(master slice, gradient slice) of everything this rank owns."""
+        for item in self.gradients:
+            for bucket, master in zip(item.group.layout.buckets, item.group.masters, strict=True):
+                yield master, item.owned(bucket)
 
     def _compute_norm(self) -> float:
         """2-norm of the gradients, averaged over ranks, of all parameters; equal on every rank."""
         dtype = self.backend.precision.norm_dtype
-        squares = [torch.linalg.vector_norm(grad, dtype=dtype).square() for _, _, grad in self._slices()]
+        squares = [torch.linalg.vector_norm(grad, dtype=dtype).square() for _, grad in self._slices()]
         if not squares:
             return 0.0
         total = torch.stack(squares).sum()
         if any(group.layout.partitions > 1 for group in self.groups):
             comm.all_reduce(total, group=self.process_group)
-        return math.sqrt(total.item()) / self.world_size
+        return math.sqrt(total.item()) * self._mean_factor
 
     def step(self) -> None:
         """Update the parameters from the reduced gradients; clears the gradients."""
@@ -96,18 +106,19 @@ class ZeroOptimizer:
         if not self.overflow:
             self._update()
         self.zero_grad()
+        self.loss_scaler.update(self.overflow)
 
     def _update(self) -> None:
         assert self.grad_norm is not None
-        factor = 1.0 / self.world_size
+        factor = self._mean_factor
         if self.clip_grad > 0:
             factor *= min(1.0, self.clip_grad / (self.grad_norm + 1e-6))
-        for _, master, grad in self._slices():
+        for master, grad in self._slices():
             # A gradient of the master's dtype is scaled where it is; it is cleared after the step anyway.
             full = grad.to(master.dtype)
             master.grad = full.mul_(factor) if factor != 1.0 else full
         self.optimizer.step()
-        for _, master, _ in self._slices():
+        for master, _ in self._slices():
             master.grad = None
         self.publish()
 
@@ -119,15 +130,15 @@ class ZeroOptimizer:
             if group.layout.partitions == 1:
                 continue
             for bucket in group.layout.buckets:
-                full, owned = group.bucket(group.params, bucket), group.owned(group.params, bucket)
+                full, owned = group.params[bucket.start : bucket.stop], group.owned(group.params, bucket)
                 works.append(comm.all_gather_into_tensor(full, owned, self.process_group, async_op=True))
         for work in works:
             work.wait()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients. The buffer stays allocated, whatever `set_to_none` says."""
-        for group in self.groups:
-            group.zero_grads()
+        """Clear the gradients. Buffers stay allocated, whatever `set_to_none` says."""
+        for item in self.gradients:
+            item.zero()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part, in the wrapped optimizer's format. Checkpoints are written by parameter name

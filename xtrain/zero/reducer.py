@@ -10,38 +10,42 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.autograd import Variable
 
-from xtrain import comm
 from xtrain.errors import ConfigError
-from xtrain.zero.flat import FlatGroup
+from xtrain.zero.gradients import Gradients
 from xtrain.zero.layout import Bucket
+
+MAX_IN_FLIGHT = 4
+"""Buckets of sharded gradients that may be on the wire at once; it bounds the transient memory."""
 
 
 class _Pending:
     """One bucket in one step: whose gradients are here, and the running collective.
 
-    `seen`: members that got a gradient in this accumulation window; `arrived`: in its last backward.
+    `seen`: members that got a gradient in this accumulation window; `arrived`: in the running backward;
+    `position`: place in the order of launching.
     """
 
-    def __init__(self, group: FlatGroup, bucket: Bucket, last_arrival: int) -> None:
-        self.group = group
+    def __init__(self, gradients: Gradients, bucket: Bucket, last_arrival: int) -> None:
+        self.gradients = gradients
         self.bucket = bucket
         self.last_arrival = last_arrival
         self.seen: set[int] = set()
         self.arrived: set[int] = set()
-        self.launched = False
-        self.work: Any = None
+        self.position = 0
+        self.handle: Any = None
 
-    @property
-    def complete(self) -> bool:
-        return len(self.arrived) == len(self.bucket.members)
+    def name(self, member: int) -> str:
+        return self.gradients.group.names[member]
 
-    def reset(self) -> None:
-        self.seen.clear()
+    def launch(self) -> None:
+        self.handle = self.gradients.reduce(self.bucket)
+
+    def complete(self) -> None:
+        self.gradients.complete(self.bucket, self.handle)
         self.arrived.clear()
-        self.launched = False
-        self.work = None
+        self.handle = None
 
 
 class GradientReducer:
@@ -50,88 +54,124 @@ class GradientReducer:
     After `finish()` every rank's owned slices hold the sum over ranks (stage 0: the whole buffer).
 
     Args:
-        groups: the flat groups.
+        gradients: those of every flat group.
         registration_order: parameter -> position in `module.parameters()`.
-        process_group: the data-parallel group.
         is_boundary: whether the running backward is the last of its accumulation window.
-        overlap: launch during backward; otherwise all buckets are reduced in `finish()`.
+        every_backward: reduce after each backward (stage 2), not only at boundaries.
+        overlap: launch during backward; otherwise when it has ended.
     """
 
     def __init__(
         self,
-        groups: Sequence[FlatGroup],
+        gradients: Sequence[Gradients],
         registration_order: dict[torch.nn.Parameter, int],
-        process_group: dist.ProcessGroup | None,
         is_boundary: Callable[[], bool],
+        every_backward: bool,
         overlap: bool,
     ) -> None:
-        self.process_group = process_group
-        self.world_size = comm.get_world_size(process_group)
         self.is_boundary = is_boundary
+        self.every_backward = every_backward
         self.overlap = overlap
-        self.unused: list[str] = []
-        """Names of the parameters that got no gradient in the window that `finish` closed."""
+        self.ran_backward = False
+        """Whether a gradient has arrived since the last `finish_window`."""
         pending = []
-        for group in groups:
-            for bucket in group.layout.buckets:
-                first = min(registration_order[group.members[member]] for member in bucket.members)
-                pending.append(_Pending(group, bucket, first))
+        for held in gradients:
+            for bucket in held.group.layout.buckets:
+                first = min(registration_order[held.group.members[member]] for member in bucket.members)
+                pending.append(_Pending(held, bucket, first))
         # Backward reaches the first registered parameter last.
         self.queue = sorted(pending, key=lambda item: -item.last_arrival)
+        for position, item in enumerate(self.queue):
+            item.position = position
         self._next = 0
+        self._completed = 0
+        self._in_backward = False
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._make_hook(item, member))
             for item in self.queue
             for member in item.bucket.members
-            for param in [item.group.members[member]]
+            for param in [item.gradients.group.members[member]]
         ]
 
     def _make_hook(self, item: _Pending, member: int) -> Callable[[torch.Tensor], None]:
         def on_gradient(_: torch.Tensor) -> None:
-            if item.launched:
-                raise ConfigError(
-                    f"a second backward of the same step reached parameter {item.group.names[member]!r} after its "
-                    "gradients were reduced: run all but the last backward inside `with engine.no_sync():`"
-                )
-            item.group.absorb_grad(member)
+            if item.position < self._next:
+                raise ConfigError(self._too_late(item.name(member)))
+            if not self._in_backward:
+                self._in_backward = self.ran_backward = True
+                Variable._execution_engine.queue_callback(self._end_of_backward)
+            item.gradients.absorb(member, item.bucket)
             item.seen.add(member)
-            if self.overlap and self.is_boundary():
-                item.arrived.add(member)
-                self._launch_complete()
+            item.arrived.add(member)
+            if self.overlap and self._reducing():
+                self._launch_ready()
 
         return on_gradient
 
-    def _launch_complete(self) -> None:
-        while self._next < len(self.queue) and self.queue[self._next].complete:
-            self._launch(self.queue[self._next])
-            self._next += 1
+    def _too_late(self, name: str) -> str:
+        if self._in_backward:
+            return (
+                f"parameter {name!r} got a second gradient in one backward after its bucket was reduced (shared "
+                "by checkpointed segments?): set zero_optimization.overlap_comm to false"
+            )
+        return (
+            f"a second backward of the same step reached parameter {name!r} after its gradients were reduced: "
+            "run all but the last backward inside `with engine.no_sync():`"
+        )
 
-    def _launch(self, item: _Pending) -> None:
-        item.launched = True
-        if self.world_size == 1:
-            return
-        grads = item.group.bucket(item.group.grads, item.bucket)
-        if item.group.layout.partitions == 1:
-            item.work = comm.all_reduce(grads, group=self.process_group, async_op=True)
+    def _reducing(self) -> bool:
+        return self.every_backward or self.is_boundary()
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self.queue):
+            item = self.queue[self._next]
+            if len(item.arrived) < len(item.bucket.members):
+                return
+            self._launch_next()
+
+    def _launch_next(self) -> None:
+        if self.every_backward and self._next - self._completed >= MAX_IN_FLIGHT:
+            self.queue[self._completed].complete()
+            self._completed += 1
+        self.queue[self._next].launch()
+        self._next += 1
+
+    def _end_of_backward(self) -> None:
+        self._in_backward = False
+        if self.every_backward:
+            self.finish()
         else:
-            owned = item.group.owned(item.group.grads, item.bucket)
-            item.work = comm.reduce_scatter_tensor(owned, grads, group=self.process_group, async_op=True)
+            for item in self.queue[self._next :]:
+                item.arrived.clear()
 
     def finish(self) -> None:
-        """Launch what is left (parameters that got no gradient count as zero) and wait for all of it."""
-        self.unused = [
-            item.group.names[member]
-            for item in self.queue
-            for member in item.bucket.members
-            if member not in item.seen
-        ]
-        for item in self.queue[self._next :]:
-            self._launch(item)
+        """Reduce what has not been reduced (a missing gradient counts as zero) and wait for all of it."""
+        while self._next < len(self.queue):
+            self._launch_next()
+        for item in self.queue[self._completed :]:
+            item.complete()
+        self._next = self._completed = 0
+
+    def finish_window(self) -> list[str]:
+        """Close an accumulation window before the update; names of parameters that got no gradient."""
+        if not self.every_backward:
+            self.finish()
+        unused = []
         for item in self.queue:
-            if item.work is not None:
-                item.work.wait()
-            item.reset()
-        self._next = 0
+            unused += [item.name(member) for member in item.bucket.members if member not in item.seen]
+            item.seen.clear()
+        self.ran_backward = False
+        return unused
+
+    def reset(self) -> None:
+        """Forget a window that was given up (zero_grad, or a backward that raised)."""
+        for item in self.queue[self._completed : self._next]:
+            item.complete()
+        for item in self.queue:
+            item.arrived.clear()
+            item.seen.clear()
+        self._next = self._completed = 0
+        self._in_backward = self.ran_backward = False
 
     def detach(self) -> None:
         """Remove the hooks, so that the parameters can be given to another engine."""

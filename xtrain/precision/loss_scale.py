@@ -1,0 +1,107 @@
+"""Loss scaling for fp16 (Micikevicius et al., ICLR 2018), with DeepSpeed's window and hysteresis.
+
+Source of the rules: https://www.deepspeed.ai/docs/config-json/#fp16-training-options and the behaviour
+of deepspeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xtrain.config.schema import Fp16Config
+from xtrain.errors import TrainingError
+
+
+class LossScale:
+    """A constant factor on the loss; 1 for fp32 and bf16."""
+
+    dynamic = False
+
+    def __init__(self, value: float = 1.0) -> None:
+        self.value = value
+
+    def update(self, overflow: bool) -> None:
+        """Learn from a step. A constant does not."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A constant scale is the config's, whatever the checkpoint says."""
+
+
+class DynamicLossScale(LossScale):
+    """Doubles after more than `window` steps without overflow; halves when no hysteresis is left.
+
+    Args:
+        initial: scale of the first step.
+        window: steps without overflow before the one after which the scale doubles.
+        hysteresis: overflows that are borne before the scale is halved.
+        consecutive: refill the hysteresis after every good step, not only when the scale doubles.
+        minimum: the scale never goes below it; an overflow there is an error.
+    """
+
+    dynamic = True
+
+    def __init__(
+        self, initial: float, window: int, hysteresis: int, consecutive: bool, minimum: float
+    ) -> None:
+        super().__init__(initial)
+        self.window = window
+        self.hysteresis = hysteresis
+        self.consecutive = consecutive
+        self.minimum = minimum
+        self._left = hysteresis
+        self._good = 0
+
+    def update(self, overflow: bool) -> None:
+        """Adapt to whether the gradients of the last step overflowed (on any rank).
+
+        Raises:
+            TrainingError: the gradients overflow at the smallest scale.
+        """
+        if overflow:
+            self._good = 0
+            if self._left > 1:
+                self._left -= 1
+                return
+            if self.value <= self.minimum:
+                raise TrainingError(
+                    f"gradients overflow at the smallest loss scale ({self.minimum:g}): the run has diverged; "
+                    "go back to a checkpoint with a lower learning rate, or train in bf16"
+                )
+            self.value = max(self.value / 2, self.minimum)
+            return
+        if self.consecutive:
+            self._left = self.hysteresis
+        # As in DeepSpeed: `window` good steps lie before the one after which the scale doubles.
+        if self._good > 0 and self._good % self.window == 0:
+            self._left = self.hysteresis
+            self.value *= 2
+        self._good += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scale, hysteresis left, and good steps since the last overflow."""
+        return {"value": self.value, "left": self._left, "good": self._good}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint; one that was written without a dynamic scale restores its value only."""
+        self.value = state["value"]
+        self._left = state.get("left", self.hysteresis)
+        self._good = state.get("good", 0)
+
+
+def make_loss_scale(fp16: Fp16Config) -> LossScale:
+    """The scale that the `fp16` section asks for."""
+    if not fp16.enabled:
+        return LossScale()
+    if fp16.loss_scale > 0:
+        return LossScale(fp16.loss_scale)
+    return DynamicLossScale(
+        initial=2.0**fp16.initial_scale_power,
+        window=fp16.loss_scale_window,
+        hysteresis=fp16.hysteresis,
+        consecutive=fp16.consecutive_hysteresis,
+        minimum=fp16.min_loss_scale,
+    )

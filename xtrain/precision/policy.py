@@ -1,0 +1,63 @@
+"""The dtypes of a run, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from xtrain.config.schema import Config
+from xtrain.errors import ConfigError
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class PrecisionPolicy:
+    """What the config says about dtypes and about scaling around the reduction.
+
+    Attributes:
+        module: the module is cast to it; None leaves it as it is.
+        accumulation: micro-batch gradients are added up in it; None is the parameters' own.
+        communication: gradients travel in it; None is the accumulation dtype.
+        skip_non_finite: leave the weights alone when the gradient norm is infinite or NaN.
+        predivide: gradients are divided by it before they are summed over ranks; None means by the
+            number of ranks. The rest of the average is taken in float32 afterwards.
+    """
+
+    module: torch.dtype | None
+    accumulation: torch.dtype | None
+    communication: torch.dtype | None
+    skip_non_finite: bool
+    predivide: float | None
+
+    def accumulation_of(self, dtype: torch.dtype) -> torch.dtype:
+        """Accumulation dtype for parameters of `dtype`; never narrower than they are."""
+        return torch.promote_types(dtype, self.accumulation) if self.accumulation else dtype
+
+
+def make_policy(config: Config) -> PrecisionPolicy:
+    """Read the sections that concern precision.
+
+    Raises:
+        ConfigError: fp16 and bf16 are both enabled.
+    """
+    if config.fp16.enabled and config.bf16.enabled:
+        raise ConfigError("config keys 'fp16.enabled' and 'bf16.enabled' are both true: choose one")
+    module = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
+    accumulation = config.data_types.grad_accum_dtype
+    communication = config.communication_data_type
+    return PrecisionPolicy(
+        module=module,
+        accumulation=DTYPES[accumulation] if accumulation else None,
+        communication=DTYPES[communication] if communication else None,
+        skip_non_finite=config.fp16.enabled or (config.bf16.enabled and config.bf16.check_grad_overflow),
+        predivide=None if config.prescale_gradients else config.gradient_predivide_factor,
+    )

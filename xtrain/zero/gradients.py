@@ -1,0 +1,183 @@
+"""Where the gradients of one flat group live, and how a bucket of them is reduced.
+
+`WholeGradients` (stages 0 and 1) keeps every gradient on every rank; `ShardedGradients` (stage 2) keeps
+this rank's slices only, and a whole bucket just while it is being reduced. When to reduce is decided
+in reducer.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xtrain import comm
+from xtrain.zero.flat import FlatGroup
+from xtrain.zero.layout import Bucket
+
+
+class Gradients(ABC):
+    """Gradients of one flat group, in accumulation dtype.
+
+    Args:
+        group: the flat group.
+        dtype: in which micro-batch gradients are added up.
+        process_group: over which buckets are summed.
+        communication_dtype: in which they travel; None is `dtype`.
+        predivide: they are divided by it first.
+    """
+
+    def __init__(
+        self,
+        group: FlatGroup,
+        dtype: torch.dtype,
+        process_group: dist.ProcessGroup | None,
+        communication_dtype: torch.dtype | None = None,
+        predivide: float = 1.0,
+    ) -> None:
+        self.group = group
+        self.dtype = dtype
+        self.process_group = process_group
+        self.world_size = comm.get_world_size(process_group)
+        self.communication_dtype = communication_dtype or dtype
+        self.predivide = predivide
+
+    def _sum(self, whole: torch.Tensor) -> _Sum:
+        """Start summing a bucket; the result is this rank's slice of it (all of it in stage 0)."""
+        if self.world_size == 1:
+            return _Sum(None, whole)
+        sent = whole.to(self.communication_dtype)
+        if self.predivide != 1.0:
+            sent.div_(self.predivide)
+        if self.group.layout.partitions == 1:
+            return _Sum(comm.all_reduce(sent, group=self.process_group, async_op=True), sent)
+        width = sent.numel() // self.world_size
+        mine = sent[self.group.partition * width :][:width]
+        return _Sum(comm.reduce_scatter_tensor(mine, sent, group=self.process_group, async_op=True), mine)
+
+    @abstractmethod
+    def absorb(self, member: int, bucket: Bucket) -> None:
+        """Take over the gradient that has just arrived in `param.grad`."""
+
+    @abstractmethod
+    def reduce(self, bucket: Bucket) -> Any:
+        """Start summing a bucket over the ranks; returns a handle for `complete`."""
+
+    @abstractmethod
+    def complete(self, bucket: Bucket, handle: Any) -> None:
+        """Wait for `reduce`; afterwards `owned` holds the sum."""
+
+    @abstractmethod
+    def owned(self, bucket: Bucket) -> torch.Tensor:
+        """This rank's slice of a bucket."""
+
+    @abstractmethod
+    def zero(self) -> None:
+        """Clear everything."""
+
+
+class _Sum:
+    """A bucket on the wire: `result` will hold this rank's part of the sum once `wait` returns."""
+
+    def __init__(self, work: Any, result: torch.Tensor) -> None:
+        self._work = work
+        self.result = result
+
+    def wait(self) -> torch.Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self.result
+
+
+class WholeGradients(Gradients):
+    """One buffer of all gradients; `param.grad` is a view of it where the dtypes are the same."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        group = self.group
+        self.buffer = torch.zeros(group.layout.total, dtype=self.dtype, device=group.params.device)
+        self._attach()
+
+    @property
+    def _in_place(self) -> bool:
+        return self.dtype == self.group.params.dtype
+
+    def _attach(self) -> None:
+        if self._in_place:
+            for member, param in enumerate(self.group.members):
+                param.grad = self.view(member)
+
+    def view(self, member: int) -> torch.Tensor:
+        """The accumulated gradient of one parameter, in its shape."""
+        return self.group.member_view(self.buffer, member)
+
+    def absorb(self, member: int, bucket: Bucket) -> None:
+        # In place this is nothing, unless somebody replaced `param.grad` (zero_grad(set_to_none=True)).
+        param, view = self.group.members[member], self.view(member)
+        if param.grad is None or param.grad.data_ptr() == view.data_ptr():
+            return
+        view.add_(param.grad)
+        param.grad = view if self._in_place else None
+
+    def reduce(self, bucket: Bucket) -> _Sum:
+        return self._sum(self.buffer[bucket.start : bucket.stop])
+
+    def complete(self, bucket: Bucket, handle: _Sum) -> None:
+        result, owned = handle.wait(), self.owned(bucket)
+        if result.data_ptr() != owned.data_ptr():  # it travelled in another dtype
+            owned.copy_(result)
+
+    def owned(self, bucket: Bucket) -> torch.Tensor:
+        return self.group.owned(self.buffer, bucket)
+
+    def zero(self) -> None:
+        self.buffer.zero_()
+        self._attach()
+
+
+class ShardedGradients(Gradients):
+    """This rank's slices, added up over micro-batches; whole buckets are transient.
+
+    Autograd's own gradient tensors are copied into a staging buffer, which exists from the first
+    gradient of its bucket to the end of its reduce-scatter.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        elements = self.group.layout.total // self.group.layout.partitions
+        self.shard = torch.zeros(elements, dtype=self.dtype, device=self.group.params.device)
+        self._staging: dict[int, torch.Tensor] = {}
+
+    def _stage(self, bucket: Bucket) -> torch.Tensor:
+        if bucket.start not in self._staging:
+            size = bucket.stop - bucket.start
+            # Zeros, because padding and parameters without a gradient are summed too.
+            self._staging[bucket.start] = torch.zeros(size, dtype=self.dtype, device=self.shard.device)
+        return self._staging[bucket.start]
+
+    def absorb(self, member: int, bucket: Bucket) -> None:
+        param = self.group.members[member]
+        if param.grad is None:
+            return
+        first = self.group.layout.starts[member] - bucket.start
+        self._stage(bucket)[first : first + param.numel()].view(param.shape).add_(param.grad)
+        param.grad = None
+
+    def reduce(self, bucket: Bucket) -> _Sum:
+        return self._sum(self._stage(bucket))
+
+    def complete(self, bucket: Bucket, handle: _Sum) -> None:
+        self.owned(bucket).add_(handle.wait())
+        del self._staging[bucket.start]
+
+    def owned(self, bucket: Bucket) -> torch.Tensor:
+        n = self.group.layout.partitions
+        return self.shard[bucket.start // n : bucket.stop // n]
+
+    def zero(self) -> None:
+        self.shard.zero_()
+        self._staging.clear()
+        for param in self.group.members:
+            param.grad = None
