@@ -60,6 +60,8 @@ class ZeroFacet:
     """Each parameter starts at a multiple of this in its flat buffer: kernels round by alignment."""
     reduce_bucket_bytes = 25 * 2**20
     """Size of a bucket when the config does not say: as large as PyTorch DDP's, so that several are in flight."""
+    update_chunk: int | None = None
+    """Elements that the norm and the optimizer work on at a time; None: all. Host caches want less than a megabyte."""
     overlap_comm = True
     """Whether buckets are reduced during backward when the config does not say."""
 

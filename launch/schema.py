@@ -55,7 +55,7 @@ class TrainSection(_Section):
     seq_length: int = Field(ge=16)
     micro_batch_size: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     lr: float = Field(gt=0)
     betas: tuple[float, float]
     eps: float = Field(gt=0)

@@ -109,7 +109,7 @@ class XtrainEngine(nn.Module):
         groups = setup.as_param_groups(model_parameters, self.module)
         if given is None:
             assert values.optimizer is not None
-            return build_optimizer(values.optimizer, groups)
+            return build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk)
         built = given(groups)
         check_elementwise(built, values.zero_allow_untested_optimizer)
         return built

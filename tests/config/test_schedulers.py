@@ -92,6 +92,16 @@ def _minimise(optimizer: torch.optim.Optimizer, param: torch.Tensor, steps: int 
     return param.detach()
 
 
+def test_chunks_change_no_bit() -> None:
+    results = []
+    for chunk in (None, 7, 16, 1000):
+        param = torch.nn.Parameter(torch.ones(50))
+        optimizer = Adam([param], lr=0.02, weight_decay=0.1)
+        optimizer.chunk_size = chunk
+        results.append(_minimise(optimizer, param).clone())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_adam_is_pytorchs_adam(decoupled: bool) -> None:
     a, b = torch.nn.Parameter(torch.ones(50).double()), torch.nn.Parameter(torch.ones(50).double())

@@ -25,7 +25,7 @@ def _launch(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> t
         (["train.stepps=5"], "unknown key 'train.stepps': did you mean 'train.steps'?"),
         (["train.steps=many"], "train.steps is 'many'"),
         (["train.steps=0"], "train.steps is 0"),
-        (["train.precision=fp8"], "'fp32' or 'bf16'"),
+        (["train.precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
         (["cluster.ranks_per_node=0"], "cluster.ranks_per_node is 0"),
         (["cluster.ranks_per_node=3"], "train_batch_size (16) is not divisible by"),
         (["train.global_batch_size=15"], "make train_batch_size a multiple of 16"),

@@ -47,6 +47,9 @@ class Adam(torch.optim.Optimizer):
             "adam_w_mode": adam_w_mode,
         }
         super().__init__(params, defaults)
+        self.chunk_size: int | None = None
+        """Elements to update at a time (None: all), so that the passes of one update find them in cache.
+        The arithmetic of an element does not depend on it."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -62,24 +65,43 @@ class Adam(torch.optim.Optimizer):
         return loss
 
     def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter, in chunks where it is flat."""
         state = self.state[param]
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         state["step"] += 1
+        size = param.numel() if self.chunk_size is None or param.ndim != 1 else self.chunk_size
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if size >= param.numel():
+            self._arithmetic(param, grad, *moments, state["step"], group)
+            return
+        for start in range(0, param.numel(), size):
+            p, g, m, v = (tensor[start : start + size] for tensor in (param, grad, *moments))
+            self._arithmetic(p, g, m, v, state["step"], group)
+
+    @staticmethod
+    def _arithmetic(
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        step: int,
+        group: dict[str, Any],
+    ) -> None:
+        """The update itself; all tensors have one shape and are changed in place, `grad` excepted."""
         beta1, beta2 = group["betas"]
         lr, decay = group["lr"], group["weight_decay"]
         if decay and group["adam_w_mode"]:
             param.mul_(1.0 - lr * decay)
         elif decay:
             grad = grad.add(param, alpha=decay)
-        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
         exp_avg.lerp_(grad, 1.0 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
         correction1 = correction2 = 1.0
         if group["bias_correction"]:
-            correction1 = 1.0 - beta1 ** state["step"]
-            correction2 = 1.0 - beta2 ** state["step"]
+            correction1 = 1.0 - beta1**step
+            correction2 = 1.0 - beta2**step
         denominator = exp_avg_sq.sqrt().div_(math.sqrt(correction2)).add_(group["eps"])
         param.addcdiv_(exp_avg, denominator, value=-lr / correction1)

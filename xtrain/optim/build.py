@@ -39,11 +39,16 @@ _ELEMENTWISE = (
 )
 
 
-def build_optimizer(config: OptimizerConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, param_groups: list[dict[str, Any]], chunk_size: int | None = None
+) -> torch.optim.Optimizer:
     """Build the optimizer that the config names, over `param_groups`.
 
     As in DeepSpeed, type Adam means AdamW unless `"adam_w_mode": false`, and `"torch_adam": true`
     takes PyTorch's own class.
+
+    Args:
+        chunk_size: elements that xtrain's own optimizers update at a time; see Adam.chunk_size.
 
     Raises:
         ConfigError: unknown type, unknown entry in `params`, or a value out of range.
@@ -59,7 +64,9 @@ def build_optimizer(config: OptimizerConfig, param_groups: list[dict[str, Any]])
         if params.pop("torch_adam", False):
             factory: Any = torch.optim.AdamW if decoupled else torch.optim.Adam
             return construct(factory, param_groups, params, "optimizer.params")
-        return construct(Adam, param_groups, {**params, "adam_w_mode": decoupled}, "optimizer.params")
+        adam = construct(Adam, param_groups, {**params, "adam_w_mode": decoupled}, "optimizer.params")
+        adam.chunk_size = chunk_size
+        return adam
     if kind == "sgd":
         return construct(torch.optim.SGD, param_groups, params, "optimizer.params")
     if kind in _NOT_YET:
