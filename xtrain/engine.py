@@ -107,10 +107,11 @@ class XtrainEngine(nn.Module):
         if given is None and values.optimizer is None:
             return None
         groups = setup.as_param_groups(model_parameters, self.module)
-        if given is None:
+        if given is not None:
+            built = given(groups)
+        else:
             assert values.optimizer is not None
-            return build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk)
-        built = given(groups)
+            built = build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk)
         check_elementwise(built, values.zero_allow_untested_optimizer)
         return built
 

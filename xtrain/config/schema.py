@@ -137,7 +137,8 @@ class DataTypesConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """`optimizer`: `type` is Adam, AdamW or SGD; `params` are the constructor's arguments."""
+    """`optimizer`: `type` is Adam, AdamW, Adagrad, Lion, SGD, or a class of torch.optim; `params` are the
+    constructor's arguments."""
 
     type: str
     params: dict[str, Any] = {}
@@ -145,7 +146,8 @@ class OptimizerConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """`scheduler`: `type` is WarmupLR or WarmupDecayLR; `params` are the constructor's arguments."""
+    """`scheduler`: `type` is WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle or LRRangeTest; `params` are
+    the constructor's arguments."""
 
     type: str
     params: dict[str, Any] = {}

@@ -2,5 +2,6 @@
 
 from xtrain.optim.adam import Adam
 from xtrain.optim.build import build_optimizer, check_elementwise
+from xtrain.optim.lion import Lion
 
-__all__ = ["Adam", "build_optimizer", "check_elementwise"]
+__all__ = ["Adam", "Lion", "build_optimizer", "check_elementwise"]

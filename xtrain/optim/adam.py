@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from xtrain.optim.elementwise import ElementwiseOptimizer
 
-class Adam(torch.optim.Optimizer):
+
+class Adam(ElementwiseOptimizer):
     """Adam (Kingma and Ba, 2015), or AdamW (Loshchilov and Hutter, 2019) with `adam_w_mode`.
 
     Arguments and defaults are those of DeepSpeed's FusedAdam. Moments have the parameters' dtype
@@ -23,6 +25,8 @@ class Adam(torch.optim.Optimizer):
         weight_decay: decoupled from the gradient with `adam_w_mode`, else added to it (L2).
         bias_correction: divide the moments by 1 - beta^t.
     """
+
+    state_names = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -47,50 +51,13 @@ class Adam(torch.optim.Optimizer):
             "adam_w_mode": adam_w_mode,
         }
         super().__init__(params, defaults)
-        self.chunk_size: int | None = None
-        """Elements to update at a time (None: all), so that the passes of one update find them in cache.
-        The arithmetic of an element does not depend on it."""
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._update(param, param.grad, group)
-        return loss
-
-    def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter, in chunks where it is flat."""
-        state = self.state[param]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
-        state["step"] += 1
-        size = param.numel() if self.chunk_size is None or param.ndim != 1 else self.chunk_size
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        if size >= param.numel():
-            self._arithmetic(param, grad, *moments, state["step"], group)
-            return
-        for start in range(0, param.numel(), size):
-            p, g, m, v = (tensor[start : start + size] for tensor in (param, grad, *moments))
-            self._arithmetic(p, g, m, v, state["step"], group)
 
     @staticmethod
-    def _arithmetic(
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
-        step: int,
-        group: dict[str, Any],
+    def arithmetic(
+        param: torch.Tensor, grad: torch.Tensor, states: list[torch.Tensor], step: int, group: dict[str, Any]
     ) -> None:
-        """The update itself; all tensors have one shape and are changed in place, `grad` excepted."""
+        """Decay, moments, update."""
+        exp_avg, exp_avg_sq = states
         beta1, beta2 = group["betas"]
         lr, decay = group["lr"], group["weight_decay"]
         if decay and group["adam_w_mode"]:

@@ -10,24 +10,15 @@ from xtrain.config.arguments import construct
 from xtrain.config.schema import OptimizerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError, unknown_name
 from xtrain.optim.adam import Adam
+from xtrain.optim.elementwise import ElementwiseOptimizer
+from xtrain.optim.lion import Lion
 
-_NOT_YET = {
-    "adagrad",
-    "lamb",
-    "lion",
-    "muon",
-    "onebitadam",
-    "onebitlamb",
-    "zerooneadam",
-    "muadam",
-    "muadamw",
-    "musgd",
-}
-_TYPES = ("Adam", "AdamW", "SGD")
+_NOT_YET = {"lamb", "muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd"}
+_TYPES = ("Adam", "AdamW", "Adagrad", "Lion", "SGD")
 
-# Optimizers whose update of an element depends on that element alone, so that slices can be updated apart.
+# PyTorch's optimizers whose update of an element depends on that element alone, so that slices can be
+# updated apart.
 _ELEMENTWISE = (
-    Adam,
     torch.optim.Adam,
     torch.optim.AdamW,
     torch.optim.SGD,
@@ -39,16 +30,24 @@ _ELEMENTWISE = (
 )
 
 
+def _adam(params: dict[str, Any], kind: str) -> tuple[Any, dict[str, Any]]:
+    """Class and arguments for type Adam or AdamW: Adam means AdamW unless `"adam_w_mode": false`."""
+    decoupled = bool(params.pop("adam_w_mode", True)) or kind == "adamw"
+    if params.pop("torch_adam", False):
+        return (torch.optim.AdamW if decoupled else torch.optim.Adam), params
+    return Adam, {**params, "adam_w_mode": decoupled}
+
+
 def build_optimizer(
     config: OptimizerConfig, param_groups: list[dict[str, Any]], chunk_size: int | None = None
 ) -> torch.optim.Optimizer:
     """Build the optimizer that the config names, over `param_groups`.
 
-    As in DeepSpeed, type Adam means AdamW unless `"adam_w_mode": false`, and `"torch_adam": true`
-    takes PyTorch's own class.
+    As in DeepSpeed, type Adam means AdamW unless `"adam_w_mode": false`, `"torch_adam": true` takes
+    PyTorch's own class, and any class of torch.optim can be named.
 
     Args:
-        chunk_size: elements that xtrain's own optimizers update at a time; see Adam.chunk_size.
+        chunk_size: elements that xtrain's own optimizers update at a time.
 
     Raises:
         ConfigError: unknown type, unknown entry in `params`, or a value out of range.
@@ -59,22 +58,23 @@ def build_optimizer(
         raise ConfigError(
             "config key 'optimizer.params.max_grad_norm' is not an optimizer option: use 'gradient_clipping'"
         )
-    if kind in ("adam", "adamw"):
-        decoupled = bool(params.pop("adam_w_mode", True)) or kind == "adamw"
-        if params.pop("torch_adam", False):
-            factory: Any = torch.optim.AdamW if decoupled else torch.optim.Adam
-            return construct(factory, param_groups, params, "optimizer.params")
-        adam = construct(Adam, param_groups, {**params, "adam_w_mode": decoupled}, "optimizer.params")
-        adam.chunk_size = chunk_size
-        return adam
-    if kind == "sgd":
-        return construct(torch.optim.SGD, param_groups, params, "optimizer.params")
     if kind in _NOT_YET:
         raise NotImplementedYetError(
             f"optimizer type {config.type!r}",
             f"use {', '.join(_TYPES)}, or pass an optimizer object to initialize()",
         )
-    raise ConfigError(f"config key 'optimizer.type': {unknown_name('optimizer', config.type, _TYPES)}")
+    factory: Any
+    if kind in ("adam", "adamw"):
+        factory, params = _adam(params, kind)
+    else:
+        own = {"lion": Lion, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+        factory = own.get(kind) or getattr(torch.optim, config.type, None)
+    if not (isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)):
+        raise ConfigError(f"config key 'optimizer.type': {unknown_name('optimizer', config.type, _TYPES)}")
+    optimizer: torch.optim.Optimizer = construct(factory, param_groups, params, "optimizer.params")
+    if isinstance(optimizer, ElementwiseOptimizer):
+        optimizer.chunk_size = chunk_size
+    return optimizer
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer, allow_untested: bool) -> None:
@@ -89,7 +89,8 @@ def check_elementwise(optimizer: torch.optim.Optimizer, allow_untested: bool) ->
             f"the optimizer {type(optimizer).__name__} has taken steps already: pass a fresh one to initialize() "
             "and restore its state with load_checkpoint()"
         )
-    if type(optimizer) not in _ELEMENTWISE and not allow_untested:
+    known = isinstance(optimizer, ElementwiseOptimizer) or type(optimizer) in _ELEMENTWISE
+    if not known and not allow_untested:
         raise ConfigError(
             f"the optimizer {type(optimizer).__name__} is not known to update each element on its own, which "
             'flat buffers need: set "zero_allow_untested_optimizer": true if it does'

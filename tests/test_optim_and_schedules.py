@@ -10,8 +10,8 @@ import torch
 
 from xtrain.config.schema import OptimizerConfig, SchedulerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError
-from xtrain.optim import Adam, build_optimizer
-from xtrain.schedulers import WarmupDecayLR, WarmupLR, build_scheduler
+from xtrain.optim import Adam, Lion, build_optimizer
+from xtrain.schedulers import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR, build_scheduler
 
 
 def _optimizer(groups: int = 1) -> torch.optim.Optimizer:
@@ -48,19 +48,79 @@ def test_saved_and_restored() -> None:
     assert before[-1] < second.get_last_lr()[0]
 
 
+def test_warmup_and_cosine() -> None:
+    rates = _rates(WarmupCosineLR(_optimizer(), 20, 0.2, 5, 0.1, "linear"), 26)
+    expected = [0.0]
+    for iteration in range(25):
+        if iteration < 5:
+            ratio = 0.2 + 0.8 * iteration / 5
+        else:
+            progress = min(1.0, (iteration - 4) / 15)
+            ratio = 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+        expected.append(0.5 * ratio)
+    assert rates == pytest.approx(expected)
+
+
+def test_range_test() -> None:
+    even = _rates(LRRangeTest(_optimizer(), 0.1, 4, 2.0), 9)
+    assert even == pytest.approx([0.1 * (1 + 2 * i / 4) for i in range(9)])
+    stairs = _rates(LRRangeTest(_optimizer(), 0.1, 4, 2.0, True), 9)
+    assert stairs == pytest.approx([0.1 * (1 + 2 * (i // 4)) for i in range(9)])
+
+
+def test_one_cycle_with_momentum() -> None:
+    optimizer = torch.optim.Adam([torch.zeros(1)], lr=1.0)
+    scheduler = OneCycle(optimizer, 0.1, 0.5, 0.5, 4, 2, decay_step_size=2)
+    rates, momenta = [], []
+    for _ in range(11):
+        rates.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0]["betas"][0])
+        scheduler.step()
+    decay = [0.1 / (1 + 0.5 * n / 2) for n in range(1, 5)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.3, 0.1, *decay])
+    # Momentum starts at its minimum when built and mirrors the rate from the first step on.
+    assert momenta == pytest.approx([0.8, 0.875, 0.85, 0.825, 0.8, 0.85, 0.9, 0.9, 0.9, 0.9, 0.9])
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *[
+        (kind, {"warmup_min_lr": 0.01, "warmup_max_lr": 0.3, "warmup_num_steps": 7, "warmup_type": curve, **more})
+        for kind, more in (("WarmupLR", {}), ("WarmupDecayLR", {"total_num_steps": 15}))
+        for curve in ("log", "linear")
+    ],
+    ("WarmupCosineLR", {"total_num_steps": 15, "warmup_num_steps": 4, "warmup_min_ratio": 0.1}),
+    ("WarmupCosineLR", {"total_num_steps": 3, "warmup_num_steps": 4, "warmup_type": "linear"}),
+    ("LRRangeTest", {"lr_range_test_min_lr": 0.1, "lr_range_test_step_size": 3, "lr_range_test_step_rate": 0.5}),
+    ("LRRangeTest", {"lr_range_test_step_size": 3, "lr_range_test_staircase": True}),
+    ("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 0.9, "cycle_first_step_size": 5}),
+    (
+        "OneCycle",
+        {
+            "cycle_min_lr": 0.1, "cycle_max_lr": 0.9, "cycle_first_step_size": 5, "cycle_second_step_size": 7,
+            "decay_step_size": 2, "decay_lr_rate": 0.3, "decay_mom_rate": 0.01, "cycle_first_stair_count": 2,
+        },
+    ),
+]  # fmt: skip
+
+
 @pytest.mark.deepspeed
-@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR"])
-@pytest.mark.parametrize("warmup_type", ["log", "linear"])
-def test_against_deepspeed(kind: str, warmup_type: str) -> None:
-    theirs = pytest.importorskip("deepspeed.runtime.lr_schedules", reason="needs the extra deepspeed")
-    params: dict[str, Any] = {"warmup_min_lr": 0.01, "warmup_max_lr": 0.3, "warmup_num_steps": 7}
-    params["warmup_type"] = warmup_type
-    if kind == "WarmupDecayLR":
-        params["total_num_steps"] = 15
-    ours = build_scheduler(SchedulerConfig(type=kind, params=params), _optimizer())
-    assert _rates(ours, 20) == pytest.approx(
-        _rates(getattr(theirs, kind)(_optimizer(), **params), 20), rel=1e-12
-    )
+@pytest.mark.parametrize(("kind", "params"), CASES)
+def test_against_deepspeed(kind: str, params: dict[str, Any]) -> None:
+    theirs_module = pytest.importorskip("deepspeed.runtime.lr_schedules", reason="needs the extra deepspeed")
+    seen = []
+    for build in (
+        getattr(theirs_module, kind),
+        lambda o, **p: build_scheduler(SchedulerConfig(type=kind, params=p), o),
+    ):
+        optimizer = torch.optim.Adam([torch.zeros(1)], lr=0.4)
+        scheduler = build(optimizer, **params)
+        rows = []
+        for _ in range(20):
+            rows.append((optimizer.param_groups[0]["lr"], *optimizer.param_groups[0]["betas"]))
+            scheduler.step()
+        seen.append(rows)
+    for theirs, ours in zip(*seen, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +137,6 @@ def test_against_deepspeed(kind: str, warmup_type: str) -> None:
 def test_scheduler_mistakes(kind: str, params: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         build_scheduler(SchedulerConfig(type=kind, params=params), _optimizer())
-
-
-def test_scheduler_not_there_yet() -> None:
-    with pytest.raises(NotImplementedYetError, match="OneCycle"):
-        build_scheduler(SchedulerConfig(type="OneCycle"), _optimizer())
 
 
 def _minimise(optimizer: torch.optim.Optimizer, param: torch.Tensor, steps: int = 30) -> torch.Tensor:
@@ -111,6 +166,37 @@ def test_adam_is_pytorchs_adam(decoupled: bool) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_lion_by_its_paper() -> None:
+    param = torch.nn.Parameter(torch.ones(4).double())
+    optimizer = Lion([param], lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    x, m = torch.ones(4).double(), torch.zeros(4).double()
+    for step in range(5):
+        grad = torch.tensor([1.0, -2.0, 0.5, 3.0]).double() * (-1) ** step
+        param.grad = grad.clone()
+        optimizer.step()
+        update = torch.sign(0.9 * m + 0.1 * grad)
+        x = x - 0.1 * (update + 0.5 * x)
+        m = 0.99 * m + 0.01 * grad
+        torch.testing.assert_close(param.detach(), x)
+
+
+def test_deepspeeds_names() -> None:
+    from xtrain.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    for kind in (FusedAdam, DeepSpeedCPUAdam):
+        a, b = torch.nn.Parameter(torch.ones(50)), torch.nn.Parameter(torch.ones(50))
+        ours = _minimise(kind([a], lr=0.02, weight_decay=0.1), a)
+        torch.testing.assert_close(ours, _minimise(torch.optim.AdamW([b], lr=0.02, weight_decay=0.1), b))
+        with pytest.raises(NotImplementedYetError, match="amsgrad"):
+            kind([a], amsgrad=True)
+
+
+def test_any_class_of_torch() -> None:
+    assert type(_build("RMSprop", lr=0.1)) is torch.optim.RMSprop
+    assert type(_build("Adagrad")) is torch.optim.Adagrad
+    assert type(_build("Lion")) is Lion
+
+
 def _build(kind: str, **params: Any) -> torch.optim.Optimizer:
     return build_optimizer(
         OptimizerConfig(type=kind, params=params), [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
@@ -129,6 +215,7 @@ def test_adam_type_means_adamw_unless_said_otherwise() -> None:
     ("kind", "params", "error", "said"),
     [
         ("AdamX", {}, ConfigError, "did you mean"),
+        ("Optimizer", {}, ConfigError, "lacks defaults"),
         ("Lamb", {}, NotImplementedYetError, "'Lamb'"),
         ("Adam", {"bets": [0.9, 0.9]}, ConfigError, "did you mean 'betas'"),
         ("Adam", {"lr": -1.0}, ConfigError, "must not be negative"),

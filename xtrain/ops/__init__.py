@@ -1,0 +1,1 @@
+"""DeepSpeed's names for optimizers: `xtrain.ops.adam.FusedAdam` and so on."""

@@ -1,0 +1,60 @@
+"""What xtrain's own optimizers share: an update of flat tensors in cache-sized chunks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class ElementwiseOptimizer(torch.optim.Optimizer):
+    """An optimizer that updates every element on its own, in plain tensor operations.
+
+    A subclass names its states and writes the arithmetic of one step; order and operations are then the
+    same on every backend.
+    """
+
+    state_names: tuple[str, ...] = ()
+    """States with one value an element, zero at the start."""
+
+    chunk_size: int | None = None
+    """Elements to update at a time (None: all), so that the passes of one update find them in cache.
+    The arithmetic of an element does not depend on it."""
+
+    @staticmethod
+    @abstractmethod
+    def arithmetic(
+        param: torch.Tensor, grad: torch.Tensor, states: list[torch.Tensor], step: int, group: dict[str, Any]
+    ) -> None:
+        """Update `param` and `states` in place; all have one shape. `step` counts from 1."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, param.grad, group)
+        return loss
+
+    def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        if not state:
+            state["step"] = 0
+            for name in self.state_names:
+                state[name] = torch.zeros_like(param)
+        state["step"] += 1
+        states = [state[name] for name in self.state_names]
+        size = param.numel() if self.chunk_size is None or param.ndim != 1 else self.chunk_size
+        if size >= param.numel():
+            self.arithmetic(param, grad, states, state["step"], group)
+            return
+        for start in range(0, param.numel(), size):
+            part = slice(start, start + size)
+            self.arithmetic(param[part], grad[part], [s[part] for s in states], state["step"], group)
