@@ -5,6 +5,7 @@ Imports the backends below it and nothing above it.
 
 from torch.distributed import ReduceOp
 
+from xtrain.comm.canonical import CanonicalAllReduce, CanonicalReduceScatter, tree_sum
 from xtrain.comm.collectives import (
     all_gather,
     all_gather_into_tensor,
@@ -36,6 +37,8 @@ from xtrain.comm.ledger import Ledger, ledger, log_summary
 
 __all__ = [
     "TORCH_DISTRIBUTED_DEFAULT_PORT",
+    "CanonicalAllReduce",
+    "CanonicalReduceScatter",
     "Ledger",
     "ReduceOp",
     "all_gather",
@@ -62,4 +65,5 @@ __all__ = [
     "reduce",
     "reduce_scatter_tensor",
     "send",
+    "tree_sum",
 ]

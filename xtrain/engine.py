@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from xtrain import comm, setup
+from xtrain.aligned_random import AlignedRandom
 from xtrain.backends import Backend
 from xtrain.checkpoint import read, write
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
@@ -79,6 +80,7 @@ class XtrainEngine(nn.Module):
         self.device = backend.runtime.device(self.local_rank)
         setup.check_agreement(module, config, grid)
         self.precision = make_policy(values)
+        self._random = AlignedRandom(values.xtrain.seed, self._place) if values.xtrain.aligned else None
         setup.place_module(module, self.device, self.precision.module, backend)
         self.module = module
 
@@ -118,7 +120,9 @@ class XtrainEngine(nn.Module):
     def _partition(self, basic_optimizer: torch.optim.Optimizer) -> None:
         values, backend, grid = self.xtrain_config.values, self.backend, self.grid
         zero = values.zero_optimization
-        gradients = setup.flatten(self.module, basic_optimizer, zero, self.precision, backend, grid)
+        # Aligned mode adds micro-batches inside a rank first, for which every rank keeps whole gradients.
+        shard = zero.stage >= 2 and not (self.precision.aligned and self.batch_sizes.accumulation > 1)
+        gradients = setup.flatten(self.module, basic_optimizer, zero, self.precision, backend, grid, shard)
         self.flat_groups = [item.group for item in gradients]
         trained = {param for group in self.flat_groups for param in group.members}
         self._untrained = [p for p in self.module.parameters() if p.requires_grad and p not in trained]
@@ -129,7 +133,7 @@ class XtrainEngine(nn.Module):
             gradients,
             order,
             is_boundary=lambda: self._syncing and self.is_gradient_accumulation_boundary(),
-            every_backward=zero.stage >= 2,
+            every_backward=shard,
             overlap=backend.zero.overlap_comm if zero.overlap_comm is None else zero.overlap_comm,
         )
         self.optimizer = ZeroOptimizer(
@@ -140,6 +144,7 @@ class XtrainEngine(nn.Module):
             grid.group,
             clip=values.gradient_clipping,
             skip_non_finite=self.precision.skip_non_finite,
+            round_norm=self.precision.aligned,
         )
 
     def _scheduler(self, given: Any) -> Any:
@@ -179,7 +184,15 @@ class XtrainEngine(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        return self.module(*inputs, **kwargs)
+        if self._random is None or not self.module.training:
+            return self.module(*inputs, **kwargs)
+        with self._random:
+            return self.module(*inputs, **kwargs)
+
+    def _place(self) -> tuple[int, int]:
+        """(step, slot) of the running micro-batch; a slot is rank x accumulation steps + index."""
+        accumulation = self.batch_sizes.accumulation
+        return self.global_steps, self.grid.rank * accumulation + self.micro_steps % accumulation
 
     def backward(
         self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True

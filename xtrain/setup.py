@@ -113,10 +113,11 @@ def flatten(
     precision: PrecisionPolicy,
     backend: Backend,
     grid: DataParallelGrid,
+    shard_gradients: bool,
 ) -> list[Gradients]:
     """Move the optimizer's parameters into flat groups, one per parameter group and dtype."""
     names = {param: name for name, param in module.named_parameters()}
-    kind = ShardedGradients if zero.stage >= 2 else WholeGradients
+    kind = ShardedGradients if shard_gradients else WholeGradients
     predivide = precision.predivide if precision.predivide is not None else float(grid.size)
     gradients: list[Gradients] = []
     for index, param_group in enumerate(optimizer.param_groups):
@@ -130,7 +131,9 @@ def flatten(
                 align=max(1, backend.zero.alignment_bytes // min(dtype.itemsize, accumulation.itemsize)),
             )
             group = FlatGroup(members, index, options)
-            gradients.append(kind(group, accumulation, grid.group, precision.communication, predivide))
+            gradients.append(
+                kind(group, accumulation, grid.group, precision.communication, predivide, precision.aligned)
+            )
     return gradients
 
 

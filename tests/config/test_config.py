@@ -53,7 +53,6 @@ def test_mistakes_name_the_key_and_what_to_do(config: dict[str, Any], said: str)
         {"flops_profiler": {"enabled": True}},
         {"autotuning": {"enabled": True}},
         {"gradient_allreduce_op": "sum"},
-        {"xtrain": {"aligned": True}},
         {"xtrain": {"engine": "deepspeed"}},
     ],
 )

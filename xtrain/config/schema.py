@@ -182,7 +182,11 @@ class XtrainSection(Section):
     engine: Annotated[
         Literal["native", "deepspeed"], NotYet("run the script with `import deepspeed` to use its engine")
     ] = "native"
-    aligned: Annotated[bool, NotYet("leave it out: stages 0 and 1 agree within rounding")] = False
+    aligned: bool = False
+    """Bits that do not depend on ZeRO stage or on how a batch is split over ranks and accumulation (powers
+    of two): canonical sums in float32, one optimizer arithmetic, counter-based dropout. See docs/aligned.md."""
+    seed: int = Field(1234, ge=0)
+    """Seed of the dropout masks in aligned mode."""
     record: str | None = None
     """Path of the run record (JSON Lines) that rank 0 writes. None: no record, unless the launcher asks."""
     tokens_per_sample: int | None = Field(None, gt=0)

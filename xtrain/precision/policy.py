@@ -28,6 +28,7 @@ class PrecisionPolicy:
         accumulation: micro-batch gradients are added up in it; None is the parameters' own.
         communication: gradients travel in it; None is the accumulation dtype.
         skip_non_finite: leave the weights alone when the gradient norm is infinite or NaN.
+        aligned: gradients are accumulated, sent and summed in float32 by one fixed tree.
         predivide: gradients are divided by it before they are summed over ranks; None means by the
             number of ranks. The rest of the average is taken in float32 afterwards.
     """
@@ -37,6 +38,7 @@ class PrecisionPolicy:
     communication: torch.dtype | None
     skip_non_finite: bool
     predivide: float | None
+    aligned: bool = False
 
     def accumulation_of(self, dtype: torch.dtype) -> torch.dtype:
         """Accumulation dtype for parameters of `dtype`; never narrower than they are."""
@@ -47,17 +49,28 @@ def make_policy(config: Config) -> PrecisionPolicy:
     """Read the sections that concern precision.
 
     Raises:
-        ConfigError: fp16 and bf16 are both enabled.
+        ConfigError: fp16 and bf16 are both enabled, or aligned mode is combined with a dtype it rules out.
     """
     if config.fp16.enabled and config.bf16.enabled:
         raise ConfigError("config keys 'fp16.enabled' and 'bf16.enabled' are both true: choose one")
     module = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
     accumulation = config.data_types.grad_accum_dtype
     communication = config.communication_data_type
+    if config.xtrain.aligned:
+        for key, name in (
+            ("data_types.grad_accum_dtype", accumulation),
+            ("communication_data_type", communication),
+        ):
+            if name is not None and DTYPES[name] != torch.float32:
+                raise ConfigError(
+                    f"config key {key!r} is {name!r}, but aligned mode adds in fp32: remove the key"
+                )
+        accumulation = communication = "fp32"
     return PrecisionPolicy(
         module=module,
         accumulation=DTYPES[accumulation] if accumulation else None,
         communication=DTYPES[communication] if communication else None,
+        aligned=config.xtrain.aligned,
         skip_non_finite=config.fp16.enabled or (config.bf16.enabled and config.bf16.check_grad_overflow),
         predivide=None if config.prescale_gradients else config.gradient_predivide_factor,
     )

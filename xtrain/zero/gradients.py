@@ -8,7 +8,7 @@ in reducer.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,68 +18,15 @@ from xtrain.zero.flat import FlatGroup
 from xtrain.zero.layout import Bucket
 
 
-class Gradients(ABC):
-    """Gradients of one flat group, in accumulation dtype.
+class Summing(Protocol):
+    """A bucket on the wire: `wait` returns this rank's part of the sum."""
 
-    Args:
-        group: the flat group.
-        dtype: in which micro-batch gradients are added up.
-        process_group: over which buckets are summed.
-        communication_dtype: in which they travel; None is `dtype`.
-        predivide: they are divided by it first.
-    """
-
-    def __init__(
-        self,
-        group: FlatGroup,
-        dtype: torch.dtype,
-        process_group: dist.ProcessGroup | None,
-        communication_dtype: torch.dtype | None = None,
-        predivide: float = 1.0,
-    ) -> None:
-        self.group = group
-        self.dtype = dtype
-        self.process_group = process_group
-        self.world_size = comm.get_world_size(process_group)
-        self.communication_dtype = communication_dtype or dtype
-        self.predivide = predivide
-
-    def _sum(self, whole: torch.Tensor) -> _Sum:
-        """Start summing a bucket; the result is this rank's slice of it (all of it in stage 0)."""
-        if self.world_size == 1:
-            return _Sum(None, whole)
-        sent = whole.to(self.communication_dtype)
-        if self.predivide != 1.0:
-            sent.div_(self.predivide)
-        if self.group.layout.partitions == 1:
-            return _Sum(comm.all_reduce(sent, group=self.process_group, async_op=True), sent)
-        width = sent.numel() // self.world_size
-        mine = sent[self.group.partition * width :][:width]
-        return _Sum(comm.reduce_scatter_tensor(mine, sent, group=self.process_group, async_op=True), mine)
-
-    @abstractmethod
-    def absorb(self, member: int, bucket: Bucket) -> None:
-        """Take over the gradient that has just arrived in `param.grad`."""
-
-    @abstractmethod
-    def reduce(self, bucket: Bucket) -> Any:
-        """Start summing a bucket over the ranks; returns a handle for `complete`."""
-
-    @abstractmethod
-    def complete(self, bucket: Bucket, handle: Any) -> None:
-        """Wait for `reduce`; afterwards `owned` holds the sum."""
-
-    @abstractmethod
-    def owned(self, bucket: Bucket) -> torch.Tensor:
-        """This rank's slice of a bucket."""
-
-    @abstractmethod
-    def zero(self) -> None:
-        """Clear everything."""
+    def wait(self) -> torch.Tensor:
+        """Wait for the ranks."""
 
 
 class _Sum:
-    """A bucket on the wire: `result` will hold this rank's part of the sum once `wait` returns."""
+    """A library collective (or none, on one rank) that leaves the sum in `result`."""
 
     def __init__(self, work: Any, result: torch.Tensor) -> None:
         self._work = work
@@ -91,6 +38,76 @@ class _Sum:
         return self.result
 
 
+class Gradients(ABC):
+    """Gradients of one flat group, in accumulation dtype.
+
+    Args:
+        group: the flat group.
+        dtype: in which micro-batch gradients are added up.
+        process_group: over which buckets are summed.
+        communication_dtype: in which they travel; None is `dtype`.
+        predivide: they are divided by it first.
+        aligned: add micro-batches and ranks by one fixed pairwise tree over slot numbers.
+    """
+
+    def __init__(
+        self,
+        group: FlatGroup,
+        dtype: torch.dtype,
+        process_group: dist.ProcessGroup | None,
+        communication_dtype: torch.dtype | None = None,
+        predivide: float = 1.0,
+        aligned: bool = False,
+    ) -> None:
+        self.group = group
+        self.dtype = dtype
+        self.process_group = process_group
+        self.world_size = comm.get_world_size(process_group)
+        self.communication_dtype = communication_dtype or dtype
+        self.predivide = predivide
+        self.aligned = aligned
+
+    def _sum(self, whole: torch.Tensor) -> Summing:
+        """Start summing a bucket; the result is this rank's slice of it (all of it in stage 0)."""
+        if self.world_size == 1:
+            return _Sum(None, whole)
+        sent = whole.to(self.communication_dtype)
+        if self.predivide != 1.0:
+            sent.div_(self.predivide)
+        if self.aligned:
+            whole_sum = self.group.layout.partitions == 1
+            kind = comm.CanonicalAllReduce if whole_sum else comm.CanonicalReduceScatter
+            return kind(sent, self.process_group)
+        if self.group.layout.partitions == 1:
+            return _Sum(comm.all_reduce(sent, group=self.process_group, async_op=True), sent)
+        width = sent.numel() // self.world_size
+        mine = sent[self.group.partition * width :][:width]
+        return _Sum(comm.reduce_scatter_tensor(mine, sent, group=self.process_group, async_op=True), mine)
+
+    @abstractmethod
+    def absorb(self, member: int, bucket: Bucket) -> None:
+        """Take over the gradient that has just arrived in `param.grad`."""
+
+    def close_micro_batch(self) -> None:  # noqa: B027 - most kinds have nothing to do here
+        """A backward that is not the last of its window has ended."""
+
+    @abstractmethod
+    def reduce(self, bucket: Bucket) -> Summing:
+        """Start summing a bucket over the ranks; returns a handle for `complete`."""
+
+    @abstractmethod
+    def complete(self, bucket: Bucket, handle: Summing) -> None:
+        """Wait for `reduce`; afterwards `owned` holds the sum."""
+
+    @abstractmethod
+    def owned(self, bucket: Bucket) -> torch.Tensor:
+        """This rank's slice of a bucket."""
+
+    @abstractmethod
+    def zero(self) -> None:
+        """Clear everything."""
+
+
 class WholeGradients(Gradients):
     """One buffer of all gradients; `param.grad` is a view of it where the dtypes are the same."""
 
@@ -98,6 +115,7 @@ class WholeGradients(Gradients):
         super().__init__(*args, **kwargs)
         group = self.group
         self.buffer = torch.zeros(group.layout.total, dtype=self.dtype, device=group.params.device)
+        self._partials: list[torch.Tensor | None] = []
         self._attach()
 
     @property
@@ -121,12 +139,30 @@ class WholeGradients(Gradients):
         view.add_(param.grad)
         param.grad = view if self._in_place else None
 
-    def reduce(self, bucket: Bucket) -> _Sum:
-        return self._sum(self.buffer[bucket.start : bucket.stop])
+    def close_micro_batch(self) -> None:
+        if not self.aligned:
+            return  # plain accumulation: the next micro-batch is added to the buffer
+        # A binary counter of partial sums: two of the same level are added and carried to the next.
+        carry = self.buffer.clone()
+        self.buffer.zero_()
+        for level, partial in enumerate(self._partials):
+            if partial is None:
+                self._partials[level] = carry
+                return
+            carry = partial.add_(carry)
+            self._partials[level] = None
+        self._partials.append(carry)
 
-    def complete(self, bucket: Bucket, handle: _Sum) -> None:
+    def reduce(self, bucket: Bucket) -> Summing:
+        whole = self.buffer[bucket.start : bucket.stop]
+        for partial in self._partials:
+            if partial is not None:
+                whole.add_(partial[bucket.start : bucket.stop])
+        return self._sum(whole)
+
+    def complete(self, bucket: Bucket, handle: Summing) -> None:
         result, owned = handle.wait(), self.owned(bucket)
-        if result.data_ptr() != owned.data_ptr():  # it travelled in another dtype
+        if result.data_ptr() != owned.data_ptr():  # it travelled in a buffer of its own
             owned.copy_(result)
 
     def owned(self, bucket: Bucket) -> torch.Tensor:
@@ -134,6 +170,7 @@ class WholeGradients(Gradients):
 
     def zero(self) -> None:
         self.buffer.zero_()
+        self._partials.clear()
         self._attach()
 
 
@@ -165,10 +202,10 @@ class ShardedGradients(Gradients):
         self._stage(bucket)[first : first + param.numel()].view(param.shape).add_(param.grad)
         param.grad = None
 
-    def reduce(self, bucket: Bucket) -> _Sum:
+    def reduce(self, bucket: Bucket) -> Summing:
         return self._sum(self._stage(bucket))
 
-    def complete(self, bucket: Bucket, handle: _Sum) -> None:
+    def complete(self, bucket: Bucket, handle: Summing) -> None:
         self.owned(bucket).add_(handle.wait())
         del self._staging[bucket.start]
 

@@ -42,6 +42,7 @@ class ZeroOptimizer:
         backend: decides the dtype in which the norm is summed.
         process_group: the data-parallel group.
         clip: largest 2-norm of the gradients, 0 for none.
+        round_norm: round the norm to float32, which removes what is left of the order of its summation.
         skip_non_finite: leave the weights unchanged when the norm is infinite or NaN.
     """
 
@@ -54,6 +55,7 @@ class ZeroOptimizer:
         process_group: dist.ProcessGroup | None,
         clip: float,
         skip_non_finite: bool,
+        round_norm: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.gradients = gradients
@@ -64,6 +66,7 @@ class ZeroOptimizer:
         self.world_size = comm.get_world_size(process_group)
         self.clip_grad = clip
         self.skip_non_finite = skip_non_finite
+        self.round_norm = round_norm
         self.overflow = False
         self.grad_norm: float | None = None
         for index, param_group in enumerate(optimizer.param_groups):
@@ -109,7 +112,8 @@ class ZeroOptimizer:
         total = torch.stack(squares).sum()
         if any(group.layout.partitions > 1 for group in self.groups):
             comm.all_reduce(total, group=self.process_group)
-        return math.sqrt(total.item()) * self._mean_factor
+        norm = math.sqrt(total.item()) * self._mean_factor
+        return torch.tensor(norm, dtype=torch.float32).item() if self.round_norm else norm
 
     def step(self) -> None:
         """Update the parameters from the reduced gradients; clears the gradients."""

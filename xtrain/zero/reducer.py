@@ -69,6 +69,7 @@ class GradientReducer:
         every_backward: bool,
         overlap: bool,
     ) -> None:
+        self.gradients = gradients
         self.is_boundary = is_boundary
         self.every_backward = every_backward
         self.overlap = overlap
@@ -143,6 +144,9 @@ class GradientReducer:
         else:
             for item in self.queue[self._next :]:
                 item.arrived.clear()
+            if not self.is_boundary():
+                for gradients in self.gradients:
+                    gradients.close_micro_batch()
 
     def finish(self) -> None:
         """Reduce what has not been reduced (a missing gradient counts as zero) and wait for all of it."""
