@@ -6,21 +6,25 @@ Starts the ranks, ends all of them when one fails, and leaves the exit codes for
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
 from xtrain.files import write_text
 from xtrain.launch.processes import die_with_parent
-from xtrain.run_folder import EXIT_CODES, LOGS
+from xtrain.run_folder import EXIT_CODES, LAUNCHER_VARIABLE, LOGS
 
 
 def main(argv: list[str]) -> int:
     """Run the ranks to their end; 0 when all succeeded, 1 otherwise."""
-    die_with_parent(signal.SIGTERM)  # the agent then ends its ranks
+    # Before torch is imported, which takes seconds in which the launcher may die.
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    die_with_parent(signal.SIGTERM, int(launcher) if launcher else None)  # the agent then ends its ranks
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     run_dir, ranks, command = Path(argv[0]), int(argv[1]), argv[2:]
     config = LaunchConfig(
         min_nodes=1,

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
@@ -65,6 +65,8 @@ def _explain(error: Exception, defaults: dict[str, Any]) -> str:
             f"did you mean {close!r}?" if close else "see conf/config.yaml; `+key=value` adds a DeepSpeed key"
         )
         return f"unknown key {key!r}: {hint}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read: quote the value, as in 'key=\"value\"'"
     return f"the configuration cannot be composed: {first}"
 
 

@@ -5,11 +5,12 @@ Everything that can be wrong is found here, before a rank is started.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,7 +20,13 @@ from xtrain.data.corpus import find_files
 from xtrain.errors import CheckpointError, ConfigError, DataError, NotImplementedYetError
 from xtrain.files import write_text
 from xtrain.launch.schema import LaunchConfig
-from xtrain.run_folder import CHECKPOINTS, LOGS, METRICS, RUN_DIR_VARIABLE, STOP
+from xtrain.run_folder import CHECKPOINTS, LOCK, LOGS, METRICS, OVERRIDES, RUN_DIR_VARIABLE, STOP, STOPPED
+
+
+def safe_path_flag() -> list[str]:
+    """Keep `python -m` from putting the current folder first on the path, where a `random.py` would hide
+    Python's own; Python 3.10 cannot."""
+    return ["-P"] if sys.version_info >= (3, 11) else []
 
 
 @dataclass(frozen=True)
@@ -34,17 +41,18 @@ class Job:
     stop_timeout: float
     total_steps: int | None
     model: str
+    resumable: bool
 
     @property
     def agent_command(self) -> list[str]:
         """The process that starts and watches the ranks (torchrun's agent)."""
-        agent = [sys.executable, "-m", "xtrain.launch.agent", str(self.run_dir), str(self.ranks)]
-        return [*agent, *self.rank_command]
+        agent = ["-m", "xtrain.launch.agent", str(self.run_dir), str(self.ranks)]
+        return [sys.executable, *safe_path_flag(), *agent, *self.rank_command]
 
     @property
     def rank_command(self) -> list[str]:
         """What every rank runs."""
-        return ["-m", "xtrain.launch.rank", str(self.script), *self.script_args]
+        return [*safe_path_flag(), "-m", "xtrain.launch.rank", str(self.script), *self.script_args]
 
 
 def builtin_script() -> Path:
@@ -72,7 +80,8 @@ def _builtin_flags(config: LaunchConfig, run_dir: Path, load: Path | None) -> li
 
 
 def _deepspeed_config(config: LaunchConfig) -> dict[str, Any]:
-    checked = load_config(config.deepspeed_config or config.deepspeed)
+    path = Path(config.deepspeed_config).expanduser() if config.deepspeed_config else None
+    checked = load_config(path or config.deepspeed)
     values = checked.values
     solve_batch_sizes(
         values.train_batch_size,
@@ -86,22 +95,59 @@ def _deepspeed_config(config: LaunchConfig) -> dict[str, Any]:
 def _resume_from(resume: str | None) -> Path | None:
     if resume is None:
         return None
-    for folder in (Path(resume) / CHECKPOINTS, Path(resume)):
+    given = Path(resume).expanduser()
+    for folder in (given / CHECKPOINTS, given):
         if folder.is_dir() and is_checkpoint(folder):
             find_tag(folder, None)
-            return folder.absolute()
+            return folder.resolve()
     raise CheckpointError(f"resume={resume}: there is no complete checkpoint in this folder")
 
 
 def _run_dir(config: LaunchConfig, resume: Path | None) -> Path:
-    run_dir = Path(config.run_dir).expanduser().absolute()
+    run_dir = Path(config.run_dir).expanduser().resolve()
     own = resume is not None and resume.parent == run_dir
     if (run_dir / METRICS).exists() and not own:
-        raise ConfigError(
-            f"run_dir={config.run_dir} holds a run already: choose another folder, or add resume={config.run_dir} "
-            "to continue it"
-        )
+        continuing = is_checkpoint(run_dir / CHECKPOINTS)
+        hint = f", or add resume={config.run_dir} to continue it" if continuing else ""
+        raise ConfigError(f"run_dir={config.run_dir} holds a run already: choose another folder{hint}")
     return run_dir
+
+
+_MODEL_FLAGS = (
+    "model",
+    "data",
+    "train.seq_length",
+    "train.seed",
+    "train.log_interval",
+    "train.save_interval",
+)
+"""Settings that reach the built-in script only, as its flags."""
+_DEEPSPEED_KEYS = ("deepspeed", "parallel", "backend", "train")
+"""Settings that reach the ranks through the DeepSpeed config that the launcher writes."""
+
+
+def check_overrides_are_used(config: LaunchConfig, overrides: list[str]) -> None:
+    """Refuse settings of the command line that this run would not look at.
+
+    Raises:
+        ConfigError: naming the first one, and why.
+    """
+
+    def concerns(key: str, prefixes: tuple[str, ...]) -> bool:
+        return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        flag = concerns(key, _MODEL_FLAGS)
+        if config.script is not None and flag:
+            raise ConfigError(
+                f"{key} is for the built-in script: pass your script its own arguments after `--`"
+            )
+        used_anyway = config.script is None and (flag or key in ("train.steps", "train.weight_decay"))
+        if config.deepspeed_config is not None and concerns(key, _DEEPSPEED_KEYS) and not used_anyway:
+            raise ConfigError(
+                f"{key} would not be used: deepspeed_config={config.deepspeed_config} takes its place"
+            )
 
 
 def make_job(config: LaunchConfig, extra_args: list[str]) -> tuple[Job, dict[str, Any]]:
@@ -137,22 +183,46 @@ def make_job(config: LaunchConfig, extra_args: list[str]) -> tuple[Job, dict[str
         stop_timeout=config.cluster.stop_timeout,
         total_steps=total_steps,
         model=config.model.name if config.script is None else script.name,
+        resumable=config.script is None,
     )
     return job, deepspeed_config
 
 
-def write_run_folder(job: Job, tree: DictConfig, deepspeed_config: dict[str, Any]) -> None:
+def saved_overrides(resume: str | None) -> list[str]:
+    """What the command line of a run said that is now resumed; its folder and its own resume excepted."""
+    path = Path(resume).expanduser() / OVERRIDES if resume else None
+    if path is None or not path.is_file():
+        return []
+    return [item for item in json.loads(path.read_text()) if not item.startswith(("run_dir=", "resume="))]
+
+
+def write_run_folder(
+    job: Job, tree: DictConfig, deepspeed_config: dict[str, Any], overrides: list[str]
+) -> TextIO:
     """Create the run folder with the resolved configuration.
+
+    Returns:
+        The lock on the folder; it holds until the file is closed.
 
     Raises:
         DataError: the folder cannot be written.
     """
     try:
         (job.run_dir / LOGS).mkdir(parents=True, exist_ok=True)
-        (job.run_dir / STOP).unlink(missing_ok=True)
+        lock = (job.run_dir / LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run_dir={job.run_dir} is in use by another launch: choose another folder"
+            ) from None
+        for name in (STOP, STOPPED):
+            (job.run_dir / name).unlink(missing_ok=True)
         for old in (job.run_dir / LOGS).glob("*.json"):
             old.unlink()
         write_text(job.run_dir / "config.yaml", OmegaConf.to_yaml(tree))
         write_text(job.run_dir / "ds_config.json", json.dumps(deepspeed_config, indent=2) + "\n")
+        write_text(job.run_dir / OVERRIDES, json.dumps(overrides))
     except OSError as error:
         raise DataError(f"run folder {job.run_dir} cannot be written: {error}") from None
+    return lock

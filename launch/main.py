@@ -11,7 +11,7 @@ from rich.console import Console
 from xtrain.align.plot import plot_curves
 from xtrain.align.record import read_record
 from xtrain.launch.compose import compose_config
-from xtrain.launch.job import Job, make_job, write_run_folder
+from xtrain.launch.job import Job, check_overrides_are_used, make_job, saved_overrides, write_run_folder
 from xtrain.launch.supervisor import Supervisor
 from xtrain.run_folder import CURVE, METRICS
 
@@ -48,6 +48,7 @@ def _summarise(job: Job, console: Console, seconds: float) -> None:
         f"everything is in {job.run_dir}",
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -55,14 +56,22 @@ def run(args: argparse.Namespace, script_args: list[str]) -> int:
     """Carry out the command; returns the exit status."""
     console = Console()
     config, tree = compose_config(args.overrides, args.config_dir)
+    # A resumed run starts from what its own command line said; what is said now comes after it and wins.
+    overrides = [*saved_overrides(config.resume), *args.overrides]
+    if overrides != args.overrides:
+        config, tree = compose_config(overrides, args.config_dir)
+    check_overrides_are_used(config, overrides)
     job, deepspeed_config = make_job(config, script_args)
     if args.dry_run:
         print(_describe(job))
         return 0
-    write_run_folder(job, tree, deepspeed_config)
-    console.print(f"{_title(job)}, run folder {job.run_dir}", highlight=False, soft_wrap=True)
-    start = time.monotonic()
-    status = Supervisor(job, console, args.debug).run()
-    if (job.run_dir / METRICS).exists():
-        _summarise(job, console, time.monotonic() - start)
-    return status
+    lock = write_run_folder(job, tree, deepspeed_config, overrides)
+    with lock:
+        console.print(
+            f"{_title(job)}, run folder {job.run_dir}", highlight=False, soft_wrap=True, markup=False
+        )
+        start = time.monotonic()
+        status = Supervisor(job, console, args.debug).run()
+        if (job.run_dir / METRICS).exists():
+            _summarise(job, console, time.monotonic() - start)
+        return status

@@ -8,14 +8,19 @@ import signal
 import sys
 
 
-def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent dies, so that nothing is left behind."""
+def die_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
+    """Have the kernel send this process a signal when its parent dies, so that nothing is left behind.
+
+    Args:
+        parent: process number that the parent must have, when it is known; if it has died already, this
+            process ends now.
+    """
     if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1
-    parent = os.getppid()
+    expected = os.getppid() if parent is None else parent
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal_number)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != expected:
         os.kill(os.getpid(), signal_number)
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from xtrain.launch.failure import Failure, culprit, rank_log, read_failures
 from xtrain.launch.job import Job
 from xtrain.launch.progress import ProgressDisplay, RecordTail
-from xtrain.run_folder import EXIT_CODES, LOGS, METRICS, STOP
+from xtrain.run_folder import CHECKPOINTS, EXIT_CODES, LAUNCHER_VARIABLE, LOGS, METRICS, STOP, STOPPED
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it (128 + SIGINT)."""
@@ -51,7 +51,7 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
     with (job.run_dir / LOGS / "agent.log").open("ab") as log:
         return subprocess.Popen(
             job.agent_command,
-            env={**os.environ, **job.env},
+            env={**os.environ, **job.env, LAUNCHER_VARIABLE: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -97,17 +97,17 @@ class Supervisor:
                 _end(agent)
                 display.update(tail.new_steps())
                 display.close()
-        if stop.requests and not killed and agent.returncode == 0:
-            return self._report_stopped()
-        if agent.returncode != 0 and not stop.requests:
-            return self._report_failure(agent.returncode)
         if killed:
-            self._say("[red]ranks were killed before they could save a checkpoint[/]")
+            self._say("ranks were killed before they could save a checkpoint", "red")
             return INTERRUPTED
-        return self._report_failure(agent.returncode) if agent.returncode else 0
+        if agent.returncode:
+            return self._report_failure(agent.returncode)
+        # A stop that came after the last step found nothing to interrupt.
+        return self._report_stopped() if (self.job.run_dir / STOPPED).exists() else 0
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+    def _say(self, text: str, style: str | None = None) -> None:
+        # No markup: messages hold what users wrote, brackets included.
+        self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
     def _follow(
         self, agent: subprocess.Popen[bytes], stop: _Stop, tail: RecordTail, display: ProgressDisplay
@@ -129,37 +129,35 @@ class Supervisor:
         return False
 
     def _report_stopped(self) -> int:
-        self._say(f"stopped; continue with: [bold]xtrain launch … resume={self.job.run_dir}[/]")
+        if self.job.resumable:
+            self._say(f"stopped; continue with: xtrain launch resume={self.job.run_dir}", "bold")
+        else:
+            self._say(f"stopped; a checkpoint is in {self.job.run_dir / CHECKPOINTS}", "bold")
         return INTERRUPTED
 
     def _report_failure(self, agent_code: int) -> int:
         failure = culprit(read_failures(self.job.run_dir, _exit_codes(self.job.run_dir)))
         if failure is None:
             log = self.job.run_dir / LOGS / "agent.log"
-            self._say(f"[red]the launcher's agent ended with code {agent_code}[/]; see {log}")
+            self._say(f"the launcher's agent ended with code {agent_code}; see {log}", "red")
             return 1
         if failure.user_error:
-            self._say(f"[red]xtrain: error:[/] {_plain(failure.message)}")
+            self._say(f"xtrain: error: {failure.message}", "red")
             if self.debug and failure.traceback:
-                self._say(_plain(failure.traceback))
+                self._say(failure.traceback)
             return failure.exit_code
         return self._report_crash(failure)
 
     def _report_crash(self, failure: Failure) -> int:
         log = rank_log(self.job.run_dir, failure.rank)
         verb = "" if failure.message.startswith(("was ", "exited ")) else "failed: "
-        self._say(f"[red]rank {failure.rank} {verb}{_plain(failure.message)}[/]; all ranks were ended")
+        self._say(f"rank {failure.rank} {verb}{failure.message}; all ranks were ended", "red")
         lines = log.read_text(errors="replace").rstrip().splitlines() if log.exists() else []
         if self.debug and failure.traceback:
-            self._say(_plain(failure.traceback))
+            self._say(failure.traceback)
         elif lines:
             self._say("its last lines were:")
             for line in lines[-5:]:
-                self._say(f"  {_plain(line)}")
+                self._say(f"  {line}")
         self._say(f"full log: {log}")
         return 1
-
-
-def _plain(text: str) -> str:
-    """Text for rich that must not be read as markup."""
-    return text.replace("[", r"\[")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,12 @@ def together(action: Callable[[], Any], what: str, error: type[XtrainError]) -> 
         result = action(), None
     except XtrainError as problem:
         result = None, str(problem)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as problem:
+    except Exception as problem:  # whatever it was, the other ranks must not wait
         result = None, f"{what} failed on rank {comm.get_rank()}: {type(problem).__name__}: {problem}"
+    try:
+        pickle.dumps(result)
+    except Exception as problem:
+        result = None, f"{what} failed on rank {comm.get_rank()}: its result cannot be sent: {problem}"
     results: list[Any] = [None] * comm.get_world_size()
     comm.all_gather_object(results, result)
     for _, message in results:

@@ -50,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         if separator:
             raise XtrainError(f"`--` has no meaning for xtrain {args.command}")
         return align.run(args)
+    except KeyboardInterrupt:  # outside the supervised run, which handles it itself
+        print("xtrain: interrupted", file=sys.stderr)
+        return 130
     except XtrainError as error:
         if args.debug:
             raise

@@ -146,6 +146,7 @@ class XtrainEngine(nn.Module):
             skip_non_finite=self.precision.skip_non_finite,
             round_norm=self.precision.aligned,
         )
+        self.optimizer.discard = self._reducer.discard
 
     def _scheduler(self, given: Any) -> Any:
         if callable(given) and not hasattr(given, "step"):
@@ -216,7 +217,8 @@ class XtrainEngine(nn.Module):
             )
         if scale_wrt_gas and self.batch_sizes.accumulation > 1:
             loss = loss / self.batch_sizes.accumulation
-        self.scale(loss).backward(retain_graph=retain_graph)
+        with self._reducer.backward():
+            self.scale(loss).backward(retain_graph=retain_graph)
         return loss
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
@@ -237,6 +239,7 @@ class XtrainEngine(nn.Module):
             raise ConfigError(
                 "step() was called, but no gradient has arrived since the last one: call backward(loss)"
             )
+        self._reducer.close_micro_batch()
         self._step_applied = False
         if self.is_gradient_accumulation_boundary():
             self._update(lr_kwargs or {})
@@ -301,7 +304,6 @@ class XtrainEngine(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients."""
         if self.optimizer is not None:
-            self._reducer.reset()
             self.optimizer.zero_grad()
         else:
             self.module.zero_grad(set_to_none)
@@ -394,9 +396,13 @@ class XtrainEngine(nn.Module):
 
     # ---------------------------------------------------------------- weights and checkpoints
 
-    def module_state_dict(self) -> dict[str, Any]:
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """The module's state dictionary, whole on every rank."""
-        return self.module.state_dict()
+        state = self.module.state_dict()
+        if exclude_frozen_parameters:
+            frozen = {name for name, param in self.module.named_parameters() if not param.requires_grad}
+            state = {name: value for name, value in state.items() if name not in frozen}
+        return state
 
     def load_module_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load the module's weights; the masters follow."""

@@ -6,12 +6,20 @@ import logging
 import os
 from collections.abc import Sequence
 
+from xtrain.errors import ConfigError
+
 logger = logging.getLogger("xtrain")
 
 
 def configure(level: int | str | None = None) -> None:
     """Attach a stderr handler once, unless the application has configured logging itself."""
-    logger.setLevel(level or os.environ.get("XTRAIN_LOG_LEVEL", "INFO").upper())
+    chosen = level or os.environ.get("XTRAIN_LOG_LEVEL", "INFO")
+    try:
+        logger.setLevel(chosen.upper() if isinstance(chosen, str) else chosen)
+    except ValueError:
+        raise ConfigError(
+            f"log level {chosen!r} is unknown: use debug, info, warning, error or critical"
+        ) from None
     if logger.handlers or logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()

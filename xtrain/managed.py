@@ -2,28 +2,45 @@
 
 The launcher sets XTRAIN_RUN_DIR. The engine then appends to `metrics.jsonl` in it, and when a file
 `stop` appears there (Ctrl-C in the launcher, or an operator's `touch`), all ranks save a checkpoint
-at the same step boundary and leave.
+at the same step boundary and leave. A script's second engine gets `metrics-1.jsonl` and
+`checkpoint/engine1`, and so on; all of them are saved at the stop.
 """
 
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtrain.align.recorder import Recorder
 from xtrain.errors import RunInterrupted
-from xtrain.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE, STOP
+from xtrain.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE, STOP, STOPPED
 
 if TYPE_CHECKING:
     from xtrain.engine import XtrainEngine
+
+_engines: list[weakref.ref[XtrainEngine]] = []
+"""Every engine of this process that was started in a run folder, in order of creation."""
+
+
+def _save_all(run_dir: Path) -> None:
+    for number, reference in enumerate(_engines):
+        engine = reference()
+        if engine is not None:
+            folder = run_dir / CHECKPOINTS
+            engine.save_checkpoint(str(folder / f"engine{number}" if number else folder))
 
 
 def attach(engine: XtrainEngine) -> None:
     """Attach a recorder when the config or the launcher asks for one, and the stop file's watcher."""
     section = engine.xtrain_config.values.xtrain
     run_dir = Path(os.environ[RUN_DIR_VARIABLE]) if RUN_DIR_VARIABLE in os.environ else None
-    path = Path(section.record) if section.record else run_dir / METRICS if run_dir else None
+    number = len(_engines)
+    if run_dir is not None:
+        _engines.append(weakref.ref(engine))
+    metrics = METRICS.replace(".", f"-{number}.") if number else METRICS
+    path = Path(section.record) if section.record else run_dir / metrics if run_dir else None
     if path is None:
         return
     recorder = Recorder(
@@ -35,7 +52,9 @@ def attach(engine: XtrainEngine) -> None:
 
     def stop_if_asked(engine: XtrainEngine) -> None:
         if recorder.raised and run_dir is not None:
-            engine.save_checkpoint(str(run_dir / CHECKPOINTS))
+            _save_all(run_dir)
+            if engine.global_rank == 0:
+                (run_dir / STOPPED).touch()
             raise RunInterrupted(f"stopped after step {engine.global_steps}")
 
     recorder.attach(engine, after_step=stop_if_asked)

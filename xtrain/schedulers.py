@@ -66,6 +66,8 @@ class Schedule(ABC):
 
 def _per_group(optimizer: Any, name: str, value: Rate) -> list[float]:
     count = len(optimizer.param_groups)
+    if isinstance(value, str):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
     if isinstance(value, Sequence):
         if len(value) != count:
             raise ConfigError(f"{name} has {len(value)} values for {count} parameter groups")

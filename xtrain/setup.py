@@ -28,6 +28,17 @@ def as_param_groups(parameters: Iterable[Any] | None, module: nn.Module) -> list
     if not items:
         raise ConfigError("model_parameters is empty: pass the model's parameters, or None for all of them")
     groups = items if isinstance(items[0], dict) else [{"params": items}]
+    groups = [
+        {**group, "params": [group["params"]] if torch.is_tensor(group["params"]) else list(group["params"])}
+        for group in groups
+    ]
+    for group in groups:
+        for param in group["params"]:
+            if not torch.is_tensor(param):
+                raise ConfigError(
+                    f"model_parameters must hold tensors or groups of them, not {type(param).__name__}: "
+                    "pass model.parameters()"
+                )
     trainable = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     if not any(group["params"] for group in trainable):
         raise ConfigError("no parameter requires a gradient: there is nothing to train")
@@ -37,12 +48,17 @@ def as_param_groups(parameters: Iterable[Any] | None, module: nn.Module) -> list
 def place_module(
     module: nn.Module, device: torch.device, dtype: torch.dtype | None, backend: Backend
 ) -> None:
-    """Move the module to the device; cast floating parameters and buffers when `dtype` is given.
+    """Move the module to the device; cast floating parameters, and not buffers, when `dtype` is given.
+
+    Buffers such as running statistics and rotary frequencies keep their precision, as in DeepSpeed.
 
     Raises:
         ConfigError: a parameter has a dtype that the backend does not compute in.
     """
-    module.to(device=device, dtype=dtype)
+    module.to(device=device)
+    for param in module.parameters():
+        if dtype is not None and param.is_floating_point():
+            param.data = param.data.to(dtype)
     for name, param in module.named_parameters():
         if param.is_floating_point() and param.dtype not in backend.precision.native_dtypes:
             native = ", ".join(sorted(str(d).removeprefix("torch.") for d in backend.precision.native_dtypes))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import xtrain
 from tests import training
@@ -85,8 +86,6 @@ class PlainLoop:
 
 
 def test_a_loop_without_xtrain_can_be_recorded(tmp_path: Path) -> None:
-    import torch
-
     loop = PlainLoop()
     recorder = Recorder(tmp_path / "r.jsonl")
     recorder.attach(loop)
@@ -103,6 +102,17 @@ def test_resumed_records_and_cut_off_lines(tmp_path: Path) -> None:
         file.write(json.dumps({"type": "step", "step": 3, "loss": 0.7, "loss_hex": (0.7).hex()}) + "\n")
         file.write('{"type": "step", "ste')
     assert read_record(path).losses() == {1: 1.0, 2: 0.9, 3: 0.7}
+    loop = PlainLoop()
+    loop.global_steps = 3
+    recorder = Recorder(path)
+    recorder.attach(loop)
+    for _ in range(2):
+        loop.backward(torch.tensor(0.5))
+        loop.step()
+    recorder.close()
+    record = read_record(path)
+    assert record.losses() == {1: 1.0, 2: 0.9, 3: 0.7, 4: 0.5}
+    assert record.headers[-1]["from_step"] == 3
 
 
 @pytest.mark.parametrize(
@@ -126,6 +136,7 @@ def test_comparison_of_curves() -> None:
     reference = _record({1: 2.0, 2: 1.0, 3: 0.5, 9: 0.1})
     outcome = compare(reference, _record({1: 2.0, 2: 1.01, 3: 0.5}), Policy(0.02))
     assert outcome.aligned
+    assert "1 steps stand in one record only" in outcome.sentence()
     assert (outcome.steps, outcome.bit_identical, outcome.largest_step) == (3, 2, 2)
     assert outcome.largest == pytest.approx(0.01)
     assert outcome.mean == pytest.approx(0.01 / 3)

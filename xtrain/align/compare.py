@@ -49,6 +49,7 @@ class Comparison:
     largest_step: int
     mean: float
     first_outside: int | None
+    missing: int
 
     @property
     def aligned(self) -> bool:
@@ -57,6 +58,11 @@ class Comparison:
 
     def sentence(self) -> str:
         """The verdict for a person."""
+        if not self.missing:
+            return self._verdict()
+        return f"{self._verdict()}; {self.missing} steps stand in one record only and were not compared"
+
+    def _verdict(self) -> str:
         verdict = "the curves agree" if self.aligned else f"the curves part at step {self.first_outside}"
         if self.bit_identical == self.steps:
             return f"{verdict}: all {self.steps} steps are equal to the last bit"
@@ -94,4 +100,5 @@ def compare(reference: Record, candidate: Record, policy: Policy) -> Comparison:
         largest_step=largest_step,
         mean=sum(differences.values()) / len(common),
         first_outside=outside[0] if outside else None,
+        missing=len(ours.keys() ^ theirs.keys()),
     )

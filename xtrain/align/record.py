@@ -5,7 +5,8 @@ Format version 1 (docs/record.md):
 - `{"type": "header", "version": 1, ...}` whenever a process starts writing;
 - `{"type": "step", "step": n, "loss": x, "loss_hex": "0x1.8p+1", "grad_norm": x, "lr": [x], ...}`.
 
-A run that is resumed appends to its record; of two lines for one step the later one counts.
+A run that is resumed appends to its record; of two lines for one step the later one counts. A line that
+a crash cut off stands at the end, or before the header of the run that was resumed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def record_file(path: str | Path) -> Path:
 
 
 def read_record(path: str | Path) -> Record:
-    """Read a record; a last line that was cut off by a crash is left out.
+    """Read a record; lines that were cut off by a crash are left out.
 
     Raises:
         RecordError: the file is missing, is not a record, or has a damaged line that is not the last.
@@ -63,8 +64,9 @@ def read_record(path: str | Path) -> Record:
             elif entry["type"] == "step":
                 record.steps[int(entry["step"])] = entry
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
+            follower = next((later for later in lines[number:] if later), None)
+            if follower is None or follower.startswith('{"type": "header"'):
+                continue
             raise RecordError(f"{file} is not a run record: line {number}: {error}") from None
     if record.headers and record.headers[0].get("version") != VERSION:
         raise RecordError(

@@ -72,14 +72,15 @@ class Recorder:
 
         # Instance attributes; nn.Module keeps functions apart from parameters and modules.
         engine.backward, engine.step = recorded_backward, recorded_step
-        self._open(engine)
+        self._start = self._last = time.perf_counter()
 
     def _open(self, engine: Any) -> None:
-        self._start = self._last = time.perf_counter()
-        if engine.global_rank != 0:
-            return
+        """Write the header, just before the first step: the engine may have loaded a checkpoint before."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut_off = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         self._file = self.path.open("a", encoding="utf-8")
+        if cut_off and self.path.stat().st_size:
+            self._file.write("\n")  # a crash cut the last line off; it must not swallow the header
         header = {
             "type": "header",
             "version": VERSION,
@@ -89,14 +90,14 @@ class Recorder:
             "machine": platform.machine(),
             "world_size": engine.world_size,
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "from_step": engine.global_steps,
+            "from_step": engine.global_steps - 1,
             **self.header,
         }
         self._write(header)
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(line, default=str) + "\n")
             self._file.flush()
 
     def _mean_loss(self, engine: Any) -> float:
@@ -129,7 +130,10 @@ class Recorder:
         if self.tokens_per_sample:
             line["tokens"] = engine.train_batch_size() * self.tokens_per_sample
         self._last = now
-        self._write(line)
+        if engine.global_rank == 0:
+            if self._file is None:
+                self._open(engine)
+            self._write(line)
 
     def close(self) -> None:
         """Close the file."""

@@ -43,14 +43,22 @@ def is_checkpoint(save_dir: Path) -> bool:
     return bool(complete_tags(save_dir))
 
 
+def leftovers(tag: str) -> tuple[str, str]:
+    """Folders in which a save that was interrupted while replacing `tag` keeps the new and the old one."""
+    return f".{tag}.tmp", f".{tag}.old"
+
+
 def find_tag(save_dir: Path, tag: str | None) -> str | None:
-    """The tag to load: the given one, or what `latest` names; None when there is nothing yet.
+    """The folder to load: of the given tag, or of what `latest` names; None when there is nothing yet.
 
     Raises:
         CheckpointError: the folder has files but no checkpoint, or the tag is not there.
     """
     if tag is None:
-        if not save_dir.exists() or (save_dir.is_dir() and not any(save_dir.iterdir())):
+        # Hidden entries are what an interrupted save leaves behind.
+        if not save_dir.exists() or (
+            save_dir.is_dir() and all(entry.name.startswith(".") for entry in save_dir.iterdir())
+        ):
             return None
         if not save_dir.is_dir():
             raise CheckpointError(
@@ -62,15 +70,14 @@ def find_tag(save_dir: Path, tag: str | None) -> str | None:
             hint = f"pass tag={found[-1]!r}, the newest one in it" if found else "it holds no checkpoint"
             raise CheckpointError(f"{save_dir} has no file {LATEST!r}: {hint}")
         tag = latest.read_text(encoding="utf-8").strip()
-    if not (save_dir / tag / MANIFEST).is_file():
-        found = complete_tags(save_dir)
-        hint = (
-            f"complete ones in {save_dir}: {', '.join(found)}"
-            if found
-            else f"{save_dir} holds no complete one"
-        )
-        raise CheckpointError(f"{save_dir / tag} is not a complete checkpoint ({hint})")
-    return tag
+    for name in (tag, *leftovers(tag)):
+        if (save_dir / name / MANIFEST).is_file():
+            return name
+    found = complete_tags(save_dir)
+    hint = (
+        f"complete ones in {save_dir}: {', '.join(found)}" if found else f"{save_dir} holds no complete one"
+    )
+    raise CheckpointError(f"{save_dir / tag} is not a complete checkpoint ({hint})")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from xtrain.agree import together
 from xtrain.checkpoint import layout
+from xtrain.checkpoint.safe import safe_load
 from xtrain.errors import CheckpointError
 from xtrain.log import log_dist, logger
 from xtrain.zero.flat import FlatGroup
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def _read_torch(directory: Path, manifest: dict[str, Any], name: str) -> Any:
     path = layout.verified(directory, manifest, name)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return safe_load(path)
     except Exception as error:
         raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from None
 
@@ -42,10 +43,12 @@ def _load_module(
     engine: XtrainEngine,
     directory: Path,
     manifest: dict[str, Any],
+    extra: dict[str, Any],
     strict: bool,
     custom: Callable[..., None] | None,
 ) -> None:
-    tensors = load_file(layout.verified(directory, manifest, layout.MODEL))
+    """Load weights, buffers, and `extra`: entries of the state dictionary that are not tensors."""
+    tensors: dict[str, Any] = {**load_file(layout.verified(directory, manifest, layout.MODEL)), **extra}
     if custom is not None:
         custom(src=tensors, dst=engine.module)
         return
@@ -208,13 +211,15 @@ def load(
         manifest = layout.read_manifest(directory)
         _check_shapes(engine, manifest, directory)
         state.update(_read_torch(directory, manifest, layout.STATE))
-        _load_module(engine, directory, manifest, strict, custom_load_fn)
+        _load_module(engine, directory, manifest, state.get("module_extra", {}), strict, custom_load_fn)
         for group in engine.flat_groups:
             group.refresh_masters()
         if engine.optimizer is not None and optimizer_states:
             _load_optimizer(engine, directory, manifest, state)
         if engine.lr_scheduler is not None and scheduler_states and "lr_scheduler" in state:
             engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if engine.optimizer is not None:
+            engine.optimizer.zero_grad()  # gradients in flight belong to the weights that were replaced
         if counters:
             _load_counters(engine, state)
             _load_rng(engine, directory, manifest)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from xtrain import comm
 from xtrain.agree import together
 from xtrain.checkpoint import layout
+from xtrain.checkpoint.safe import safe_load
 from xtrain.errors import CheckpointError
 from xtrain.files import sha256, sync_directory, write_text
 from xtrain.log import log_dist
@@ -77,6 +78,9 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
                 group.names[0]: scalar_states(group, optimizer.optimizer) for group in optimizer.groups
             },
         }
+    extra = {name: value for name, value in engine.module.state_dict().items() if not torch.is_tensor(value)}
+    if extra:
+        state["module_extra"] = extra
     if hasattr(engine.lr_scheduler, "state_dict"):
         state["lr_scheduler"] = engine.lr_scheduler.state_dict()
     return state
@@ -103,9 +107,12 @@ def _module_tensors(engine: XtrainEngine, exclude_frozen: bool) -> dict[str, tor
 
 def _write_torch(value: Any, path: Path, what: str) -> None:
     """torch.save, refusing what could not be read back without executing code."""
-    torch.save(value, path)
     try:
-        torch.load(path, weights_only=True)
+        torch.save(value, path)
+    except Exception as error:
+        raise ValueError(f"{what} holds an object that cannot be saved: {error}") from None
+    try:
+        safe_load(path)
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
@@ -172,7 +179,8 @@ def _publish(
     sync_directory(temporary)
     if target.exists():
         # rename cannot replace a folder that has files: the old one steps aside first.
-        old = target.with_name(f".{target.name}.old")
+        # Until the second rename, find_tag finds both under their hidden names.
+        old = target.with_name(layout.leftovers(target.name)[1])
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         temporary.rename(target)
@@ -217,13 +225,16 @@ def save(
     """
     tag = _check_tag(engine, tag)
     target = Path(save_dir) / tag
-    temporary = target.with_name(f".{tag}.tmp")
+    temporary = target.with_name(layout.leftovers(tag)[0])
     first = engine.global_rank == 0
 
     def prepare() -> None:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            stale = target.with_name(layout.leftovers(tag)[1])
+            if target.exists():
+                shutil.rmtree(stale, ignore_errors=True)
 
     what = f"saving checkpoint {target}"
     together(prepare, what, CheckpointError)

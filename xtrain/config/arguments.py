@@ -30,5 +30,5 @@ def construct(factory: Callable[..., T], first: Any, params: Mapping[str, Any], 
         raise ConfigError(f"config key {key!r} lacks {', '.join(missing)}")
     try:
         return factory(first, **params)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"config key {key!r} is wrong: {error}") from None

@@ -45,10 +45,14 @@ def drop_auto(value: Any) -> Any:
 
 
 def _asks_for_something(value: Any, default: Any) -> bool:
-    """Whether a value differs from leaving the key out. A section with `"enabled": false` does not."""
+    """Whether a value differs from leaving the key out.
+
+    A section does not if it is disabled, if all it says is false, or if its device is "none".
+    """
     if isinstance(value, dict):
-        return bool(value) and value.get("enabled", True) not in (False, "false")
-    return value != default
+        off = value.get("enabled", True) in (False, "false") or value.get("device") == "none"
+        return not off and any(item not in (None, False, 0) for item in value.values())
+    return value != default and not (default is None and value is False)
 
 
 def _set_fields(section: Section, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -58,7 +62,7 @@ def _set_fields(section: Section, path: str) -> Iterator[tuple[str, Any, Any]]:
         dotted = f"{path}{info.alias or name}"
         value = getattr(section, name)
         yield dotted, value, info
-        if isinstance(value, Section):
+        if isinstance(value, Section) and getattr(value, "enabled", True):
             yield from _set_fields(value, f"{dotted}.")
 
 

@@ -130,7 +130,7 @@ class DataTypesConfig(Section):
     grad_accum_dtype: DtypeName | None = None
     """Dtype in which micro-batch gradients are added up and reduced. None: the parameters' dtype."""
     param_dtype: Annotated[str | None, NotYet("the bf16 section decides the parameters' dtype")] = None
-    buffer_dtype: Annotated[str | None, NotYet("buffers are cast like the parameters")] = None
+    buffer_dtype: Annotated[str | None, NotYet("buffers keep their dtype")] = None
     keep_in_fp32_modules: Annotated[
         str | list[str] | None, NotYet("keep the module out of the engine, or train in fp32")
     ] = None
@@ -204,8 +204,8 @@ class Config(Section):
     gradient_accumulation_steps: int | None = None
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None
-    gradient_clipping: float = Field(0.0, ge=0)
-    """Largest 2-norm of the gradients of all parameters; 0 means no clipping."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest 2-norm of the gradients of all parameters; 0 means no clipping. The default is DeepSpeed's."""
     zero_optimization: ZeroConfig = ZeroConfig()
     bf16: Bf16Config = Bf16Config()
     fp16: Fp16Config = Fp16Config()

@@ -50,7 +50,7 @@ class TokenFile:
 def default_cache() -> Path:
     """XTRAIN_CACHE, else the user's cache folder."""
     if "XTRAIN_CACHE" in os.environ:
-        return Path(os.environ["XTRAIN_CACHE"])
+        return Path(os.environ["XTRAIN_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xtrain"
 
 
@@ -99,8 +99,14 @@ def _build(files: list[Path], vocab_size: int, target: Path) -> None:
     if first is None:
         raise DataError(f"the corpus is empty: none of its {len(files)} files has text")
     log_dist(f"training a tokenizer of {vocab_size} tokens on {len(files)} files", ranks=[0])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".building-"))
+        temporary.chmod(0o755)  # mkdtemp makes private folders; a cache may be shared
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {target.parent} cannot be written: {error}; set XTRAIN_CACHE"
+        ) from None
     try:
         tokenizer = _train_tokenizer(chain([first], texts), vocab_size)
         tokenizer.save(str(temporary / "tokenizer.json"))
@@ -138,5 +144,7 @@ def prepare(files: list[Path], vocab_size: int, cache: Path | None = None) -> To
     if not (target / "meta.json").is_file():
         _build(files, vocab_size, target)
     meta = json.loads((target / "meta.json").read_text())
+    if (target / "tokens.bin").stat().st_size != meta["tokens"] * np.dtype(meta["dtype"]).itemsize:
+        raise DataError(f"the cached corpus {target} is damaged: delete this folder, and it is built again")
     tokens = np.memmap(target / "tokens.bin", dtype=meta["dtype"], mode="r", shape=(meta["tokens"],))
     return TokenFile(tokens, meta["special"], meta["vocab_size"], target)

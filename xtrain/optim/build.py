@@ -63,6 +63,8 @@ def build_optimizer(
             f"optimizer type {config.type!r}",
             f"use {', '.join(_TYPES)}, or pass an optimizer object to initialize()",
         )
+    if params.get("amsgrad") is False:
+        del params["amsgrad"]
     factory: Any
     if kind in ("adam", "adamw"):
         factory, params = _adam(params, kind)
@@ -84,7 +86,7 @@ def check_elementwise(optimizer: torch.optim.Optimizer, allow_untested: bool) ->
         ConfigError: the class is not known to be element-wise and the config does not allow it; or the
             optimizer has taken steps already, whose state cannot be divided.
     """
-    if optimizer.state:
+    if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
         raise ConfigError(
             f"the optimizer {type(optimizer).__name__} has taken steps already: pass a fresh one to initialize() "
             "and restore its state with load_checkpoint()"

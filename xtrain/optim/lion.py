@@ -31,8 +31,8 @@ class Lion(ElementwiseOptimizer):
     ) -> None:
         if lr < 0 or weight_decay < 0:
             raise ValueError(f"lr ({lr}) and weight_decay ({weight_decay}) must not be negative")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {tuple(betas)}")
+        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {tuple(betas)}")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @staticmethod

@@ -24,7 +24,7 @@ class PrecisionPolicy:
     """What the config says about dtypes and about scaling around the reduction.
 
     Attributes:
-        module: the module is cast to it; None leaves it as it is.
+        module: parameters are cast to it, buffers are not; None leaves them as they are.
         accumulation: micro-batch gradients are added up in it; None is the parameters' own.
         communication: gradients travel in it; None is the accumulation dtype.
         skip_non_finite: leave the weights alone when the gradient norm is infinite or NaN.
@@ -43,6 +43,15 @@ class PrecisionPolicy:
     def accumulation_of(self, dtype: torch.dtype) -> torch.dtype:
         """Accumulation dtype for parameters of `dtype`; never narrower than they are."""
         return torch.promote_types(dtype, self.accumulation) if self.accumulation else dtype
+
+
+def _skips_non_finite(config: Config) -> bool:
+    """As in DeepSpeed: fp16 always, bf16 unless told otherwise, fp32 where optimizer states are divided."""
+    if config.fp16.enabled:
+        return True
+    if config.bf16.enabled:
+        return config.bf16.check_grad_overflow
+    return config.zero_optimization.stage > 0
 
 
 def make_policy(config: Config) -> PrecisionPolicy:
@@ -71,6 +80,6 @@ def make_policy(config: Config) -> PrecisionPolicy:
         accumulation=DTYPES[accumulation] if accumulation else None,
         communication=DTYPES[communication] if communication else None,
         aligned=config.xtrain.aligned,
-        skip_non_finite=config.fp16.enabled or (config.bf16.enabled and config.bf16.check_grad_overflow),
+        skip_non_finite=_skips_non_finite(config),
         predivide=None if config.prescale_gradients else config.gradient_predivide_factor,
     )

@@ -66,6 +66,11 @@ class Gradients(ABC):
         self.communication_dtype = communication_dtype or dtype
         self.predivide = predivide
         self.aligned = aligned
+        self.mean_factor = predivide / self.world_size
+
+    def _average(self, total: torch.Tensor) -> torch.Tensor:
+        """Turn a sum over ranks into the mean, in place."""
+        return total.mul_(self.mean_factor) if self.world_size > 1 else total
 
     def _sum(self, whole: torch.Tensor) -> Summing:
         """Start summing a bucket; the result is this rank's slice of it (all of it in stage 0)."""
@@ -97,7 +102,7 @@ class Gradients(ABC):
 
     @abstractmethod
     def complete(self, bucket: Bucket, handle: Summing) -> None:
-        """Wait for `reduce`; afterwards `owned` holds the sum."""
+        """Wait for `reduce`; afterwards `owned` holds the mean over ranks."""
 
     @abstractmethod
     def owned(self, bucket: Bucket) -> torch.Tensor:
@@ -132,12 +137,16 @@ class WholeGradients(Gradients):
         return self.group.member_view(self.buffer, member)
 
     def absorb(self, member: int, bucket: Bucket) -> None:
-        # In place this is nothing, unless somebody replaced `param.grad` (zero_grad(set_to_none=True)).
         param, view = self.group.members[member], self.view(member)
         if param.grad is None or param.grad.data_ptr() == view.data_ptr():
-            return
-        view.add_(param.grad)
-        param.grad = view if self._in_place else None
+            return  # in place already
+        if self._in_place:
+            # Somebody replaced `param.grad` (module.zero_grad(), create_graph): it is the whole gradient now.
+            view.copy_(param.grad.detach())
+            param.grad = view
+        else:
+            view.add_(param.grad.detach())
+            param.grad = None
 
     def close_micro_batch(self) -> None:
         if not self.aligned:
@@ -164,6 +173,11 @@ class WholeGradients(Gradients):
         result, owned = handle.wait(), self.owned(bucket)
         if result.data_ptr() != owned.data_ptr():  # it travelled in a buffer of its own
             owned.copy_(result)
+        self._average(owned)
+        if self.group.layout.partitions > 1:
+            # Only the owned slices are meaningful now: what a script does to `.grad` must not reach them.
+            for member in bucket.members:
+                self.group.members[member].grad = None
 
     def owned(self, bucket: Bucket) -> torch.Tensor:
         return self.group.owned(self.buffer, bucket)
@@ -199,14 +213,14 @@ class ShardedGradients(Gradients):
         if param.grad is None:
             return
         first = self.group.layout.starts[member] - bucket.start
-        self._stage(bucket)[first : first + param.numel()].view(param.shape).add_(param.grad)
+        self._stage(bucket)[first : first + param.numel()].view(param.shape).add_(param.grad.detach())
         param.grad = None
 
     def reduce(self, bucket: Bucket) -> Summing:
         return self._sum(self._stage(bucket))
 
     def complete(self, bucket: Bucket, handle: Summing) -> None:
-        self.owned(bucket).add_(handle.wait())
+        self.owned(bucket).add_(self._average(handle.wait()))
         del self._staging[bucket.start]
 
     def owned(self, bucket: Bucket) -> torch.Tensor:

@@ -6,7 +6,7 @@ Stage 0 is the same code with one partition: every rank owns everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def _sum_of_squares(flat: torch.Tensor, dtype: torch.dtype, chunk_size: int | No
     return torch.stack(parts).sum()
 
 
-class ZeroOptimizer:
+class ZeroOptimizer(torch.optim.Optimizer):
     """What `initialize` returns as the optimizer: the user's optimizer, working on this rank's slices.
 
     The wrapped optimizer's `param_groups` are kept, so learning-rate schedulers and scripts that read
@@ -57,13 +57,17 @@ class ZeroOptimizer:
         skip_non_finite: bool,
         round_norm: bool = False,
     ) -> None:
+        # The base class is for isinstance checks (torch's schedulers); groups and states are the wrapped
+        # optimizer's, so its constructor, which would make new ones, is not called.
         self.optimizer = optimizer
+        self.defaults = optimizer.defaults
         self.gradients = gradients
         self.groups = [item.group for item in gradients]
         self.loss_scaler = loss_scale
         self.backend = backend
         self.process_group = process_group
-        self.world_size = comm.get_world_size(process_group)
+        self.discard: Callable[[], None] = lambda: None
+        """Called by zero_grad, so that a window in flight is given up too; set by the engine."""
         self.clip_grad = clip
         self.skip_non_finite = skip_non_finite
         self.round_norm = round_norm
@@ -73,16 +77,29 @@ class ZeroOptimizer:
             param_group["params"] = [
                 master for group in self.groups if group.group_index == index for master in group.masters
             ]
+        self._rebuild_initial_state()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The wrapped optimizer's groups, options included."""
         return self.optimizer.param_groups
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Any:  # type: ignore[override]
         """The wrapped optimizer's state, keyed by master slice."""
         return self.optimizer.state
+
+    def _rebuild_initial_state(self) -> None:
+        """Adagrad makes its states when it is constructed, for the parameters it was given then."""
+        self.optimizer.state.clear()
+        if isinstance(self.optimizer, torch.optim.Adagrad):
+            for group in self.optimizer.param_groups:
+                for master in group["params"]:
+                    start = group["initial_accumulator_value"]
+                    self.optimizer.state[master] = {
+                        "step": torch.tensor(0.0),
+                        "sum": torch.full_like(master, start),
+                    }
 
     @property
     def loss_scale(self) -> float:
@@ -92,9 +109,9 @@ class ZeroOptimizer:
     cur_scale = loss_scale
 
     @property
-    def _mean_factor(self) -> float:
-        """Turns a summed, scaled gradient into the mean over ranks."""
-        return self.gradients[0].predivide / (self.world_size * self.loss_scale)
+    def _unscale(self) -> float:
+        """Undoes the loss scale."""
+        return 1.0 / self.loss_scale
 
     def _slices(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         """(master slice, gradient slice) of everything this rank owns."""
@@ -112,21 +129,21 @@ class ZeroOptimizer:
         total = torch.stack(squares).sum()
         if any(group.layout.partitions > 1 for group in self.groups):
             comm.all_reduce(total, group=self.process_group)
-        norm = math.sqrt(total.item()) * self._mean_factor
+        norm = math.sqrt(total.item()) * self._unscale
         return torch.tensor(norm, dtype=torch.float32).item() if self.round_norm else norm
 
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the parameters from the reduced gradients; clears the gradients."""
         self.grad_norm = self._compute_norm()
         self.overflow = self.skip_non_finite and not math.isfinite(self.grad_norm)
         if not self.overflow:
             self._update()
-        self.zero_grad()
+        self._clear()
         self.loss_scaler.update(self.overflow)
 
     def _update(self) -> None:
         assert self.grad_norm is not None
-        factor = self._mean_factor
+        factor = self._unscale
         if self.clip_grad > 0:
             factor *= min(1.0, self.clip_grad / (self.grad_norm + 1e-6))
         for master, grad in self._slices():
@@ -152,9 +169,17 @@ class ZeroOptimizer:
             work.wait()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients. Buffers stay allocated, whatever `set_to_none` says."""
+        """Clear the gradients and start the window anew. Buffers stay, whatever `set_to_none` says."""
+        self.discard()
+
+    def _clear(self) -> None:
         for item in self.gradients:
             item.zero()
+
+    def refresh_fp32_params(self) -> None:
+        """Set the masters from the module's weights, after a script has changed those."""
+        for group in self.groups:
+            group.refresh_masters()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part, in the wrapped optimizer's format. Checkpoints are written by parameter name

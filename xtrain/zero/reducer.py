@@ -1,19 +1,21 @@
 """When gradients are reduced: each bucket as soon as its last gradient has arrived.
 
 Buckets are launched in one fixed order on every rank, whatever order gradients arrive in, so that
-ranks never wait for each other in different collectives.
+ranks never wait for each other in different collectives. Launching during backward happens only inside
+the owning engine's `backward`; gradients that arrive otherwise (the script's own `loss.backward()`,
+another engine's backward through shared parameters) wait for `step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch.autograd import Variable
 
 from xtrain.errors import ConfigError
-from xtrain.zero.gradients import Gradients
+from xtrain.zero.gradients import Gradients, Summing
 from xtrain.zero.layout import Bucket
 
 MAX_IN_FLIGHT = 4
@@ -21,43 +23,56 @@ MAX_IN_FLIGHT = 4
 
 
 class _Pending:
-    """One bucket in one step: whose gradients are here, and the running collective.
+    """One bucket in one window of accumulation.
 
-    `seen`: members that got a gradient in this accumulation window; `arrived`: in the running backward;
-    `position`: place in the order of launching.
+    Attributes:
+        position: place in the order of launching.
+        arrivals: how often each member's gradient has arrived in the running backward. More than once
+            happens with re-entrant checkpointing.
+        expected: most arrivals of each member in any backward so far.
+        seen: members that got a gradient in this window.
     """
 
     def __init__(self, gradients: Gradients, bucket: Bucket, last_arrival: int) -> None:
         self.gradients = gradients
         self.bucket = bucket
         self.last_arrival = last_arrival
-        self.seen: set[int] = set()
-        self.arrived: set[int] = set()
         self.position = 0
-        self.handle: Any = None
+        self.arrivals: Counter[int] = Counter()
+        self.expected: dict[int, int] = dict.fromkeys(bucket.members, 1)
+        self.seen: set[int] = set()
+        self.handle: Summing | None = None
 
     def name(self, member: int) -> str:
         return self.gradients.group.names[member]
+
+    @property
+    def ready(self) -> bool:
+        return all(self.arrivals[member] >= count for member, count in self.expected.items())
+
+    def learn(self) -> None:
+        """Close a backward: remember how often gradients arrived."""
+        for member, count in self.arrivals.items():
+            self.expected[member] = max(self.expected[member], count)
+        self.arrivals.clear()
 
     def launch(self) -> None:
         self.handle = self.gradients.reduce(self.bucket)
 
     def complete(self) -> None:
+        assert self.handle is not None
         self.gradients.complete(self.bucket, self.handle)
-        self.arrived.clear()
         self.handle = None
 
 
 class GradientReducer:
-    """Watches gradients arrive and sums the buckets over the data-parallel group.
-
-    After `finish()` every rank's owned slices hold the sum over ranks (stage 0: the whole buffer).
+    """Watches gradients arrive and averages the buckets over the data-parallel group.
 
     Args:
         gradients: those of every flat group.
         registration_order: parameter -> position in `module.parameters()`.
-        is_boundary: whether the running backward is the last of its accumulation window.
-        every_backward: reduce after each backward (stage 2), not only at boundaries.
+        is_boundary: whether the running micro-batch is the last of its accumulation window.
+        every_backward: reduce after each backward (sharded gradients), not only at boundaries.
         overlap: launch during backward; otherwise when it has ended.
     """
 
@@ -73,8 +88,6 @@ class GradientReducer:
         self.is_boundary = is_boundary
         self.every_backward = every_backward
         self.overlap = overlap
-        self.ran_backward = False
-        """Whether a gradient has arrived since the last `finish_window`."""
         pending = []
         for held in gradients:
             for bucket in held.group.layout.buckets:
@@ -84,51 +97,58 @@ class GradientReducer:
         self.queue = sorted(pending, key=lambda item: -item.last_arrival)
         for position, item in enumerate(self.queue):
             item.position = position
-        self._next = 0
-        self._completed = 0
-        self._in_backward = False
-        self._hooks = [
-            param.register_post_accumulate_grad_hook(self._make_hook(item, member))
-            for item in self.queue
-            for member in item.bucket.members
-            for param in [item.gradients.group.members[member]]
-        ]
+        self._next = 0  # the first bucket that has not been launched
+        self._completed = 0  # the first bucket that has not been completed
+        self._reduced = False  # whether this window's gradients have been reduced (unless every_backward)
+        self._inside = False  # inside the engine's backward
+        self._learned = False  # whether a whole backward has been watched
+        self._open = False  # gradients have arrived since the last end of a micro-batch
+        self._hook_everything()
+
+    def _hook_everything(self) -> None:
+        for item in self.queue:
+            for member in item.bucket.members:
+                param = item.gradients.group.members[member]
+                # A parameter belongs to the engine that was built last.
+                if (old := getattr(param, "_xtrain_hook", None)) is not None:
+                    old.remove()
+                handle = param.register_post_accumulate_grad_hook(self._make_hook(item, member))
+                param._xtrain_hook = handle  # type: ignore[attr-defined]
 
     def _make_hook(self, item: _Pending, member: int) -> Callable[[torch.Tensor], None]:
         def on_gradient(_: torch.Tensor) -> None:
-            if item.position < self._next:
+            if item.position < self._next or self._reduced:
                 raise ConfigError(self._too_late(item.name(member)))
-            if not self._in_backward:
-                self._in_backward = self.ran_backward = True
-                Variable._execution_engine.queue_callback(self._end_of_backward)
             item.gradients.absorb(member, item.bucket)
             item.seen.add(member)
-            item.arrived.add(member)
-            if self.overlap and self._reducing():
-                self._launch_ready()
+            item.arrivals[member] += 1
+            self._open = True
+            # The first backward only shows how often each gradient arrives.
+            if self._inside and self.overlap and self._learned and self._reducing():
+                while self._next < len(self.queue) and self.queue[self._next].ready:
+                    self._launch_next()
 
         return on_gradient
 
     def _too_late(self, name: str) -> str:
-        if self._in_backward:
+        if self._reduced:
             return (
-                f"parameter {name!r} got a second gradient in one backward after its bucket was reduced (shared "
-                "by checkpointed segments?): set zero_optimization.overlap_comm to false"
+                f"a second backward of the same step reached parameter {name!r} after its gradients were reduced: "
+                "run all but the last backward inside `with engine.no_sync():`, or call engine.zero_grad() to "
+                "discard the first"
             )
         return (
-            f"a second backward of the same step reached parameter {name!r} after its gradients were reduced: "
-            "run all but the last backward inside `with engine.no_sync():`"
+            f"parameter {name!r} got more gradients in one backward than ever before, after its bucket was "
+            "reduced: set zero_optimization.overlap_comm to false for a model that changes so"
         )
+
+    @property
+    def ran_backward(self) -> bool:
+        """Whether any gradient has arrived in this window."""
+        return any(item.seen for item in self.queue)
 
     def _reducing(self) -> bool:
         return self.every_backward or self.is_boundary()
-
-    def _launch_ready(self) -> None:
-        while self._next < len(self.queue):
-            item = self.queue[self._next]
-            if len(item.arrived) < len(item.bucket.members):
-                return
-            self._launch_next()
 
     def _launch_next(self) -> None:
         if self.every_backward and self._next - self._completed >= MAX_IN_FLIGHT:
@@ -137,47 +157,71 @@ class GradientReducer:
         self.queue[self._next].launch()
         self._next += 1
 
-    def _end_of_backward(self) -> None:
-        self._in_backward = False
-        if self.every_backward:
-            self.finish()
-        else:
-            for item in self.queue[self._next :]:
-                item.arrived.clear()
-            if not self.is_boundary():
-                for gradients in self.gradients:
-                    gradients.close_micro_batch()
-
-    def finish(self) -> None:
+    def _reduce_all(self) -> None:
         """Reduce what has not been reduced (a missing gradient counts as zero) and wait for all of it."""
         while self._next < len(self.queue):
             self._launch_next()
         for item in self.queue[self._completed :]:
             item.complete()
         self._next = self._completed = 0
+        self._reduced = not self.every_backward
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around the engine's backward. If it raises, the window is given up."""
+        self._inside = True
+        try:
+            yield
+        except BaseException:
+            self.discard()
+            raise
+        finally:
+            self._inside = False
+        self._learned = True
+        self._end_of_micro_batch()
+
+    def _end_of_micro_batch(self) -> None:
+        for item in self.queue:
+            item.learn()
+        self._open = False
+        if self._reducing():
+            self._reduce_all()
+        else:
+            for gradients in self.gradients:
+                gradients.close_micro_batch()
+
+    def close_micro_batch(self) -> None:
+        """Called by every `step()`: ends a micro-batch whose backward was the script's own."""
+        if self._open:
+            self._end_of_micro_batch()
 
     def finish_window(self) -> list[str]:
         """Close an accumulation window before the update; names of parameters that got no gradient."""
-        if not self.every_backward:
-            self.finish()
+        if not (self._reduced or self.every_backward):
+            self._reduce_all()
         unused = []
         for item in self.queue:
             unused += [item.name(member) for member in item.bucket.members if member not in item.seen]
             item.seen.clear()
-        self.ran_backward = False
+        self._reduced = False
         return unused
 
-    def reset(self) -> None:
-        """Forget a window that was given up (zero_grad, or a backward that raised)."""
+    def discard(self) -> None:
+        """Give up a window and its gradients (zero_grad, a backward that raised, a checkpoint loaded)."""
         for item in self.queue[self._completed : self._next]:
             item.complete()
         for item in self.queue:
-            item.arrived.clear()
+            item.arrivals.clear()
             item.seen.clear()
         self._next = self._completed = 0
-        self._in_backward = self.ran_backward = False
+        self._reduced = self._open = False
+        for gradients in self.gradients:
+            gradients.zero()
 
     def detach(self) -> None:
         """Remove the hooks, so that the parameters can be given to another engine."""
-        for hook in self._hooks:
-            hook.remove()
+        for item in self.queue:
+            for param in item.gradients.group.members:
+                if (hook := getattr(param, "_xtrain_hook", None)) is not None:
+                    hook.remove()
+                    delattr(param, "_xtrain_hook")
