@@ -130,6 +130,7 @@ def test_against_deepspeed(kind: str, params: dict[str, Any]) -> None:
         ("WarmupLR", {"warmup_max": 1}, "did you mean 'warmup_max_lr'"),
         ("WarmupLR", {"warmup_type": "lin"}, "unknown schedule 'lin'"),
         ("WarmupLR", {"warmup_num_steps": 0}, "positive integer"),
+        ("WarmupLR", {"warmup_max_lr": "1e-3"}, "must be a number"),
         ("WarmupLR", {"warmup_max_lr": [1, 2]}, "2 values for 1"),
         ("WarmupDecayLR", {}, "lacks total_num_steps"),
     ],
@@ -208,6 +209,7 @@ def test_adam_type_means_adamw_unless_said_otherwise() -> None:
     assert _build("Adam", adam_w_mode=False).defaults["adam_w_mode"] is False
     assert _build("AdamW", adam_w_mode=False).defaults["adam_w_mode"] is True
     assert type(_build("Adam", torch_adam=True)) is torch.optim.AdamW
+    assert type(_build("Adam", amsgrad=False)) is Adam
     assert type(_build("Adam", torch_adam=True, adam_w_mode=False)) is torch.optim.Adam
 
 
@@ -219,6 +221,7 @@ def test_adam_type_means_adamw_unless_said_otherwise() -> None:
         ("Lamb", {}, NotImplementedYetError, "'Lamb'"),
         ("Adam", {"bets": [0.9, 0.9]}, ConfigError, "did you mean 'betas'"),
         ("Adam", {"lr": -1.0}, ConfigError, "must not be negative"),
+        ("Adam", {"betas": [0.9]}, ConfigError, "two numbers"),
         ("Adam", {"betas": [0.9, 1.5]}, ConfigError, "betas"),
         ("Adam", {"max_grad_norm": 1.0}, ConfigError, "gradient_clipping"),
     ],

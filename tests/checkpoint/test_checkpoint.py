@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -196,6 +199,8 @@ def _fresh_start(folder: str) -> Any:
 
 def test_a_folder_without_checkpoints(ranks: Any, tmp_path: Path) -> None:
     assert ranks(2, _fresh_start, str(tmp_path / "none"))[0] == (None, None)
+    (tmp_path / ".global_step1.tmp").mkdir()  # the first save was cut off
+    assert ranks(2, _fresh_start, str(tmp_path))[0] == (None, None)
     (tmp_path / "notes.txt").write_text("not a checkpoint")
     with pytest.raises(CheckpointError, match="has no file 'latest'"):
         ranks(2, _fresh_start, str(tmp_path))
@@ -204,7 +209,7 @@ def test_a_folder_without_checkpoints(ranks: Any, tmp_path: Path) -> None:
 
 
 def _disk_full(*_: Any) -> None:
-    raise OSError("No space left on device")
+    raise SafetensorError("I/O error: No space left on device")  # what safetensors raises: not an OSError
 
 
 def _unwritable(folder: str) -> str:
@@ -223,7 +228,7 @@ def _unwritable(folder: str) -> str:
 
 def test_a_failed_save_leaves_the_old_one_and_fails_everywhere(ranks: Any, tmp_path: Path) -> None:
     for message in ranks(2, _unwritable, str(tmp_path)):
-        assert "failed on rank 1: OSError: No space left" in message
+        assert "failed on rank 1: SafetensorError: I/O error: No space left" in message
     assert (tmp_path / "latest").read_text() == "good"
     assert not (tmp_path / "bad").exists()
     assert layout.read_manifest(tmp_path / "good")["global_steps"] == 1
@@ -234,6 +239,65 @@ def _client_object(folder: str) -> str:
     with pytest.raises(CheckpointError) as caught:
         engine.save_checkpoint(folder, client_state={"model": engine.module})
     return str(caught.value)
+
+
+def _client_values(folder: str) -> Any:
+    engine = _engine(0, 4, False)
+    state = {
+        "loss": np.float64(0.5),
+        "table": np.arange(3),
+        "args": argparse.Namespace(lr=0.1),
+        "when": {1: (2, None)},
+    }
+    engine.save_checkpoint(folder, client_state=state)
+    with pytest.raises(CheckpointError) as caught:
+        engine.save_checkpoint(folder, client_state={"f": (lambda: 0) if xtrain.comm.get_rank() == 0 else 1})
+    return engine.load_checkpoint(folder)[1], str(caught.value)
+
+
+def test_client_state_of_plain_values(ranks: Any, tmp_path: Path) -> None:
+    for state, message in ranks(2, _client_values, str(tmp_path)):
+        assert state["loss"] == 0.5
+        assert state["table"].tolist() == [0, 1, 2]
+        assert state["args"].lr == 0.1
+        assert state["when"] == {1: (2, None)}
+        assert "cannot be saved" in message
+
+
+class Extra(training.TwoLayers):
+    notes: Any = None
+
+    def get_extra_state(self) -> Any:
+        return {"notes": self.notes}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.notes = state["notes"]
+
+
+def _extra_state(folder: str) -> Any:
+    first, second = Extra(), Extra()
+    first.notes = [1, "two"]
+    xtrain.initialize(model=first, config=training.config(1))[0].save_checkpoint(folder)
+    xtrain.initialize(model=second, config=training.config(1))[0].load_checkpoint(folder)
+    return second.notes
+
+
+def test_a_modules_extra_state(ranks: Any, tmp_path: Path) -> None:
+    assert ranks(2, _extra_state, str(tmp_path)) == [[1, "two"], [1, "two"]]
+
+
+@pytest.mark.parametrize("left", [".global_step4.tmp", ".global_step4.old"])
+def test_a_save_that_was_cut_off_while_replacing(ranks: Any, tmp_path: Path, left: str) -> None:
+    uninterrupted = ranks(2, _save, str(tmp_path), 1, 4, False)[0]
+    (tmp_path / "global_step4").rename(tmp_path / left)
+    assert find_tag(tmp_path, None) == left
+    assert ranks(2, _continue, str(tmp_path))[0] == uninterrupted
+
+
+def _continue(folder: str) -> list[float]:
+    engine = _engine(1, 4, False)
+    engine.load_checkpoint(folder)
+    return [training.engine_step(engine, step) for step in range(4, 10)]
 
 
 def test_client_state_that_needs_code_is_refused_when_saving(ranks: Any, tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ def test_features_not_there_yet_are_refused_by_name(config: dict[str, Any]) -> N
         {"zero_optimization": {"stage": 1, "overlap_comm": True, "offload_param": None}},
         {"prescale_gradients": False, "gradient_predivide_factor": 1.0},
         {"bfloat16": {"enabled": True}},
+        {"zero_optimization": {"cpu_offload": False, "offload_optimizer": {"device": "none"}}},
+        {"activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False}},
+        {"fp16": {"enabled": False, "auto_cast": True}, "communication_data_type": "fp32"},
         {"zero_optimization": True},
     ],
 )

@@ -69,6 +69,32 @@ def test_unreadable_json_and_empty_checkpoint_folder(
     assert (status, "no complete checkpoint" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("given", "ignored"),
+    [("own", "model=glm_335m"), ("own", "train.seq_length=64"), ("own", "data.path=x"), ("json", "train.lr=0.1"),
+     ("json", "parallel=zero0"), ("json", "backend=cpu"), ("json", "+deepspeed.dump_state=true"),
+     ("own json", "train.weight_decay=0.5")],
+)  # fmt: skip
+def test_settings_that_would_be_ignored_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, given: str, ignored: str
+) -> None:
+    script, config = tmp_path / "s.py", tmp_path / "ds.json"
+    script.write_text("")
+    config.write_text(json.dumps({"train_batch_size": 8}))
+    args = [f"script={script}"] if "own" in given else []
+    args += [f"deepspeed_config={config}"] if "json" in given else []
+    status, _, err = _launch(capsys, tmp_path, *args, ignored, "--dry-run")
+    assert status == 2
+    assert ignored.partition("=")[0].lstrip("+") in err
+    status, out, _ = _launch(capsys, tmp_path, f"deepspeed_config={config}", "train.steps=9", "--dry-run")
+    assert (status, "--steps=9" in out) == (0, True)
+
+
+def test_unquoted_values_are_said_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = _launch(capsys, tmp_path, "script=a=b.py")
+    assert (status, "quote the value" in err) == (2, True)
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(cli.XtrainError, match="glm_tin"):
         cli.main(["launch", "--debug", "model=glm_tin"])
@@ -105,6 +131,6 @@ def test_a_users_own_choices_and_script(capsys: pytest.CaptureFixture[str], tmp_
     status, out, _ = _launch(capsys, tmp_path, *args, "--dry-run", "--", "--mine", "1")
     assert status == 0
     assert "FOO=bar" in out
-    assert f" 4 -m xtrain.launch.rank {script} --deepspeed --deepspeed_config" in out
+    assert f"-m xtrain.launch.rank {script} --deepspeed --deepspeed_config" in out
     assert out.rstrip().endswith("--mine 1")
     assert "--hidden-size" not in out

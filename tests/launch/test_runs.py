@@ -95,7 +95,9 @@ def test_run_folder_interruption_and_resume(tmp_path: Path, corpus: Path) -> Non
     assert "step 60/60 · loss " in output
     assert "tokens/s" in output
     names = {path.name for path in whole.iterdir()}
-    assert names == {"config.yaml", "ds_config.json", "metrics.jsonl", "curve.png", "logs", "checkpoint"}
+    assert names == {
+        "config.yaml", "ds_config.json", "overrides.json", "metrics.jsonl", "curve.png", "logs", "checkpoint",
+    }  # fmt: skip
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((whole / "config.yaml").read_text())["train"]["steps"] == 60
     assert json.loads((whole / "ds_config.json").read_text())["train_batch_size"] == 8
@@ -113,7 +115,7 @@ def test_run_folder_interruption_and_resume(tmp_path: Path, corpus: Path) -> Non
     assert is_checkpoint(stopped / "checkpoint")
     assert _steps(stopped) < 60
 
-    process = _start(stopped, *args, f"resume={stopped}")
+    process = _start(stopped, f"resume={stopped}")  # the settings are the interrupted run's own
     output = _finish(process)
     assert process.returncode == 0, output
     losses = read_record(stopped).losses()
@@ -124,7 +126,11 @@ def test_run_folder_interruption_and_resume(tmp_path: Path, corpus: Path) -> Non
 @pytest.mark.parametrize(
     ("code", "status", "said"),
     [
-        ("raise ValueError('on purpose')", 1, "rank 1 failed: ValueError: on purpose; all ranks were ended"),
+        (
+            r"raise ValueError('on \[/INST\] [purpose]')",
+            1,
+            r"rank 1 failed: ValueError: on \[/INST\] [purpose]; all",
+        ),
         ("import os; os.kill(os.getpid(), 9)", 1, "rank 1 was killed by SIGKILL"),
         ("sys.exit(3)", 1, "rank 1"),
         ("from xtrain.errors import DataError; raise DataError('bad data')", 2, "xtrain: error: bad data"),
@@ -148,6 +154,9 @@ def test_killing_the_launcher_leaves_nothing(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = _start(run_dir, f"script={script}")
     _wait_for(lambda: _steps(run_dir) >= 1)
+    second = _start(run_dir, f"script={script}")
+    assert "holds a run already" in _finish(second)
+    assert second.returncode == 2
     assert len(_processes_of(run_dir)) >= 3
     process.kill()
     process.wait()

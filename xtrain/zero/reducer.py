@@ -169,6 +169,8 @@ class GradientReducer:
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Around the engine's backward. If it raises, the window is given up."""
+        for item in self.queue:
+            item.arrivals.clear()  # of backwards that were not this engine's
         self._inside = True
         try:
             yield
