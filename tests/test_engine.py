@@ -192,6 +192,8 @@ class Odd(nn.Module):
         self.empty = nn.Parameter(torch.empty(0, 4))
         self.out = nn.Linear(7, 5)
         self.register_buffer("count", torch.zeros(2))
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("scalar", torch.tensor(3, dtype=torch.int16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.tanh(self.a(x)) + torch.tanh(self.b(x)) * self.frozen
@@ -203,7 +205,7 @@ def _train_odd(stage: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = Odd()
     if xtrain.comm.get_rank() == 1:  # rank 0's values must win
         for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.data.add_(1.0)
+            tensor.data.copy_(tensor.data == 0)
     engine, _, _, _ = xtrain.initialize(model=model, config=training.config(stage, micro=4))
     losses = [training.engine_step(engine, step) for step in range(6)]
     return losses, {name: value.clone() for name, value in engine.module.state_dict().items()}

@@ -182,10 +182,11 @@ def _gan(stage: int, through_engine: bool) -> tuple[list[float], list[float]]:
         torch.manual_seed(3)
         generator, judge = nn.Linear(3, 3), nn.Linear(3, 1)
         if engines:
-            g, d = _engine(generator, stage), _engine(judge, stage)
+            slow = {"type": "SGD", "params": {"lr": 0.05}}
+            g, d = _engine(generator, stage, optimizer=slow), _engine(judge, stage, optimizer=slow)
         else:
             g, d = generator, judge
-            optimizers = [torch.optim.SGD(m.parameters(), lr=1.0) for m in (generator, judge)]
+            optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (generator, judge)]
         for step in range(4):
             x = torch.randn(2, 3, generator=torch.Generator().manual_seed(step)) * 0.1
             (d if through_engine else judge).zero_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from xtrain.parallel import DataParallelGrid
 
@@ -20,7 +20,11 @@ def make_dataloader(
     workers: int,
     sampler: Any,
 ) -> DataLoader[Any]:
-    """A DataLoader over this rank's share of a map-style dataset."""
+    """A DataLoader over this rank's share of a map-style dataset, or over an iterable one as it is."""
+    if isinstance(dataset, IterableDataset):
+        return DataLoader(
+            dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate_fn, drop_last=drop_last
+        )
     if sampler is None:
         sampler = DistributedSampler(dataset, grid.size, grid.rank, shuffle=shuffle, drop_last=drop_last)
     return DataLoader(

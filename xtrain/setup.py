@@ -60,7 +60,8 @@ def place_module(
         if dtype is not None and param.is_floating_point():
             param.data = param.data.to(dtype)
     for name, param in module.named_parameters():
-        if param.is_floating_point() and param.dtype not in backend.precision.native_dtypes:
+        real = param.is_floating_point() or param.is_complex()
+        if real and param.dtype not in backend.precision.native_dtypes:
             native = ", ".join(sorted(str(d).removeprefix("torch.") for d in backend.precision.native_dtypes))
             raise ConfigError(
                 f"parameter {name!r} is {str(param.dtype).removeprefix('torch.')}, which backend {backend.name!r} "
@@ -153,12 +154,21 @@ def flatten(
     return gradients
 
 
+def _broadcast(tensor: torch.Tensor, grid: DataParallelGrid) -> None:
+    """Copy a dense tensor of any dtype from the first data-parallel rank, as bytes."""
+    if tensor.numel():
+        data = tensor.contiguous()
+        comm.broadcast(data.reshape(-1).view(torch.uint8), grid.source, group=grid.group)
+        tensor.copy_(data)
+
+
+@torch.no_grad()
 def broadcast_states(module: nn.Module, groups: list[FlatGroup], grid: DataParallelGrid) -> None:
     """Give every rank the parameters and buffers of the first data-parallel rank."""
     if grid.size > 1:
         flat = {param for group in groups for param in group.members}
         loose = [param.data for param in module.parameters() if param not in flat]
         for tensor in [*(group.params for group in groups), *loose, *module.buffers()]:
-            comm.broadcast(tensor, grid.source, group=grid.group)
+            _broadcast(tensor, grid)
     for group in groups:
         group.refresh_masters()
