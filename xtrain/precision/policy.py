@@ -30,7 +30,7 @@ class PrecisionPolicy:
         skip_non_finite: leave the weights alone when the gradient norm is infinite or NaN.
         aligned: gradients are accumulated, sent and summed in float32 by one fixed tree.
         predivide: gradients are divided by it before they are summed over ranks; None means by the
-            number of ranks. The rest of the average is taken in float32 afterwards.
+            number of ranks. The rest of the average is taken afterwards, in the accumulation dtype.
     """
 
     module: torch.dtype | None
