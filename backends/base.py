@@ -18,16 +18,9 @@ class RuntimeFacet:
         """One sentence saying why the backend cannot be used here; None when it can."""
         return None
 
-    def device_count(self) -> int:
-        """Devices that the ranks of this host can use; 0 means no fixed number (host processors)."""
-        return 0
-
     def device(self, local_rank: int) -> torch.device:
         """The device of the rank with this number on its host."""
         return torch.device(self.device_type)
-
-    def synchronize(self) -> None:
-        """Wait until all work queued on the device is done."""
 
     def get_rng_state(self) -> torch.Tensor:
         """State of the device's default generator, a uint8 tensor on the host."""

@@ -100,19 +100,17 @@ class XtrainEngine(nn.Module):
     def _basic_optimizer(self, given: Any, model_parameters: Any) -> torch.optim.Optimizer | None:
         values = self.xtrain_config.values
         if isinstance(given, torch.optim.Optimizer):
-            check_elementwise(given, values.zero_allow_untested_optimizer)
-            return given
-        if given is not None and not callable(given):
+            built = given
+        elif callable(given):
+            built = given(setup.as_param_groups(model_parameters, self.module))
+        elif given is not None:
             raise ConfigError(
                 f"optimizer must be a torch optimizer or a callable, not {type(given).__name__}"
             )
-        if given is None and values.optimizer is None:
+        elif values.optimizer is None:
             return None
-        groups = setup.as_param_groups(model_parameters, self.module)
-        if given is not None:
-            built = given(groups)
         else:
-            assert values.optimizer is not None
+            groups = setup.as_param_groups(model_parameters, self.module)
             built = build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk)
         check_elementwise(built, values.zero_allow_untested_optimizer)
         return built

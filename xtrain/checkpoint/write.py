@@ -40,24 +40,25 @@ def _owned_states(engine: XtrainEngine) -> tuple[dict[str, torch.Tensor], dict[s
     return tensors, index
 
 
+def _is_sharded(value: Any, group: FlatGroup) -> bool:
+    """Whether an optimizer state has one value for each element of a master slice."""
+    return torch.is_tensor(value) and value.shape == group.masters[0].shape
+
+
 def _sharded_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The masters and each tensor state of the optimizer, as whole shards in shard order."""
     kinds = {"master": [master.data for master in group.masters]}
     first = optimizer.state.get(group.masters[0], {})
     for kind, value in first.items():
-        if torch.is_tensor(value) and value.shape == group.masters[0].shape:
+        if _is_sharded(value, group):
             kinds[kind] = [optimizer.state[master][kind] for master in group.masters]
     return {kind: torch.cat([slice_.reshape(-1) for slice_ in slices]) for kind, slices in kinds.items()}
 
 
-def scalar_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _scalar_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """State of the optimizer that is not one value an element (step counts), the same on every rank."""
     first = optimizer.state.get(group.masters[0], {})
-    return {
-        kind: value
-        for kind, value in first.items()
-        if not (torch.is_tensor(value) and value.shape == group.masters[0].shape)
-    }
+    return {kind: value for kind, value in first.items() if not _is_sharded(value, group)}
 
 
 def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
             "loss_scale": optimizer.loss_scaler.state_dict(),
             "options": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
             "scalars": {
-                group.names[0]: scalar_states(group, optimizer.optimizer) for group in optimizer.groups
+                group.names[0]: _scalar_states(group, optimizer.optimizer) for group in optimizer.groups
             },
         }
     extra = {name: value for name, value in engine.module.state_dict().items() if not torch.is_tensor(value)}
