@@ -17,9 +17,9 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 Group = dist.ProcessGroup | None
 
 
-def _count(operation: str, message_bytes: int, group: Group) -> None:
+def _count(operation: str, message_bytes: int, group: Group, sent_bytes: int | None = None) -> None:
     name = "world" if group is None else group.group_name
-    ledger.record(operation, name, dist.get_world_size(group), message_bytes)
+    ledger.record(operation, name, dist.get_world_size(group), message_bytes, sent_bytes)
 
 
 def all_reduce(
@@ -66,8 +66,13 @@ def all_to_all_single(
     group: Group = None,
     async_op: bool = False,
 ) -> Any:
-    """Send the r-th slice of `tensor` to rank r. Even splits are counted exactly, uneven ones as even."""
-    _count("all_to_all", tensor.nbytes, group)
+    """Send the r-th slice of `tensor` to rank r; the slices are equal unless sizes are given."""
+    if input_split_sizes is None:
+        _count("all_to_all", tensor.nbytes, group)
+    else:
+        row = tensor.nbytes // len(tensor) if len(tensor) else 0
+        kept = input_split_sizes[dist.get_rank(group)] * row
+        _count("all_to_all", tensor.nbytes, group, tensor.nbytes - kept)
     return dist.all_to_all_single(output, tensor, output_split_sizes, input_split_sizes, group, async_op)
 
 

@@ -41,12 +41,22 @@ class Ledger:
     def __init__(self) -> None:
         self.entries: dict[tuple[str, str], Entry] = defaultdict(Entry)
 
-    def record(self, operation: str, group_name: str, group_size: int, message_bytes: int) -> None:
-        """Count one call. `message_bytes`: size of the full message, see the table above."""
+    def record(
+        self,
+        operation: str,
+        group_name: str,
+        group_size: int,
+        message_bytes: int,
+        sent_bytes: int | None = None,
+    ) -> None:
+        """Count one call. `message_bytes`: size of the full message, see the table above; `sent_bytes`: what this
+        rank sends, where it does not follow from the table."""
         entry = self.entries[operation, group_name]
         entry.calls += 1
         entry.message_bytes += message_bytes
-        entry.sent_bytes += message_bytes * _FACTOR[operation](group_size)
+        entry.sent_bytes += (
+            message_bytes * _FACTOR[operation](group_size) if sent_bytes is None else Fraction(sent_bytes)
+        )
 
     def sent_bytes(self, *operations: str) -> Fraction:
         """Bytes sent by this rank in the given operations (all of them when none is named)."""

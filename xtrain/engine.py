@@ -112,7 +112,8 @@ class XtrainEngine(Inquiries, nn.Module):
             return None
         else:
             groups = setup.as_param_groups(model_parameters, self.module)
-            built = build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk)
+            names = {param: name for name, param in self.module.named_parameters()}
+            built = build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk, names)
         check_elementwise(built, values.zero_allow_untested_optimizer)
         return built
 

@@ -1,7 +1,10 @@
 """Optimizers: built from the config, or checked when the user brings one."""
 
+from xtrain.optim.adagrad import Adagrad
 from xtrain.optim.adam import Adam
 from xtrain.optim.build import build_optimizer, check_elementwise
+from xtrain.optim.lamb import Lamb
 from xtrain.optim.lion import Lion
+from xtrain.optim.muon import Muon
 
-__all__ = ["Adam", "Lion", "build_optimizer", "check_elementwise"]
+__all__ = ["Adagrad", "Adam", "Lamb", "Lion", "Muon", "build_optimizer", "check_elementwise"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from xtrain.config.schema import OptimizerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError, unknown_name
 from xtrain.optim.adam import Adam
 from xtrain.optim.elementwise import ElementwiseOptimizer
+from xtrain.optim.lamb import Lamb
 from xtrain.optim.lion import Lion
+from xtrain.optim.muon import muon_from_config, tag_parameters
+from xtrain.optim.parameterwise import ParameterwiseOptimizer
 
-_NOT_YET = {"lamb", "muon", "onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd"}
-_TYPES = ("Adam", "AdamW", "Adagrad", "Lion", "SGD")
+_NOT_YET = {"onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd"}
+_TYPES = ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon", "SGD")
 
 # PyTorch's optimizers whose update of an element depends on that element alone, so that slices can be
 # updated apart.
@@ -39,7 +43,10 @@ def _adam(params: dict[str, Any], kind: str) -> tuple[Any, dict[str, Any]]:
 
 
 def build_optimizer(
-    config: OptimizerConfig, param_groups: list[dict[str, Any]], chunk_size: int | None = None
+    config: OptimizerConfig,
+    param_groups: list[dict[str, Any]],
+    chunk_size: int | None = None,
+    names: Mapping[Any, str] | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer that the config names, over `param_groups`.
 
@@ -48,6 +55,7 @@ def build_optimizer(
 
     Args:
         chunk_size: elements that xtrain's own optimizers update at a time.
+        names: of the model's parameters, by which Muon leaves embeddings to Adam.
 
     Raises:
         ConfigError: unknown type, unknown entry in `params`, or a value out of range.
@@ -68,13 +76,16 @@ def build_optimizer(
     factory: Any
     if kind in ("adam", "adamw"):
         factory, params = _adam(params, kind)
+    elif kind == "muon":
+        tag_parameters(names or {})
+        factory = muon_from_config
     else:
-        own = {"lion": Lion, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+        own = {"lamb": Lamb, "lion": Lion, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
         factory = own.get(kind) or getattr(torch.optim, config.type, None)
-    if not (isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)):
+    if kind != "muon" and not (isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)):
         raise ConfigError(f"config key 'optimizer.type': {unknown_name('optimizer', config.type, _TYPES)}")
     optimizer: torch.optim.Optimizer = construct(factory, param_groups, params, "optimizer.params")
-    if isinstance(optimizer, ElementwiseOptimizer):
+    if isinstance(optimizer, (ElementwiseOptimizer, ParameterwiseOptimizer)):
         optimizer.chunk_size = chunk_size
     return optimizer
 
@@ -91,7 +102,10 @@ def check_elementwise(optimizer: torch.optim.Optimizer, allow_untested: bool) ->
             f"the optimizer {type(optimizer).__name__} has taken steps already: pass a fresh one to initialize() "
             "and restore its state with load_checkpoint()"
         )
-    known = isinstance(optimizer, ElementwiseOptimizer) or type(optimizer) in _ELEMENTWISE
+    known = (
+        isinstance(optimizer, (ElementwiseOptimizer, ParameterwiseOptimizer))
+        or type(optimizer) in _ELEMENTWISE
+    )
     if not known and not allow_untested:
         raise ConfigError(
             f"the optimizer {type(optimizer).__name__} is not known to update each element on its own, which "

@@ -26,7 +26,7 @@ class Lion(ElementwiseOptimizer):
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
     ) -> None:
         if lr < 0 or weight_decay < 0:

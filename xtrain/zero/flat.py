@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xtrain.zero.layout import Bucket, Layout, cut
+from xtrain.zero.layout import Bucket, Layout, Piece, cut
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class FlatGroup:
     Attributes:
         names, members: the parameters in buffer order (reverse of registration, the order in which
             their gradients arrive).
+        shapes: theirs.
         params: (total,) parameter dtype.
         masters: per bucket, this rank's slice in float32 (float64 for float64 parameters); views of
             `params` when the dtypes are the same.
@@ -43,11 +44,16 @@ class FlatGroup:
     ) -> None:
         self.names = [name for name, _ in members]
         self.members = [param for _, param in members]
+        self.shapes = [param.shape for param in self.members]
         self.group_index = group_index
         self.partition = options.partition
         dtype, device = self.members[0].dtype, self.members[0].device
-        sizes = [param.numel() for param in self.members]
+        sizes = [shape.numel() for shape in self.shapes]
         self.layout: Layout = cut(sizes, options.partitions, options.bucket_size, options.align)
+        self._pieces = {piece.member: piece for piece in self.layout.pieces(self.partition)}
+        self._bucket_of = {
+            member: number for number, bucket in enumerate(self.layout.buckets) for member in bucket.members
+        }
         self.params = torch.zeros(self.layout.total, dtype=dtype, device=device)
         for member, param in enumerate(self.members):
             view = self.member_view(self.params, member)
@@ -58,12 +64,33 @@ class FlatGroup:
     def member_view(self, buffer: torch.Tensor, member: int) -> torch.Tensor:
         """One parameter's part of a buffer that is laid out like `params`, in the parameter's shape."""
         start = self.layout.starts[member]
-        return buffer[start : start + self.layout.sizes[member]].view(self.members[member].shape)
+        return buffer[start : start + self.layout.sizes[member]].view(self.shapes[member])
 
     def owned(self, buffer: torch.Tensor, bucket: Bucket) -> torch.Tensor:
         """This rank's slice of a bucket of a buffer that is laid out like `params`."""
         start, stop = self.layout.owned(bucket, self.partition)
         return buffer[start:stop]
+
+    def piece_of(self, member: int) -> tuple[Piece, Bucket, torch.nn.Parameter | None] | None:
+        """What this rank owns of a parameter, with its bucket and its master; None when it owns nothing."""
+        piece = self._pieces.get(member)
+        if piece is None:
+            return None
+        number = self._bucket_of[member]
+        return piece, self.layout.buckets[number], self.masters[number]
+
+    def store(self, member: int, data: torch.Tensor) -> None:
+        """Set one parameter, its master included, from its whole value; not collective."""
+        self.member_view(self.params, member).copy_(data.view(self.shapes[member]))
+        self._store_master(member, data)
+
+    def _store_master(self, member: int, data: torch.Tensor) -> None:
+        if (found := self.piece_of(member)) is not None:
+            piece, bucket, master = found
+            if master is not None:
+                start = piece.shard_start - bucket.start // self.layout.partitions
+                mine = data.reshape(-1)[piece.start : piece.stop]
+                master.data[start : start + mine.numel()].copy_(mine)
 
     def _make_masters(self) -> list[torch.nn.Parameter]:
         # `to` returns the view itself when the dtype is the same.

@@ -57,6 +57,18 @@ class Layout:
         start = bucket.start + partition * width
         return start, start + width
 
+    def holders(self, bucket: Bucket, member: int) -> list[tuple[int, int, int]]:
+        """Who owns which elements of a parameter: [(partition, start, stop)], in order."""
+        if not self.sizes[member]:
+            return []
+        width = (bucket.stop - bucket.start) // self.partitions
+        first = self.starts[member] - bucket.start
+        last = first + self.sizes[member] - 1
+        return [
+            (n, max(0, n * width - first), min(self.sizes[member], (n + 1) * width - first))
+            for n in range(first // width, last // width + 1)
+        ]
+
     def pieces(self, partition: int) -> list[Piece]:
         """What a rank owns, parameter by parameter, in shard order and without padding."""
         pieces = []

@@ -6,7 +6,7 @@ Stage 0 is the same code with one partition: every rank owns everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.backends import Backend
+from xtrain.optim.parameterwise import ParameterwiseOptimizer
 from xtrain.precision import LossScale
 from xtrain.zero.gradients import Gradients
+from xtrain.zero.holdings import holdings
 
 
 def _sum_of_squares(flat: torch.Tensor, dtype: torch.dtype, chunk_size: int | None) -> torch.Tensor:
@@ -36,7 +38,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     or set `param_groups[i]["lr"]` work; their `params` are replaced by master slices.
 
     Args:
-        optimizer: any torch optimizer whose update is element-wise.
+        optimizer: any torch optimizer whose update is element-wise, or a ParameterwiseOptimizer.
         gradients: those of each flat group; it belongs to `optimizer.param_groups[group.group_index]`.
         loss_scale: by which the loss was multiplied; learns from overflows.
         backend: decides the dtype in which the norm is summed.
@@ -73,6 +75,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.round_norm = round_norm
         self.overflow = False
         self.grad_norm: float | None = None
+        self._divided = any(group.layout.partitions > 1 for group in self.groups)
+        if isinstance(optimizer, ParameterwiseOptimizer):
+            held = holdings(self.groups, len(optimizer.param_groups))
+            ranks = comm.get_world_size(process_group) if self._divided else 1
+            optimizer.attach(held, process_group, ranks, backend.precision, aligned=round_norm)
         for index, param_group in enumerate(optimizer.param_groups):
             param_group["params"] = [
                 master for group in self.groups if group.group_index == index for master in group.masters
@@ -119,22 +126,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for bucket, master in zip(item.group.layout.buckets, item.group.masters, strict=True):
                 yield master, item.owned(bucket)
 
-    def _compute_norm(self) -> float:
-        """2-norm of the gradients, averaged over ranks, of all parameters; equal on every rank."""
+    def _compute_norm(self, slices: Iterable[torch.Tensor], unscale: float) -> float:
+        """2-norm of what all ranks hold in `slices`, times `unscale`; equal on every rank."""
         dtype = self.backend.precision.norm_dtype
         chunk = self.backend.zero.update_chunk
-        squares = [_sum_of_squares(grad, dtype, chunk) for _, grad in self._slices()]
+        squares = [_sum_of_squares(flat, dtype, chunk) for flat in slices]
         if not squares:
             return 0.0
         total = torch.stack(squares).sum()
-        if any(group.layout.partitions > 1 for group in self.groups):
+        if self._divided:
             comm.all_reduce(total, group=self.process_group)
-        norm = math.sqrt(total.item()) * self._unscale
+        norm = math.sqrt(total.item()) * unscale
         return torch.tensor(norm, dtype=torch.float32).item() if self.round_norm else norm
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the parameters from the reduced gradients; clears the gradients."""
-        self.grad_norm = self._compute_norm()
+        self.grad_norm = self._compute_norm((grad for _, grad in self._slices()), self._unscale)
         self.overflow = self.skip_non_finite and not math.isfinite(self.grad_norm)
         if not self.overflow:
             self._update()
@@ -142,18 +149,36 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.loss_scaler.update(self.overflow)
 
     def _update(self) -> None:
-        assert self.grad_norm is not None
-        factor = self._unscale
-        if self.clip_grad > 0:
-            factor *= min(1.0, self.clip_grad / (self.grad_norm + 1e-6))
-        for master, grad in self._slices():
-            # A gradient of the master's dtype is scaled where it is; it is cleared after the step anyway.
-            full = grad.to(master.dtype)
-            master.grad = full.mul_(factor) if factor != 1.0 else full
+        if isinstance(self.optimizer, ParameterwiseOptimizer) and self.optimizer.rewrites_gradients:
+            self._rewrite(self.optimizer)
+        else:
+            self._hand_over_gradients(self._unscale * self._clip_factor())
         self.optimizer.step()
         for master, _ in self._slices():
             master.grad = None
         self.publish()
+
+    def _clip_factor(self) -> float:
+        assert self.grad_norm is not None
+        return min(1.0, self.clip_grad / (self.grad_norm + 1e-6)) if self.clip_grad > 0 else 1.0
+
+    def _hand_over_gradients(self, factor: float) -> None:
+        """Give the masters their gradients, scaled."""
+        for master, grad in self._slices():
+            # A gradient of the master's dtype is scaled where it is; it is cleared after the step anyway.
+            full = grad.to(master.dtype)
+            master.grad = full.mul_(factor) if factor != 1.0 else full
+
+    def _rewrite(self, optimizer: ParameterwiseOptimizer) -> None:
+        """Let the optimizer make its update out of the gradients, then clip that: what DeepSpeed's ZeRO does
+        with Muon. The norm that scripts ask for is the one that was clipped."""
+        self._hand_over_gradients(self._unscale)
+        optimizer.rewrite_gradients()
+        updates = [master.grad for master, _ in self._slices() if master.grad is not None]
+        self.grad_norm = self._compute_norm(updates, 1.0)
+        if (factor := self._clip_factor()) != 1.0:
+            for update in updates:
+                update.mul_(factor)
 
     def publish(self) -> None:
         """Round the masters into the parameters and gather every rank's slices."""

@@ -1,0 +1,171 @@
+"""Optimizers whose update of an element depends on the whole parameter, over slices that cut through parameters.
+
+An element-wise optimizer needs nothing but its tensors. A `ParameterwiseOptimizer` is told, once, which
+elements of which parameters its tensors hold on which rank. Alone, outside of an engine, each of its
+tensors is a parameter. It knows nothing of buckets, stages or masters.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from xtrain.backends import registry
+from xtrain.backends.base import PrecisionFacet
+
+
+class Run(NamedTuple):
+    """Elements [start, stop) of a flattened parameter, held by a rank of the group."""
+
+    rank: int
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """How many elements."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Holding:
+    """One parameter, as the ranks hold it.
+
+    Attributes:
+        parameter: the model's. Its data may be elsewhere: read attributes, not values.
+        shape: of the parameter.
+        tensor: the optimizer's tensor that this rank's elements are in.
+        offset: of the first of them in it.
+        own: which elements this rank holds (length 0 for none).
+        runs: all ranks' elements, in order; ranks that hold none are left out.
+    """
+
+    parameter: torch.Tensor
+    shape: torch.Size
+    tensor: torch.Tensor
+    offset: int
+    own: Run
+    runs: tuple[Run, ...]
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's elements of the parameter in a tensor that is laid out like `tensor` (a view)."""
+        if whole.numel() == self.own.length:
+            return whole
+        return whole.view(-1)[self.offset : self.offset + self.own.length]
+
+
+def shape_of(param: torch.Tensor) -> torch.Size:
+    """A parameter's shape, also where ZeRO stage 3 has divided its data."""
+    shape: torch.Size = getattr(param, "ds_shape", param.shape)
+    return shape
+
+
+def _alone(param: torch.Tensor) -> Holding:
+    own = Run(0, 0, param.numel())
+    return Holding(param, param.shape, param, 0, own, (own,))
+
+
+class ParameterwiseOptimizer(torch.optim.Optimizer):
+    """Base of optimizers that need more of a parameter than the elements of one slice.
+
+    Attributes:
+        process_group, ranks: over which parameters are divided; one rank when they are not.
+        given: the parameters, in the order of the parameter groups.
+        precision: the backend's, for the dtype of long sums.
+        aligned: whether bits must be the same on every kind of device.
+        chunk_size: elements to update at a time; None: all.
+    """
+
+    state_names: tuple[str, ...] = ()
+    """States with one value an element, zero at the start."""
+
+    rewrites_gradients = False
+    """Whether `rewrite_gradients` makes the update out of the gradients before they are clipped."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self.given: list[torch.Tensor] = [param for group in self.param_groups for param in group["params"]]
+        self.process_group: dist.ProcessGroup | None = None
+        self.ranks = 1
+        backend = registry.detect()
+        self.precision: PrecisionFacet = backend.precision
+        self.aligned = False
+        self.chunk_size = backend.zero.update_chunk
+        self._attached: list[list[Holding]] | None = None
+
+    def attach(
+        self,
+        holdings: list[list[Holding]],
+        process_group: dist.ProcessGroup | None,
+        ranks: int,
+        precision: PrecisionFacet,
+        aligned: bool,
+    ) -> None:
+        """Work on slices from now on.
+
+        Args:
+            holdings: for each parameter group; the same parameters in the same order on every rank.
+            process_group, ranks: over which parameters are divided; 1 when every rank holds all.
+        """
+        self._attached = holdings
+        self.process_group = process_group
+        self.ranks = ranks
+        self.precision = precision
+        self.aligned = aligned
+
+    @property
+    def attached(self) -> bool:
+        """Whether this works on slices, for an engine."""
+        return self._attached is not None
+
+    def holdings(self) -> Iterator[tuple[dict[str, Any], Sequence[Holding]]]:
+        """(parameter group, its parameters); parameters without a gradient are left out when alone."""
+        for index, group in enumerate(self.param_groups):
+            if self._attached is not None:
+                yield group, self._attached[index]
+            else:
+                yield group, [_alone(param) for param in group["params"] if param.grad is not None]
+
+    def count_step(self, tensor: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """The tensor's state, made at the first step, with its step count raised by one."""
+        state = self.state[tensor]
+        if not state:
+            state["step"] = 0
+            for name in names:
+                state[name] = torch.zeros_like(tensor)
+        state["step"] += 1
+        return state
+
+    def chunks(self, *parts: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Tensors of one shape, `chunk_size` elements at a time."""
+        size, total = self.chunk_size, parts[0].numel()
+        if size is None or size >= total or parts[0].ndim != 1:
+            yield parts
+            return
+        for start in range(0, total, size):
+            yield tuple(part[start : start + size] for part in parts)
+
+    def rewrite_gradients(self) -> None:
+        """Make the update out of `grad` of each tensor, in place; collective over the group."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; collective over the group that parameters are divided over."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.rewrites_gradients and not self.attached:
+            self.rewrite_gradients()
+        self.update()
+        return loss
+
+    @abstractmethod
+    def update(self) -> None:
+        """Update every parameter from `grad` of its tensor."""
