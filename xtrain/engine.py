@@ -27,6 +27,7 @@ from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import make_loss_scale, make_policy
 from xtrain.schedulers import build_scheduler
+from xtrain.utils import groups as process_groups
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.optimizer import ZeroOptimizer
 from xtrain.zero.reducer import GradientReducer
@@ -63,7 +64,7 @@ class XtrainEngine(Inquiries, nn.Module):
         self.xtrain_config = config
         self.backend = backend
         self.grid = grid
-        self.mpu = mpu
+        self.mpu = process_groups.mpu = mpu
         self.batch_sizes: BatchSizes = solve_batch_sizes(
             values.train_batch_size,
             values.train_micro_batch_size_per_gpu,
@@ -147,6 +148,7 @@ class XtrainEngine(Inquiries, nn.Module):
             round_norm=self.precision.aligned,
         )
         self.optimizer.discard = self._reducer.discard
+        self.optimizer.reducer = self._reducer
 
     def _scheduler(self, given: Any) -> Any:
         if callable(given) and not hasattr(given, "step"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,10 @@ from xtrain.optim.parameterwise import ParameterwiseOptimizer
 from xtrain.precision import LossScale
 from xtrain.zero.gradients import Gradients
 from xtrain.zero.holdings import holdings
+from xtrain.zero.owners import register
+
+if TYPE_CHECKING:
+    from xtrain.zero.reducer import GradientReducer
 
 
 def _sum_of_squares(flat: torch.Tensor, dtype: torch.dtype, chunk_size: int | None) -> torch.Tensor:
@@ -70,6 +74,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.process_group = process_group
         self.discard: Callable[[], None] = lambda: None
         """Called by zero_grad, so that a window in flight is given up too; set by the engine."""
+        self.reducer: GradientReducer | None = None
+        """Knows whether gradients can be read (see owners.py); set by the engine."""
         self.clip_grad = clip
         self.skip_non_finite = skip_non_finite
         self.round_norm = round_norm
@@ -85,6 +91,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 master for group in self.groups if group.group_index == index for master in group.masters
             ]
         self._rebuild_initial_state()
+        register(self)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

@@ -197,6 +197,15 @@ class GradientReducer:
         if self._open:
             self._end_of_micro_batch()
 
+    def settle(self) -> bool:
+        """Whether this window's gradients are averaged over ranks, for who wants to read them before the step.
+
+        Ends a micro-batch whose backward was the script's own, if that is when gradients are reduced.
+        """
+        if self._open and not self._inside and self._reducing():
+            self.close_micro_batch()
+        return self._reduced or (self.every_backward and self.ran_backward)
+
     def finish_window(self) -> list[str]:
         """Close an accumulation window before the update; names of parameters that got no gradient."""
         if not (self._reduced or self.every_backward):
