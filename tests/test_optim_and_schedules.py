@@ -192,6 +192,27 @@ def test_deepspeeds_names() -> None:
             kind([a], amsgrad=True)
 
 
+def test_deepspeeds_names_for_adagrad_and_lion() -> None:
+    from xtrain.ops.adagrad import DeepSpeedCPUAdagrad
+    from xtrain.ops.lion import DeepSpeedCPULion, FusedLion
+
+    a, b = torch.nn.Parameter(torch.ones(50).double()), torch.nn.Parameter(torch.ones(50).double())
+    ours = _minimise(DeepSpeedCPUAdagrad([a], lr=0.02, weight_decay=0.1), a)
+    torch.testing.assert_close(ours, _minimise(torch.optim.Adagrad([b], lr=0.02, weight_decay=0.1), b))
+    for kind in (FusedLion, DeepSpeedCPULion):
+        assert kind([a]).defaults["betas"] == (0.9, 0.999)
+    lion = FusedLion([a], set_grad_none=False)
+    lion.zero_grad()
+    assert torch.equal(a.grad, torch.zeros(50).double())
+    for refused in (
+        lambda: DeepSpeedCPUAdagrad([a], amsgrad=True),
+        lambda: DeepSpeedCPUAdagrad([a], fp32_optimizer_states=False),
+        lambda: DeepSpeedCPULion([a], fp32_optimizer_states=False),
+    ):
+        with pytest.raises(NotImplementedYetError):
+            refused()
+
+
 def test_any_class_of_torch() -> None:
     assert type(_build("RMSprop", lr=0.1)) is torch.optim.RMSprop
     assert type(_build("Adagrad")) is torch.optim.Adagrad
@@ -218,7 +239,8 @@ def test_adam_type_means_adamw_unless_said_otherwise() -> None:
     [
         ("AdamX", {}, ConfigError, "did you mean"),
         ("Optimizer", {}, ConfigError, "lacks defaults"),
-        ("Lamb", {}, NotImplementedYetError, "'Lamb'"),
+        ("OneBitAdam", {}, NotImplementedYetError, "'OneBitAdam'"),
+        ("Lamb", {"max_coef": 1.0}, ConfigError, "did you mean 'max_coeff'"),
         ("Adam", {"bets": [0.9, 0.9]}, ConfigError, "did you mean 'betas'"),
         ("Adam", {"lr": -1.0}, ConfigError, "must not be negative"),
         ("Adam", {"betas": [0.9]}, ConfigError, "two numbers"),

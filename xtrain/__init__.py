@@ -30,7 +30,18 @@ _EXPORTS = {
     "log_dist": "xtrain.log",
     "logger": "xtrain.log",
 }
-_SUBMODULES = ("backends", "checkpoint", "comm", "config", "ops", "optim", "schedulers", "utils", "zero")
+_SUBMODULES = (
+    "backends",
+    "checkpoint",
+    "comm",
+    "config",
+    "ops",
+    "optim",
+    "runtime",
+    "schedulers",
+    "utils",
+    "zero",
+)
 _ALIASES = {"DeepSpeedEngine": "XtrainEngine"}
 
 __all__ = [
