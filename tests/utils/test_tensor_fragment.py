@@ -12,6 +12,7 @@ from torch import nn
 
 import xtrain
 from tests import training
+from tests.live_deepspeed import live_deepspeed
 from xtrain import utils
 from xtrain.errors import ConfigError
 from xtrain.zero.owners import owner_of, register
@@ -244,6 +245,60 @@ def _wide(stage: int) -> bool:
 def test_float64_is_not_narrowed(ranks: Any) -> None:
     for stage in (0, 1, 2):
         assert ranks(4, _wide, stage) == [True] * 4
+
+
+def _both(stage: int, bf16: bool) -> list[dict[str, torch.Tensor]]:
+    """The getters of DeepSpeed and ours, each on its own engine, after setting a state and a weight."""
+    config = {
+        "train_batch_size": training.GLOBAL_BATCH,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": bf16},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+    }
+    rank, found = xtrain.comm.get_rank(), []
+    with live_deepspeed() as deepspeed:
+        for framework in (deepspeed, xtrain):
+            model = training.build_model()
+            engine, *_ = framework.initialize(model=model, model_parameters=model.parameters(), config=config)
+            functions, seen = framework.utils, {}
+            for step in range(3):
+                x, y = (t[rank * 8 : rank * 8 + 8] for t in training.samples(step))
+                engine.backward(training.loss_of(engine, x, y))
+                if step == 2:
+                    for name, p in model.named_parameters():
+                        seen[f"grad {name}"] = functions.safe_get_full_grad(p).float()
+                engine.step()
+                if step == 1:
+                    weight = model.first.weight
+                    functions.safe_set_full_fp32_param(weight, torch.full(weight.shape, 0.1))
+                    functions.safe_set_full_optimizer_state(weight, torch.full(weight.shape, 1e-3), "exp_avg")
+                    if framework is deepspeed:
+                        # It sets the master only; without this its third step would see the old weights.
+                        weight.data.fill_(0.1)
+            for name, p in model.named_parameters():
+                seen[f"weight {name}"] = functions.safe_get_full_fp32_param(p)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    seen[f"{key} {name}"] = functions.safe_get_full_optimizer_state(p, key)
+            engine.destroy()
+            found.append({key: value.detach().clone() for key, value in seen.items()})
+    return found
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_against_deepspeed(ranks: Any, stage: int, bf16: bool) -> None:
+    pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    tolerance = {"rtol": 5e-2, "atol": 5e-3} if bf16 else {"rtol": 1e-4, "atol": 1e-6}
+    for theirs, ours in ranks(2, _both, stage, bf16):
+        assert theirs.keys() == ours.keys()
+        for key, value in theirs.items():
+            assert ours[key].dtype == torch.float32
+            torch.testing.assert_close(
+                ours[key], value, **tolerance, msg=lambda text, key=key: f"{key}: {text}"
+            )
 
 
 class _Holder:
