@@ -12,6 +12,7 @@ import xtrain
 from tests import training
 from tests.optim import reference
 from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.ops.lamb import FusedLamb
 
 LAMB = {"type": "Lamb", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-6, "max_coeff": 0.9}}
 
@@ -103,8 +104,6 @@ def test_checkpoints_load_into_other_numbers_of_ranks(ranks: Any, tmp_path: Path
 
 
 def _alone(seed: int = 0, **options: Any) -> tuple[Any, list[torch.nn.Parameter]]:
-    from xtrain.ops.lamb import FusedLamb
-
     torch.manual_seed(seed)
     params = [torch.nn.Parameter(torch.randn(*shape).double()) for shape in ((7, 5), (5,), (3, 2, 2))]
     return FusedLamb(params, lr=0.02, betas=(0.9, 0.95), eps=1e-6, **options), params

@@ -17,9 +17,11 @@ from tests.live_deepspeed import live_deepspeed
 from tests.optim import reference
 from xtrain.config.schema import OptimizerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError
-from xtrain.optim import build_optimizer
-from xtrain.optim.exchange import assign
+from xtrain.ops.muon import Muon, MuonWithAuxAdam
+from xtrain.optim import build_optimizer, muon
+from xtrain.optim.exchange import assign, rounds
 from xtrain.optim.newton_schulz import muon_direction, orthogonalize
+from xtrain.optim.parameterwise import Holding, Run
 from xtrain.zero.layout import cut
 
 MUON = {
@@ -240,6 +242,71 @@ def test_work_is_shared() -> None:
     assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def _item(size: int) -> Holding:
+    nothing = torch.empty(0)
+    return Holding(nothing, torch.Size([size]), nothing, 0, Run(0, 0, 0), ())
+
+
+@given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 4), st.integers(1, 60))
+def test_rounds_are_bounded_and_keep_every_rank_busy(sizes: list[int], ranks: int, limit: int) -> None:
+    items = [_item(size) for size in sizes]
+    batches = list(rounds(items, ranks, limit))
+    assert [item for batch in batches for item in batch] == items
+    for batch in batches[:-1]:
+        assert len(batch) >= ranks
+    for batch in batches:
+        # Beyond one parameter a rank, the bound holds.
+        assert len(batch) <= ranks or sum(item.shape.numel() for item in batch) <= ranks * limit
+
+
+def _small_rounds() -> tuple[list[float], list[float], int]:
+    whole = _train(1, steps=4, xtrain={"aligned": True})["losses"]
+    original, calls = muon.rounds, []
+
+    def one_by_one(items: Any, ranks: int) -> Any:
+        for batch in original(items, ranks, limit=1):
+            calls.append(len(batch))
+            yield batch
+
+    muon.rounds = one_by_one
+    try:
+        return whole, _train(1, steps=4, xtrain={"aligned": True})["losses"], len(calls)
+    finally:
+        muon.rounds = original
+
+
+def test_several_rounds_change_no_bit(ranks: Any) -> None:
+    whole, divided, calls = ranks(2, _small_rounds)[0]
+    assert whole == divided
+    assert calls == 4 * 2  # four matrices, two at a time
+
+
+def _own_object(stage: int) -> list[list[float]]:
+    """The config's Muon, and an object that the script has made."""
+    curves = []
+    for own in (False, True):
+        model = _model()
+        config = _settings(stage)
+        kwargs: dict[str, Any] = {"model_parameters": model.parameters()}
+        if own:
+            matrices = [p for p in model.parameters() if p.ndim > 1]
+            vectors = [p for p in model.parameters() if p.ndim == 1]
+            groups = [
+                {"params": matrices, "use_muon": True, "momentum": 0.9, "lr": 0.01, "weight_decay": 0.1},
+                {"params": vectors, "use_muon": False, "eps": 1e-8, "lr": 0.01, "weight_decay": 0.1},
+            ]
+            kwargs = {"optimizer": MuonWithAuxAdam(groups)}
+            del config["optimizer"]
+        engine, *_ = xtrain.initialize(model=model, config=config, **kwargs)
+        curves.append([training.engine_step(engine, step) for step in range(5)])
+    return curves
+
+
+def test_the_scripts_own_object_trains_alike(ranks: Any) -> None:
+    ours, theirs = ranks(2, _own_object, 1)[0]
+    assert ours == theirs
+
+
 # ---------------------------------------------------------------- from the config
 
 
@@ -282,8 +349,6 @@ def test_mistakes(params: dict[str, Any], error: type[Exception], said: str) -> 
 
 
 def test_own_groups_and_their_mistakes() -> None:
-    from xtrain.ops.muon import Muon, MuonWithAuxAdam
-
     vector, matrix = nn.Parameter(torch.ones(3)), nn.Parameter(torch.eye(3))
     with pytest.raises(ConfigError, match="works on matrices"):
         Muon([vector])
@@ -302,8 +367,6 @@ def test_own_groups_and_their_mistakes() -> None:
 
 def _alone(theirs: Any, method: str) -> list[list[torch.Tensor]]:
     """Both optimizers on the same gradients, on parameters of their own."""
-    from xtrain.ops.muon import MuonWithAuxAdam
-
     runs = []
     for kind in (theirs, MuonWithAuxAdam):
         torch.manual_seed(0)

@@ -137,8 +137,8 @@ class DataTypesConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """`optimizer`: `type` is Adam, AdamW, Adagrad, Lion, SGD, or a class of torch.optim; `params` are the
-    constructor's arguments."""
+    """`optimizer`: `type` is Adam, AdamW, Adagrad, Lamb, Lion, Muon, SGD, or a class of torch.optim; `params` are
+    the constructor's arguments."""
 
     type: str
     params: dict[str, Any] = {}
