@@ -22,6 +22,7 @@ from xtrain.comm.collectives import (
 )
 from xtrain.comm.groups import (
     TORCH_DISTRIBUTED_DEFAULT_PORT,
+    companion,
     destroy_process_group,
     get_global_rank,
     get_local_rank,
@@ -49,6 +50,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_object_list",
+    "companion",
     "destroy_process_group",
     "get_global_rank",
     "get_local_rank",

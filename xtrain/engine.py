@@ -27,9 +27,10 @@ from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import make_loss_scale, make_policy
 from xtrain.schedulers import build_scheduler
-from xtrain.zero.flat import FlatGroup
 from xtrain.zero.optimizer import ZeroOptimizer
+from xtrain.zero.partition import Partitioner
 from xtrain.zero.reducer import GradientReducer
+from xtrain.zero.weights import load_whole_state_dict, whole_state_dict
 
 
 class XtrainEngine(Inquiries, nn.Module):
@@ -85,12 +86,17 @@ class XtrainEngine(Inquiries, nn.Module):
         setup.place_module(module, self.device, self.precision.module, backend)
         self.module = module
 
-        self.flat_groups: list[FlatGroup] = []
         self.optimizer: ZeroOptimizer | None = None
         self.basic_optimizer = self._basic_optimizer(optimizer, model_parameters)
+        # Aligned mode adds micro-batches inside a rank first, for which every rank keeps whole gradients.
+        shard = values.zero_optimization.stage >= 2 and not (
+            self.precision.aligned and self.batch_sizes.accumulation > 1
+        )
+        cutter = Partitioner(module, values.zero_optimization, self.precision, backend, grid, shard)
+        self.partition = cutter.run(self.basic_optimizer)
         if self.basic_optimizer is not None:
-            self._partition(self.basic_optimizer)
-        setup.broadcast_states(module, self.flat_groups, grid)
+            self._make_zero_optimizer(self.basic_optimizer, shard)
+        setup.broadcast_states(module, self.partition, grid)
         self.lr_scheduler = self._scheduler(lr_scheduler)
         self.training_dataloader = (
             None if training_data is None else self.deepspeed_io(training_data, collate_fn=collate_fn)
@@ -116,14 +122,10 @@ class XtrainEngine(Inquiries, nn.Module):
         check_elementwise(built, values.zero_allow_untested_optimizer)
         return built
 
-    def _partition(self, basic_optimizer: torch.optim.Optimizer) -> None:
+    def _make_zero_optimizer(self, basic_optimizer: torch.optim.Optimizer, every_backward: bool) -> None:
         values, backend, grid = self.xtrain_config.values, self.backend, self.grid
-        zero = values.zero_optimization
-        # Aligned mode adds micro-batches inside a rank first, for which every rank keeps whole gradients.
-        shard = zero.stage >= 2 and not (self.precision.aligned and self.batch_sizes.accumulation > 1)
-        gradients = setup.flatten(self.module, basic_optimizer, zero, self.precision, backend, grid, shard)
-        self.flat_groups = [item.group for item in gradients]
-        trained = {param for group in self.flat_groups for param in group.members}
+        zero, gradients = values.zero_optimization, self.partition.gradients
+        trained = {param for group in self.partition.trained for param in group.members}
         self._untrained = [p for p in self.module.parameters() if p.requires_grad and p not in trained]
         order = {param: index for index, param in enumerate(self.module.parameters())}
         for param in trained - order.keys():
@@ -132,8 +134,9 @@ class XtrainEngine(Inquiries, nn.Module):
             gradients,
             order,
             is_boundary=lambda: self._syncing and self.is_gradient_accumulation_boundary(),
-            every_backward=shard,
+            every_backward=every_backward,
             overlap=backend.zero.overlap_comm if zero.overlap_comm is None else zero.overlap_comm,
+            gatherer=self.partition.gatherer,
         )
         self.optimizer = ZeroOptimizer(
             basic_optimizer,
@@ -325,8 +328,8 @@ class XtrainEngine(Inquiries, nn.Module):
     # ---------------------------------------------------------------- weights and checkpoints
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """The module's state dictionary, whole on every rank."""
-        state = self.module.state_dict()
+        """The module's state dictionary, whole on every rank; in stage 3 every rank must call it."""
+        state = whole_state_dict(self.module)
         if exclude_frozen_parameters:
             frozen = {name for name, param in self.module.named_parameters() if not param.requires_grad}
             state = {name: value for name, value in state.items() if name not in frozen}
@@ -334,8 +337,8 @@ class XtrainEngine(Inquiries, nn.Module):
 
     def load_module_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load the module's weights; the masters follow."""
-        self.module.load_state_dict(state_dict, strict=strict)
-        for group in self.flat_groups:
+        load_whole_state_dict(self.module, state_dict, strict)
+        for group in self.partition.trained:
             group.refresh_masters()
 
     def save_checkpoint(
@@ -392,6 +395,11 @@ class XtrainEngine(Inquiries, nn.Module):
         )
 
     def destroy(self) -> None:
-        """Detach from the parameters, so that they can be given to another engine."""
+        """Detach from the parameters, so that they can be given to another engine.
+
+        In stage 3 they stay divided until then; `zero.GatheredParameters` makes them whole.
+        """
         if self.optimizer is not None:
             self._reducer.detach()
+        if self.partition.gatherer is not None:
+            self.partition.gatherer.detach()

@@ -48,7 +48,7 @@ def test_mistakes_name_the_key_and_what_to_do(config: dict[str, Any], said: str)
     "config",
     [
         {"fp16": {"enabled": True, "auto_cast": True}},
-        {"zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"flops_profiler": {"enabled": True}},
         {"autotuning": {"enabled": True}},

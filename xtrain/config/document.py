@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from xtrain.config.rules import NoEffect, NotYet, Section
+from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
 from xtrain.config.schema import Config
 from xtrain.files import write_text
 
@@ -38,6 +38,8 @@ def _status(info: FieldInfo) -> str:
             return f"not yet: {mark.instead}"
         if isinstance(mark, NoEffect):
             return f"no effect: {mark.reason}"
+        if isinstance(mark, OnlyInStage3):
+            return "implemented; only read in stage 3"
     return "implemented"
 
 

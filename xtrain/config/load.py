@@ -134,12 +134,7 @@ def load_config(config: str | Path | Mapping[str, Any]) -> XtrainConfig:
     except ValidationError as error:
         raise ConfigError(_describe(error.errors()[0], source)) from None
     try:
-        notices = apply_rules(values)
-        if values.zero_optimization.stage > 2:
-            raise NotImplementedYetError(
-                f"config key 'zero_optimization.stage' = {values.zero_optimization.stage}",
-                "use stage 0, 1 or 2",
-            )
+        notices = apply_rules(values, values.zero_optimization.stage)
     except NotImplementedYetError as error:
         error.args = (f"{source}: {error.args[0]}",)
         raise

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from xtrain.config.rules import NoEffect, NotYet, Section
+from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
 
 FeatureDict = dict[str, Any]  # a section of a feature that is not there yet: checked for "enabled" only
 
 DtypeName = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
 
-_STAGE3_ONLY = NoEffect("it is only read in ZeRO stage 3")
+_WHOLE_GROUPS = NoEffect("stage 3 gathers module groups, each with one all-gather, and frees them after use")
 _ONE_BUFFER = NoEffect("xtrain always reduces and gathers whole buckets of one flat buffer")
 _NO_OFFLOAD = NotYet("keep states on the device; ZeRO stage 1 divides them by the number of ranks")
 _NO_QUANTIZED = NotYet("leave it out: communication uses the gradients' own dtype")
@@ -44,7 +44,6 @@ class ZeroConfig(Section):
     ] = False
     elastic_checkpoint: Annotated[bool, NoEffect("every checkpoint loads into any number of ranks")] = False
     legacy_stage1: Annotated[bool, NoEffect("there is one implementation of stage 1")] = False
-    sub_group_size: Annotated[int, _STAGE3_ONLY] = Field(1_000_000_000, ge=0)
 
     compute_grad_norm: Annotated[bool, NotYet("leave it out: the norm is always computed")] = True
     load_from_fp32_weights: Annotated[
@@ -56,44 +55,71 @@ class ZeroConfig(Section):
     cpu_offload_param: Annotated[bool | None, _NO_OFFLOAD] = None
     cpu_offload_use_pin_memory: Annotated[bool | None, _NO_OFFLOAD] = None
     zenflow: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
-    zero_hpz_partition_size: Annotated[int, _STAGE3_ONLY] = Field(1, ge=0)
     zero_quantized_weights: Annotated[bool, _NO_QUANTIZED] = False
     zero_quantized_nontrainable_weights: Annotated[bool, _NO_QUANTIZED] = False
     zero_quantized_gradients: Annotated[bool, _NO_QUANTIZED] = False
 
-    prefetch_bucket_size: Annotated[int, _STAGE3_ONLY] = Field(
+    prefetch_bucket_size: Annotated[int, OnlyInStage3()] = Field(
         50_000_000, ge=0, alias="stage3_prefetch_bucket_size"
     )
-    param_persistence_threshold: Annotated[int, _STAGE3_ONLY] = Field(
+    """Elements gathered ahead of use; 0: none. Left out: the next module group, whatever its size."""
+    param_persistence_threshold: Annotated[int, OnlyInStage3()] = Field(
         100_000, ge=0, alias="stage3_param_persistence_threshold"
     )
-    model_persistence_threshold: Annotated[int, _STAGE3_ONLY] = Field(
+    """Parameters of at most so many elements stay whole on every rank."""
+    model_persistence_threshold: Annotated[int, OnlyInStage3()] = Field(
         2**63 - 1, ge=0, alias="stage3_model_persistence_threshold"
     )
-    max_live_parameters: Annotated[int, _STAGE3_ONLY] = Field(
+    """At most so many elements in all stay whole for being small."""
+    max_live_parameters: Annotated[int, OnlyInStage3()] = Field(
         1_000_000_000, ge=0, alias="stage3_max_live_parameters"
     )
-    max_reuse_distance: Annotated[int, _STAGE3_ONLY] = Field(
+    """A module group is kept for its next use only while no more elements than this are whole."""
+    max_reuse_distance: Annotated[int, OnlyInStage3()] = Field(
         1_000_000_000, ge=0, alias="stage3_max_reuse_distance"
     )
-    gather_16bit_weights_on_model_save: Annotated[bool, _STAGE3_ONLY] = Field(
+    """A module group is kept if no more elements than this are used before it is used again. Left out:
+    every group is freed after use."""
+    gather_16bit_weights_on_model_save: Annotated[bool, OnlyInStage3()] = Field(
         False, alias="stage3_gather_16bit_weights_on_model_save"
     )
-    stage3_gather_fp16_weights_on_model_save: Annotated[bool, _STAGE3_ONLY] = False
-    module_granularity_threshold: Annotated[int, _STAGE3_ONLY] = Field(
-        0, alias="stage3_module_granularity_threshold"
+    """Let save_16bit_model make the weights whole on rank 0."""
+    sub_group_size: Annotated[int, NoEffect("the optimizer works bucket by bucket")] = Field(
+        1_000_000_000, ge=0
     )
-    use_all_reduce_for_fetch_params: Annotated[bool, _STAGE3_ONLY] = Field(
+    module_granularity_threshold: Annotated[
+        int, NoEffect("the blocks of a model are gathered as one; utils.set_z3_leaf_modules marks others")
+    ] = Field(0, alias="stage3_module_granularity_threshold")
+    use_all_reduce_for_fetch_params: Annotated[bool, _WHOLE_GROUPS] = Field(
         False, alias="stage3_use_all_reduce_for_fetch_params"
     )
-    allgather_sequential: Annotated[bool, _STAGE3_ONLY] = Field(False, alias="stage3_allgather_sequential")
-    memory_efficient_linear: Annotated[bool, _STAGE3_ONLY] = True
-    pipeline_loading_checkpoint: Annotated[bool, _STAGE3_ONLY] = False
-    override_module_apply: Annotated[bool, _STAGE3_ONLY] = True
-    log_trace_cache_warnings: Annotated[bool, _STAGE3_ONLY] = False
-    enable_sanity_checks: Annotated[bool, _STAGE3_ONLY] = False
-    save_muon_momentum_buffer_in_memory: Annotated[bool, _STAGE3_ONLY] = False
-    leaf_module: Annotated[FeatureDict | None, _STAGE3_ONLY] = None
+    allgather_sequential: Annotated[bool, _WHOLE_GROUPS] = Field(False, alias="stage3_allgather_sequential")
+    memory_efficient_linear: Annotated[
+        bool,
+        NoEffect("what backward needs of a parameter is freed and gathered again with it, in every layer"),
+    ] = True
+    pipeline_loading_checkpoint: Annotated[bool, NoEffect("every rank reads its own part")] = False
+    override_module_apply: Annotated[
+        bool, NoEffect("inside zero.Init, Module.apply always makes a module's parameters whole")
+    ] = True
+    log_trace_cache_warnings: Annotated[
+        bool, NoEffect("an iteration that differs from the last one is gathered without prefetching")
+    ] = False
+    enable_sanity_checks: Annotated[bool, NoEffect("its checks are always on")] = False
+    save_muon_momentum_buffer_in_memory: Annotated[bool, NoEffect("optimizer states are kept in memory")] = (
+        False
+    )
+    zero_hpz_partition_size: Annotated[
+        int, NotYet("leave it out: parameters are divided over all data-parallel ranks")
+    ] = Field(1, ge=0)
+    leaf_module: Annotated[FeatureDict | None, NotYet("mark modules with utils.set_z3_leaf_modules")] = None
+    stage3_gather_fp16_weights_on_model_save: Annotated[bool, OnlyInStage3()] = False
+    """Old spelling of stage3_gather_16bit_weights_on_model_save."""
+
+    @property
+    def gathers_weights_to_save(self) -> bool:
+        """Whether save_16bit_model may make the weights whole in stage 3."""
+        return self.gather_16bit_weights_on_model_save or self.stage3_gather_fp16_weights_on_model_save
 
 
 class Bf16Config(Section):

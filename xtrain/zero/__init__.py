@@ -1,1 +1,34 @@
-"""ZeRO: state (flat), schedule (reducer) and update (optimizer) of partitioned training states."""
+"""ZeRO: state (flat, shards), schedule (reducer, gather) and update (optimizer) of partitioned training states.
+
+`xtrain.zero.Init` and its companions are what scripts use; they are loaded at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xtrain.zero.gathered import (
+        GatheredParameters,
+        register_external_parameter,
+        unregister_external_parameter,
+    )
+    from xtrain.zero.init import Init
+
+_EXPORTS = {
+    "GatheredParameters": "xtrain.zero.gathered",
+    "Init": "xtrain.zero.init",
+    "register_external_parameter": "xtrain.zero.gathered",
+    "unregister_external_parameter": "xtrain.zero.gathered",
+}
+
+__all__ = ["GatheredParameters", "Init", "register_external_parameter", "unregister_external_parameter"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'xtrain.zero' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value

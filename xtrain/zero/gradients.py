@@ -16,6 +16,7 @@ import torch.distributed as dist
 from xtrain import comm
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.layout import Bucket
+from xtrain.zero.shards import ShardedGroup
 
 
 class Summing(Protocol):
@@ -119,13 +120,14 @@ class WholeGradients(Gradients):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         group = self.group
-        self.buffer = torch.zeros(group.layout.total, dtype=self.dtype, device=group.params.device)
+        self.buffer = torch.zeros(group.layout.total, dtype=self.dtype, device=group.device)
         self._partials: list[torch.Tensor | None] = []
         self._attach()
 
     @property
     def _in_place(self) -> bool:
-        return self.dtype == self.group.params.dtype
+        # Parameters of stage 3 are empty between uses: a gradient of another shape cannot be attached.
+        return self.dtype == self.group.dtype and not isinstance(self.group, ShardedGroup)
 
     def _attach(self) -> None:
         if self._in_place:
@@ -198,7 +200,7 @@ class ShardedGradients(Gradients):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         elements = self.group.layout.total // self.group.layout.partitions
-        self.shard = torch.zeros(elements, dtype=self.dtype, device=self.group.params.device)
+        self.shard = torch.zeros(elements, dtype=self.dtype, device=self.group.device)
         self._staging: dict[int, torch.Tensor] = {}
 
     def _stage(self, bucket: Bucket) -> torch.Tensor:
@@ -213,15 +215,18 @@ class ShardedGradients(Gradients):
         if param.grad is None:
             return
         first = self.group.layout.starts[member] - bucket.start
-        self._stage(bucket)[first : first + param.numel()].view(param.shape).add_(param.grad.detach())
+        staged = self._stage(bucket)[first : first + self.group.layout.sizes[member]]
+        staged.view(self.group.shapes[member]).add_(param.grad.detach())
         param.grad = None
 
     def reduce(self, bucket: Bucket) -> Summing:
-        return self._sum(self._stage(bucket))
+        # A gradient that comes later is staged anew.
+        staged = self._stage(bucket)
+        del self._staging[bucket.start]
+        return self._sum(staged)
 
     def complete(self, bucket: Bucket, handle: Summing) -> None:
         self.owned(bucket).add_(self._average(handle.wait()))
-        del self._staging[bucket.start]
 
     def owned(self, bucket: Bucket) -> torch.Tensor:
         n = self.group.layout.partitions

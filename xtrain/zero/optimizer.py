@@ -157,14 +157,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def publish(self) -> None:
         """Round the masters into the parameters and gather every rank's slices."""
-        works = []
-        for group in self.groups:
-            group.publish_masters()
-            if group.layout.partitions == 1:
-                continue
-            for bucket in group.layout.buckets:
-                full, owned = group.params[bucket.start : bucket.stop], group.owned(group.params, bucket)
-                works.append(comm.all_gather_into_tensor(full, owned, self.process_group, async_op=True))
+        works = [work for group in self.groups for work in group.publish()]
         for work in works:
             work.wait()
 
