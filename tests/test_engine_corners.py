@@ -43,6 +43,10 @@ class Weight(nn.Module):
         return (self.weight * x).sum()
 
 
+def _weight(engine: Any) -> torch.Tensor:
+    return engine.module_state_dict()["weight"].clone()
+
+
 def _default_clipping(stage: int) -> tuple[float, float]:
     model = Weight()
     engine = _engine(model, stage)
@@ -56,7 +60,7 @@ def _default_clipping(stage: int) -> tuple[float, float]:
     engine = xtrain.initialize(model=model, config=settings)[0]
     engine.backward(engine(15.0))
     engine.step()
-    return float(model.weight.norm()), engine.gradient_clipping()
+    return float(_weight(engine).norm()), engine.gradient_clipping()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -86,7 +90,7 @@ def _script_clips(stage: int) -> tuple[torch.Tensor, float]:
         engine.backward(engine(float(1 + engine.grid.rank + step)))
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         engine.step()
-    return model.weight.detach().clone(), norm
+    return _weight(engine), norm
 
 
 def test_gradients_are_the_mean_after_backward_in_stage_0(ranks: Any) -> None:
@@ -125,7 +129,7 @@ def _discard(how: str, stage: int) -> list[float]:
         engine.step()
     if how == "module mid":
         engine.step()
-    return model.weight.tolist()
+    return _weight(engine).tolist()
 
 
 def _boom(_: torch.Tensor) -> None:

@@ -255,6 +255,8 @@ class XtrainEngine(Inquiries, nn.Module):
                 f"parameter {unused[0]!r} got no gradient on rank {self.global_rank}: "
                 "use it in the loss, freeze it, or set zero_optimization.ignore_unused_parameters to true"
             )
+        if self.partition.gatherer is not None:
+            self.partition.gatherer.check_idle()
         self.optimizer.step()
         for param in self._untrained:
             param.grad = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from xtrain.errors import ConfigError
 from xtrain.zero.home import Home, set_home
 from xtrain.zero.layout import Bucket
 from xtrain.zero.shards import FormerHome, ShardedGroup
@@ -143,6 +144,13 @@ class Gatherer:
             self._prefetch(len(self._uses))
         self.hold(unit)
 
+    def done(self, unit: Unit) -> None:
+        """Undo one `use`."""
+        if unit.users == 1 and self._used_again_soon(unit):
+            unit.users = 0
+        else:
+            self.drop(unit)
+
     def _record(self, unit: Unit) -> None:
         if not self._uses:
             self._training = torch.is_grad_enabled()
@@ -192,6 +200,19 @@ class Gatherer:
             if unit.users == 0:
                 unit.release()
 
+    def check_idle(self) -> None:
+        """Before the weights change: nothing may be whole, for it would keep the old values.
+
+        Raises:
+            ConfigError: the script is inside `GatheredParameters`.
+        """
+        for unit in self.units:
+            if unit.users:
+                raise ConfigError(
+                    f"step() was called while the parameters of {unit.name or 'the model'!r} are gathered: "
+                    "leave the GatheredParameters context before it"
+                )
+
     def detach(self) -> None:
         """Let go of the model. Its parameters stay divided until another engine takes them over."""
         if self.hooks is not None:
@@ -215,5 +236,5 @@ class Gatherer:
     def drop(self, unit: Unit) -> None:
         """Undo one `hold`."""
         unit.users -= 1
-        if unit.users == 0 and not self._used_again_soon(unit):
+        if unit.users == 0:
             unit.release()

@@ -72,7 +72,7 @@ class ForwardCall:
             self.hooks.running.remove(self)
             self.unit.calls.discard(self)
             self.unit.backward_ended = True
-            self.hooks.gatherer.drop(self.unit)
+            self.hooks.gatherer.done(self.unit)
             self.hooks.on_backward_end()
 
 
@@ -151,7 +151,7 @@ class ModelHooks:
                 # A module that returns its parameter (a bias to be added later) lends it to the caller.
                 self._frames[-1].uses[unit] = started
                 continue
-            self.gatherer.drop(unit)
+            self.gatherer.done(unit)
         if not (self._frames or self.running or torch.is_grad_enabled()):
             self.gatherer.end_iteration()  # an evaluation: no backward will end it
 
@@ -169,7 +169,7 @@ class ModelHooks:
         """A forward or backward has raised: nothing is running any more."""
         for frame in self._frames:
             for unit in frame.uses:
-                self.gatherer.drop(unit)
+                self.gatherer.done(unit)
         self._frames.clear()
         for call in list(self.running):
             call.leave()

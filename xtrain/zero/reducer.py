@@ -270,6 +270,7 @@ class GradientReducer:
 
     def discard(self) -> None:
         """Give up a window and its gradients (zero_grad, a backward that raised, a checkpoint loaded)."""
+        self._inside = False
         for item in self.queue[self._completed : self._next]:
             item.complete()
         for item in self.queue:
