@@ -6,7 +6,7 @@ xtrain.checkpoint, one-time set-up in xtrain.setup.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import make_loss_scale, make_policy
 from xtrain.schedulers import build_scheduler
+from xtrain.zero.offload import OffloadDeviceEnum, offload_states, reload_states
 from xtrain.zero.optimizer import ZeroOptimizer
 from xtrain.zero.partition import Partitioner
 from xtrain.zero.reducer import GradientReducer
@@ -147,6 +148,7 @@ class XtrainEngine(Inquiries, nn.Module):
             clip=values.gradient_clipping,
             skip_non_finite=self.precision.skip_non_finite,
             round_norm=self.precision.aligned,
+            state_memory=self.partition.state_memory,
         )
         self.optimizer.discard = self._reducer.discard
 
@@ -255,6 +257,8 @@ class XtrainEngine(Inquiries, nn.Module):
                 f"parameter {unused[0]!r} got no gradient on rank {self.global_rank}: "
                 "use it in the loss, freeze it, or set zero_optimization.ignore_unused_parameters to true"
             )
+        if self.partition.offloaded:
+            raise ConfigError("step() was called while states are offloaded: call reload_states() before it")
         if self.partition.gatherer is not None:
             self.partition.gatherer.check_idle()
         self.optimizer.step()
@@ -395,6 +399,30 @@ class XtrainEngine(Inquiries, nn.Module):
             counters=not load_module_only,
             custom_load_fn=custom_load_fn,
         )
+
+    def offload_states(
+        self,
+        include: Collection[Any] | None = None,
+        device: str = OffloadDeviceEnum.cpu,
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Move training states off the device until `reload_states`, as when another model needs the memory.
+
+        Args:
+            include: kinds of states (`OffloadStateTypeEnum` or their names); None: all.
+            device: "cpu"; or "nvme", which is the disk of `offload_optimizer.nvme_path`.
+            pin_memory: page-locked host memory, where the backend has it.
+            non_blocking: accepted; the call returns when the states are there.
+        """
+        if self.optimizer is None:
+            raise ConfigError("offload_states() needs an optimizer: without one there are only parameters")
+        offload_states(self.partition, self.optimizer, self.backend, include, device, pin_memory)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Undo `offload_states`."""
+        if self.optimizer is not None:
+            reload_states(self.partition, self.optimizer, self.device)
 
     def destroy(self) -> None:
         """Detach from the parameters, so that they can be given to another engine.

@@ -49,7 +49,6 @@ def test_mistakes_name_the_key_and_what_to_do(config: dict[str, Any], said: str)
     [
         {"fp16": {"enabled": True, "auto_cast": True}},
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
-        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"flops_profiler": {"enabled": True}},
         {"autotuning": {"enabled": True}},
         {"gradient_allreduce_op": "sum"},

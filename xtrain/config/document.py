@@ -58,15 +58,20 @@ def _table(model: type[Section]) -> list[str]:
     return lines
 
 
-def document() -> str:
-    """The page as Markdown."""
-    parts = [_HEAD, "## Top level\n", *_table(Config)]
-    for name, info in Config.model_fields.items():
+def _sections(model: type[Section], path: str) -> list[str]:
+    parts = []
+    for name, info in model.model_fields.items():
         nested = _nested(info)
         if nested is not None:
+            dotted = f"{path}{info.alias or name}"
             text = (nested.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
-            parts += [f"\n## `{name}`\n", f"{text}\n", *_table(nested)]
-    return "\n".join(parts) + "\n"
+            parts += [f"\n## `{dotted}`\n", f"{text}\n", *_table(nested), *_sections(nested, f"{dotted}.")]
+    return parts
+
+
+def document() -> str:
+    """The page as Markdown."""
+    return "\n".join([_HEAD, "## Top level\n", *_table(Config), *_sections(Config, "")]) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
 
@@ -18,8 +18,28 @@ DtypeName = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
 
 _WHOLE_GROUPS = NoEffect("stage 3 gathers module groups, each with one all-gather, and frees them after use")
 _ONE_BUFFER = NoEffect("xtrain always reduces and gathers whole buckets of one flat buffer")
-_NO_OFFLOAD = NotYet("keep states on the device; ZeRO stage 1 divides them by the number of ranks")
 _NO_QUANTIZED = NotYet("leave it out: communication uses the gradients' own dtype")
+
+
+_MAPPED = NoEffect("files are mapped into memory, and the operating system reads and writes them")
+
+
+class OffloadConfig(Section):
+    """`zero_optimization.offload_optimizer`, `zero_optimization.offload_param`: states in host memory or on disk."""
+
+    device: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    """Folder on a local disk, for device "nvme"."""
+    pin_memory: bool = True
+    buffer_count: Annotated[int | None, _MAPPED] = Field(None, ge=0)
+    buffer_size: Annotated[int | None, _MAPPED] = Field(None, ge=0)
+    max_in_cpu: Annotated[int | None, _MAPPED] = Field(None, ge=0)
+    pipeline_read: Annotated[bool, _MAPPED] = False
+    pipeline_write: Annotated[bool, _MAPPED] = False
+    fast_init: Annotated[bool, _MAPPED] = False
+    ratio: Annotated[float, NotYet("states are offloaded all or none: leave it out")] = Field(1.0, ge=0, le=1)
+    super_offload: Annotated[bool, NotYet('use "device": "cpu" alone')] = False
+    cpuadam_cores_perc: Annotated[float, NoEffect("it is only read with super_offload")] = 0.8
 
 
 class ZeroConfig(Section):
@@ -49,12 +69,17 @@ class ZeroConfig(Section):
     load_from_fp32_weights: Annotated[
         bool, NotYet("leave it out: masters are restored from the fp32 weights of the checkpoint")
     ] = True
-    offload_param: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
-    offload_optimizer: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
-    cpu_offload: Annotated[bool | None, _NO_OFFLOAD] = None
-    cpu_offload_param: Annotated[bool | None, _NO_OFFLOAD] = None
-    cpu_offload_use_pin_memory: Annotated[bool | None, _NO_OFFLOAD] = None
-    zenflow: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
+    offload_param: OffloadConfig | None = None
+    """Where this rank's slices of the parameters live (stage 3)."""
+    offload_optimizer: OffloadConfig | None = None
+    """Where master weights and optimizer states live (stages 1 to 3); the update is computed there."""
+    cpu_offload: bool | None = None
+    """Old spelling of offload_optimizer with device cpu."""
+    cpu_offload_param: bool | None = None
+    """Old spelling of offload_param with device cpu."""
+    cpu_offload_use_pin_memory: bool | None = None
+    """Old spelling of pin_memory in both."""
+    zenflow: Annotated[FeatureDict | None, NotYet("use offload_optimizer alone")] = None
     zero_quantized_weights: Annotated[bool, _NO_QUANTIZED] = False
     zero_quantized_nontrainable_weights: Annotated[bool, _NO_QUANTIZED] = False
     zero_quantized_gradients: Annotated[bool, _NO_QUANTIZED] = False
@@ -115,6 +140,21 @@ class ZeroConfig(Section):
     leaf_module: Annotated[FeatureDict | None, NotYet("mark modules with utils.set_z3_leaf_modules")] = None
     stage3_gather_fp16_weights_on_model_save: Annotated[bool, OnlyInStage3()] = False
     """Old spelling of stage3_gather_16bit_weights_on_model_save."""
+
+    @model_validator(mode="after")
+    def _offload(self) -> ZeroConfig:
+        pin = {"pin_memory": bool(self.cpu_offload_use_pin_memory)}
+        if self.cpu_offload and self.offload_optimizer is None:
+            self.offload_optimizer = OffloadConfig(device="cpu", **pin)
+        if self.cpu_offload_param and self.offload_param is None:
+            self.offload_param = OffloadConfig(device="cpu", **pin)
+        for name, section, lowest in (
+            ("offload_optimizer", self.offload_optimizer, 1),
+            ("offload_param", self.offload_param, 3),
+        ):
+            if section is not None and section.device != "none" and self.stage < lowest:
+                raise ValueError(f"{name} needs ZeRO stage {lowest} or higher, not {self.stage}")
+        return self
 
     @property
     def gathers_weights_to_save(self) -> bool:

@@ -123,6 +123,30 @@ class FlatGroup:
             masters.append(torch.nn.Parameter(data, requires_grad=False))
         return masters
 
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the parameters' storage by what `place` makes of it; masters that share it follow."""
+        shared = self._masters_in_parameters()
+        self.params = place(self.params)
+        for member, param in enumerate(self.members):
+            param.data = self.member_view(self.params, member)
+        self._share_masters(shared)
+
+    def _masters_in_parameters(self) -> list[int]:
+        return [
+            number
+            for number, master in enumerate(self.masters)
+            if master.data_ptr() == self.slice_of(self.layout.buckets[number]).data_ptr()
+        ]
+
+    def own_masters(self) -> list[torch.nn.Parameter]:
+        """Masters that are not views of the parameters."""
+        shared = self._masters_in_parameters()
+        return [master for number, master in enumerate(self.masters) if number not in shared]
+
+    def _share_masters(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.masters[number].data = self.slice_of(self.layout.buckets[number])
+
     def refresh_masters(self) -> None:
         """Set the masters from the parameters (after the module's weights were loaded or broadcast)."""
         for bucket, master in zip(self.layout.buckets, self.masters, strict=True):

@@ -8,6 +8,7 @@ in reducer.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -113,6 +114,10 @@ class Gradients(ABC):
     def zero(self) -> None:
         """Clear everything."""
 
+    @abstractmethod
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the storage by what `place` makes of it."""
+
 
 class WholeGradients(Gradients):
     """One buffer of all gradients; `param.grad` is a view of it where the dtypes are the same."""
@@ -184,6 +189,13 @@ class WholeGradients(Gradients):
     def owned(self, bucket: Bucket) -> torch.Tensor:
         return self.group.owned(self.buffer, bucket)
 
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        shown = [param.grad is not None for param in self.group.members]
+        self.buffer = place(self.buffer)
+        if self._in_place:
+            for member, param in enumerate(self.group.members):
+                param.grad = self.view(member) if shown[member] else None
+
     def zero(self) -> None:
         self.buffer.zero_()
         self._partials.clear()
@@ -231,6 +243,9 @@ class ShardedGradients(Gradients):
     def owned(self, bucket: Bucket) -> torch.Tensor:
         n = self.group.layout.partitions
         return self.shard[bucket.start // n : bucket.stop // n]
+
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.shard = place(self.shard)
 
     def zero(self) -> None:
         self.shard.zero_()

@@ -14,8 +14,10 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.backends import Backend
+from xtrain.optim.elementwise import updates_one_by_one
 from xtrain.precision import LossScale
 from xtrain.zero.gradients import Gradients
+from xtrain.zero.offload import Memory, move_into
 
 
 def _sum_of_squares(flat: torch.Tensor, dtype: torch.dtype, chunk_size: int | None) -> torch.Tensor:
@@ -44,6 +46,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         clip: largest 2-norm of the gradients, 0 for none.
         round_norm: round the norm to float32, which removes what is left of the order of its summation.
         skip_non_finite: leave the weights unchanged when the norm is infinite or NaN.
+        state_memory: where optimizer states are kept; None: where the optimizer makes them.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         clip: float,
         skip_non_finite: bool,
         round_norm: bool = False,
+        state_memory: Memory | None = None,
     ) -> None:
         # The base class is for isinstance checks (torch's schedulers); groups and states are the wrapped
         # optimizer's, so its constructor, which would make new ones, is not called.
@@ -71,6 +75,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.clip_grad = clip
         self.skip_non_finite = skip_non_finite
         self.round_norm = round_norm
+        self.state_memory = state_memory
         self.overflow = False
         self.grad_norm: float | None = None
         for index, param_group in enumerate(optimizer.param_groups):
@@ -119,6 +124,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for bucket, master in zip(item.group.layout.buckets, item.group.masters, strict=True):
                 yield master, item.owned(bucket)
 
+    def _slices_by_group(self) -> Iterator[tuple[int, torch.nn.Parameter, torch.Tensor]]:
+        """`_slices` with the number of the parameter group first."""
+        numbers = [item.group.group_index for item in self.gradients for _ in item.group.masters]
+        for number, (master, grad) in zip(numbers, self._slices(), strict=True):
+            yield number, master, grad
+
     def _compute_norm(self) -> float:
         """2-norm of the gradients, averaged over ranks, of all parameters; equal on every rank."""
         dtype = self.backend.precision.norm_dtype
@@ -146,14 +157,33 @@ class ZeroOptimizer(torch.optim.Optimizer):
         factor = self._unscale
         if self.clip_grad > 0:
             factor *= min(1.0, self.clip_grad / (self.grad_norm + 1e-6))
-        for master, grad in self._slices():
-            # A gradient of the master's dtype is scaled where it is; it is cleared after the step anyway.
-            full = grad.to(master.dtype)
-            master.grad = full.mul_(factor) if factor != 1.0 else full
-        self.optimizer.step()
-        for master, _ in self._slices():
-            master.grad = None
+        if updates_one_by_one(self.optimizer):
+            for index, master, grad in self._slices_by_group():
+                self._hand_over(master, grad, factor)
+                self.optimizer.update(master, self.param_groups[index])
+                self._finish(master)
+        else:
+            for master, grad in self._slices():
+                self._hand_over(master, grad, factor)
+            self.optimizer.step()
+            for master, _ in self._slices():
+                self._finish(master)
         self.publish()
+
+    @staticmethod
+    def _hand_over(master: torch.nn.Parameter, grad: torch.Tensor, factor: float) -> None:
+        # A gradient of the master's dtype is scaled where it is; it is cleared after the step anyway.
+        full = grad.to(device=master.device, dtype=master.dtype)
+        master.grad = full.mul_(factor) if factor != 1.0 else full
+
+    def _finish(self, master: torch.nn.Parameter) -> None:
+        """After the update of one slice: drop the gradient, keep new states where states are kept."""
+        master.grad = None
+        if self.state_memory is not None:
+            state = self.state[master]
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == master.shape:
+                    state[name] = move_into(self.state_memory, value)
 
     def publish(self) -> None:
         """Round the masters into the parameters and gather every rank's slices."""

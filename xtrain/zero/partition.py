@@ -20,6 +20,7 @@ from xtrain.zero.gradients import Gradients, ShardedGradients, WholeGradients
 from xtrain.zero.home import full_shape, home_of, make_ordinary
 from xtrain.zero.hooks import ModelHooks
 from xtrain.zero.layout import Bucket
+from xtrain.zero.offload import Memory, OffloadStateTypeEnum, memory_of
 from xtrain.zero.shards import ShardedGroup
 from xtrain.zero.units import ModuleGroup, divide
 
@@ -34,11 +35,15 @@ class Partition:
         gradients: one for each flat group of trained parameters.
         frozen: divided parameters that are not trained (stage 3).
         gatherer: of the module groups; None unless parameters are divided.
+        state_memory: where optimizer states are kept; None: on the device.
+        offloaded: kinds of states that `offload_states` has moved away.
     """
 
     gradients: list[Gradients] = field(default_factory=list)
     frozen: list[ShardedGroup] = field(default_factory=list)
     gatherer: Gatherer | None = None
+    state_memory: Memory | None = None
+    offloaded: frozenset[OffloadStateTypeEnum] = frozenset()
 
     @property
     def trained(self) -> list[FlatGroup]:
@@ -74,6 +79,8 @@ class Partitioner:
         self.backend = backend
         self.grid = grid
         self.shard_gradients = shard_gradients
+        self._masters = memory_of(zero.offload_optimizer, "zero_optimization.offload_optimizer", backend)
+        self._shards = memory_of(zero.offload_param, "zero_optimization.offload_param", backend)
         self._names = {param: name for name, param in module.named_parameters()}
         self._position = {param: position for position, param in enumerate(self._names)}
         self._units: list[ModuleGroup] = []
@@ -82,10 +89,10 @@ class Partitioner:
     def run(self, optimizer: torch.optim.Optimizer | None) -> Partition:
         """Take over the parameters of the module and of the optimizer."""
         detach_former_engines(self._names)
-        if self.zero.stage == 3 and self.grid.size > 1:
+        if self.zero.stage == 3 and (self.grid.size > 1 or self._shards is not None):
             self._units = divide(self.module, self._to_divide())
             self._unit_of = {p: number for number, unit in enumerate(self._units) for p in unit.params}
-        result = Partition()
+        result = Partition(state_memory=self._masters)
         for index, param_group in enumerate(optimizer.param_groups if optimizer else ()):
             for members in self._split(param_group["params"], index):
                 result.gradients.append(self._gradients(members, index))
@@ -143,12 +150,14 @@ class Partitioner:
             # In stage 3 a bucket is all that a module group has in the flat group.
             bucket_size=2**63 if sharded else self.zero.reduce_bucket_size or default_size,
             align=max(1, self.backend.zero.alignment_bytes // min(dtype.itemsize, accumulation.itemsize)),
+            masters=None if self._masters is None else self._masters.allocate,
             breaks={i for i in range(1, len(units)) if units[i] != units[i - 1]} if sharded else (),
         )
 
     def _sharded(self, members: Members, index: int, trainable: bool) -> ShardedGroup:
         options = self._options(members, members[0][1].dtype)
-        return ShardedGroup(members, index, options, trainable, self.grid.group, self.grid.source)
+        allocate = None if self._shards is None else self._shards.allocate
+        return ShardedGroup(members, index, options, trainable, self.grid.group, self.grid.source, allocate)
 
     def _gradients(self, members: Members, index: int) -> Gradients:
         dtype = members[0][1].dtype

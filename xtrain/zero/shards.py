@@ -7,7 +7,7 @@ weight, say) are views of that storage and are valid again when it has been gath
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,11 @@ class ShardedGroup(FlatGroup):
     def slice_of(self, bucket: Bucket) -> torch.Tensor:
         n = self.layout.partitions
         return self.shard[bucket.start // n : bucket.stop // n]
+
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        shared = self._masters_in_parameters()
+        self.shard = place(self.shard)
+        self._share_masters(shared)
 
     def store(self, member: int, data: torch.Tensor) -> None:
         param = self.members[member]
