@@ -339,9 +339,9 @@ class Config(Section):
     # Accepted, without effect.
     disable_allgather: Annotated[bool, _ONE_BUFFER] = False
     zero_force_ds_cpu_optimizer: Annotated[
-        bool, NoEffect("it is only read when optimizer states are offloaded")
+        bool, NoEffect("every optimizer works on offloaded states")
     ] = True
-    aio: Annotated[FeatureDict | None, NoEffect("it is only read when states are offloaded to disk")] = None
+    aio: Annotated[FeatureDict | None, NoEffect("files are mapped into memory")] = None
     disable_python_gc: Annotated[bool, NotYet("call gc.disable() in the script")] = False
 
     @field_validator("zero_optimization", mode="before")
