@@ -20,6 +20,7 @@ from xtrain.comm.collectives import (
     reduce_scatter_tensor,
     send,
 )
+from xtrain.comm.direct import SliceGather, SliceSum
 from xtrain.comm.groups import (
     TORCH_DISTRIBUTED_DEFAULT_PORT,
     companion,
@@ -42,6 +43,8 @@ __all__ = [
     "CanonicalReduceScatter",
     "Ledger",
     "ReduceOp",
+    "SliceGather",
+    "SliceSum",
     "all_gather",
     "all_gather_into_tensor",
     "all_gather_object",

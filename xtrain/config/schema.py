@@ -338,9 +338,7 @@ class Config(Section):
 
     # Accepted, without effect.
     disable_allgather: Annotated[bool, _ONE_BUFFER] = False
-    zero_force_ds_cpu_optimizer: Annotated[
-        bool, NoEffect("every optimizer works on offloaded states")
-    ] = True
+    zero_force_ds_cpu_optimizer: Annotated[bool, NoEffect("every optimizer works on offloaded states")] = True
     aio: Annotated[FeatureDict | None, NoEffect("files are mapped into memory")] = None
     disable_python_gc: Annotated[bool, NotYet("call gc.disable() in the script")] = False
 

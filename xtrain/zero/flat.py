@@ -175,7 +175,7 @@ class FlatGroup:
                 mine.copy_(master.data)
             if self.layout.partitions > 1:
                 full = self.params[bucket.start : bucket.stop]
-                works.append(comm.all_gather_into_tensor(full, mine, self.process_group, async_op=True))
+                works.append(comm.SliceGather(full, mine, self.process_group))
         return works
 
 

@@ -87,9 +87,7 @@ class Gradients(ABC):
             return kind(sent, self.process_group)
         if self.group.layout.partitions == 1:
             return _Sum(comm.all_reduce(sent, group=self.process_group, async_op=True), sent)
-        width = sent.numel() // self.world_size
-        mine = sent[self.group.partition * width :][:width]
-        return _Sum(comm.reduce_scatter_tensor(mine, sent, group=self.process_group, async_op=True), mine)
+        return comm.SliceSum(sent, self.process_group)
 
     @abstractmethod
     def absorb(self, member: int, bucket: Bucket) -> None:

@@ -23,8 +23,6 @@ from xtrain.zero.layout import Bucket
 
 MAX_IN_FLIGHT = 4
 """Buckets of sharded gradients that may be on the wire at once; it bounds the transient memory."""
-MAX_UNITS_IN_FLIGHT = 1
-"""Likewise in stage 3, where a bucket is as large as a module group."""
 
 
 class _Pending:
@@ -112,7 +110,6 @@ class GradientReducer:
         self.every_backward = every_backward
         self.overlap = overlap
         self.gatherer = gatherer
-        self.max_in_flight = MAX_IN_FLIGHT if gatherer is None else MAX_UNITS_IN_FLIGHT
         units: dict[tuple[FlatGroup, int], Unit] = {}
         if gatherer is not None:
             units = {(group, b.start): unit for unit in gatherer.units for group, b in unit.parts}
@@ -151,6 +148,8 @@ class GradientReducer:
                 item.again = True
             elif item.position < self._next or self._reduced:
                 raise ConfigError(self._too_late(item.name(member)))
+            if item.unit is not None and not item.arrivals:
+                self._complete_until(self._next)  # one module group's whole gradients at a time
             item.gradients.absorb(member, item.bucket)
             item.seen.add(member)
             item.arrivals[member] += 1
@@ -195,18 +194,21 @@ class GradientReducer:
         return self.every_backward or self.is_boundary()
 
     def _launch_next(self) -> None:
-        if self.every_backward and self._next - self._completed >= self.max_in_flight:
-            self.queue[self._completed].complete()
-            self._completed += 1
+        if self.every_backward:
+            self._complete_until(self._next - MAX_IN_FLIGHT + 1)
         self.queue[self._next].launch()
         self._next += 1
+
+    def _complete_until(self, position: int) -> None:
+        while self._completed < position:
+            self.queue[self._completed].complete()
+            self._completed += 1
 
     def _reduce_all(self) -> None:
         """Reduce what has not been reduced (a missing gradient counts as zero) and wait for all of it."""
         while self._next < len(self.queue):
             self._launch_next()
-        for item in self.queue[self._completed :]:
-            item.complete()
+        self._complete_until(self._next)
         self._next = self._completed = 0
         self._reduced = not self.every_backward
 

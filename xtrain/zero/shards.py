@@ -111,7 +111,7 @@ class ShardedGroup(FlatGroup):
         if self.layout.partitions == 1:
             full.copy_(mine)
             return None
-        return comm.all_gather_into_tensor(full, mine, process_group, async_op=True)
+        return comm.SliceGather(full, mine, process_group)
 
     def attach(self, bucket: Bucket) -> None:
         """Let the parameters have the gathered data."""
