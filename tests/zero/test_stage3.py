@@ -233,6 +233,54 @@ def test_at_most_two_module_groups_are_whole(ranks: Any) -> None:
     assert used == ["embed", *blocks, "head", "head", *blocks[::-1], "embed"]
 
 
+def _live_bytes() -> int:
+    storages = {}
+    for item in gc.get_objects():
+        if type(item) in (torch.Tensor, nn.Parameter):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _peak_of_states(bf16: bool) -> tuple[int, int, int, int]:
+    """(most bytes of live tensors, bytes after the step, parameters, elements of two module groups)."""
+    torch.manual_seed(0)
+    gc.collect()
+    gc.freeze()  # get_objects() then returns what is made from here on
+    before = _live_bytes()
+    width = 96
+    model = nn.Sequential(
+        *[nn.Sequential(nn.Linear(width, width), nn.Linear(width, width)) for _ in range(4)]
+    )
+    engine = engine_of(model, gradient_clipping=0, bf16={"enabled": bf16})
+    peak = [0]
+
+    def look(*_: Any) -> None:
+        peak[0] = max(peak[0], _live_bytes() - before)
+
+    gatherer = engine.partition.gatherer
+    original = gatherer.use
+    gatherer.use = lambda unit: (original(unit), look())
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(look)
+    x = torch.ones(2, width, dtype=torch.bfloat16 if bf16 else torch.float32)
+    for _ in range(2):
+        engine.backward(engine(x).square().mean())
+        engine.step()
+    resting = _live_bytes() - before
+    gc.unfreeze()
+    return peak[0], resting, 8 * (width * width + width), 2 * max(unit.elements for unit in gatherer.units)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_peak_is_the_formula_and_two_module_groups(ranks: Any, bf16: bool) -> None:
+    """Parameters and gradients of two groups on top of 16 bytes / ranks for every parameter."""
+    n = 4 if bf16 else 2
+    for peak, resting, parameters, two_groups in ranks(n, _peak_of_states, bf16):
+        assert resting == pytest.approx(16 * parameters / n, rel=0.05)
+        assert peak <= 16 * parameters / n * 1.05 + two_groups * (4 if bf16 else 8)
+
+
 def _staged(kind: str) -> int:
     """Most bytes of gradients that wait for their reduction at any moment of the *first* backward."""
     model = Model(kind)
