@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xtrain.version import __version__
 
 if TYPE_CHECKING:
-    from xtrain import checkpoint, comm
+    from xtrain import checkpoint, checkpointing, comm
     from xtrain.api import add_config_arguments, initialize
     from xtrain.comm import init_distributed
     from xtrain.dataloader import RepeatingLoader
@@ -30,7 +30,17 @@ _EXPORTS = {
     "log_dist": "xtrain.log",
     "logger": "xtrain.log",
 }
-_SUBMODULES = ("backends", "checkpoint", "comm", "config", "ops", "optim", "schedulers", "zero")
+_SUBMODULES = (
+    "backends",
+    "checkpoint",
+    "checkpointing",
+    "comm",
+    "config",
+    "ops",
+    "optim",
+    "schedulers",
+    "zero",
+)
 _ALIASES = {"DeepSpeedEngine": "XtrainEngine"}
 
 __all__ = [
@@ -40,6 +50,7 @@ __all__ = [
     "__version__",
     "add_config_arguments",
     "checkpoint",
+    "checkpointing",
     "comm",
     "init_distributed",
     "initialize",

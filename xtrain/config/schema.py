@@ -174,6 +174,23 @@ class CheckpointConfig(Section):
         return value.capitalize() if isinstance(value, str) else value
 
 
+class ActivationCheckpointingConfig(Section):
+    """`activation_checkpointing`: how xtrain.checkpointing keeps activations; checkpointing.configure() wins."""
+
+    partition_activations: bool = False
+    """Split the inputs of checkpointed functions over the model-parallel ranks of the mpu."""
+    cpu_checkpointing: bool = False
+    """Move them to host memory until backward."""
+    contiguous_memory_optimization: bool = False
+    """Copy the pieces into preallocated blocks; needs partition_activations and number_checkpoints."""
+    number_checkpoints: int | None = Field(None, gt=0)
+    """checkpoint() calls in one forward pass."""
+    synchronize_checkpoint_boundary: bool = False
+    """Wait for the device before and after each checkpointed function."""
+    profile: bool = False
+    """Log the time of each checkpointed forward pass and recomputation."""
+
+
 class XtrainSection(Section):
     """`xtrain`: what DeepSpeed has no key for."""
 
@@ -211,6 +228,7 @@ class Config(Section):
     fp16: Fp16Config = Fp16Config()
     data_types: DataTypesConfig = DataTypesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     xtrain: XtrainSection = XtrainSection()
     zero_allow_untested_optimizer: bool = False
     communication_data_type: DtypeName | None = None
@@ -241,9 +259,6 @@ class Config(Section):
     flops_profiler: Annotated[FeatureDict | None, NotYet("use torch.profiler in the script")] = None
     comms_logger: Annotated[
         FeatureDict | None, NotYet("call xtrain.comm.log_summary(), which needs no key")
-    ] = None
-    activation_checkpointing: Annotated[
-        FeatureDict | None, NotYet("use torch.utils.checkpoint in the model")
     ] = None
     amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
     torch_autocast: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
