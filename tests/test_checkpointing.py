@@ -333,7 +333,7 @@ def _train(how: str, stage: int) -> list[float]:
     model = Trained(how)
     engine = xtrain.initialize(model=model, config=training.config(stage, micro=8))[0]
     torch.manual_seed(3 + xtrain.comm.get_rank())
-    return [training.engine_step(engine, step) for step in range(3)]
+    return [training.engine_step(engine, step) for step in range(5)]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
