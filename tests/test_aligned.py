@@ -28,7 +28,9 @@ def _glm(folder: str, stage: int, dtype: str, micro: int, steps: int) -> list[st
     """The example script's own training loop, aligned, with dropout; exact losses."""
     script = load_script("xtrain")
     corpus = str(Path(folder) / "corpus.txt")
-    args = script.parse_args([*SIZES, "--data-path", corpus, "--seq-length=32", "--dropout=0.1"])
+    args = script.parse_args(
+        [*SIZES, "--data-path", corpus, "--seq-length=32", "--dropout=0.1", "--aligned-init"]
+    )
     model = script.build_model(args)
     engine, _, _, _ = xtrain.initialize(
         model=model,

@@ -13,6 +13,7 @@ from xtrain.version import __version__
 
 if TYPE_CHECKING:
     from xtrain import checkpoint, checkpointing, comm
+    from xtrain.aligned_draws import aligned_init
     from xtrain.api import add_config_arguments, initialize
     from xtrain.comm import init_distributed
     from xtrain.dataloader import RepeatingLoader
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from xtrain.log import log_dist, logger
 
 _EXPORTS = {
+    "aligned_init": "xtrain.aligned_draws",
     "initialize": "xtrain.api",
     "add_config_arguments": "xtrain.api",
     "init_distributed": "xtrain.comm",
@@ -49,6 +51,7 @@ __all__ = [
     "XtrainEngine",
     "__version__",
     "add_config_arguments",
+    "aligned_init",
     "checkpoint",
     "checkpointing",
     "comm",

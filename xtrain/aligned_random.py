@@ -2,7 +2,7 @@
 
 The bits come from Philox4x32-10 (Salmon et al., SC 2011), computed in integer tensor operations, which
 every accelerator has and computes alike. Only dropout is covered; other random functions inside an
-aligned forward pass are refused by name. Drawing initial weights is in aligned_init.py.
+aligned forward pass are refused by name. Drawing initial weights is in aligned_draws.py.
 """
 
 from __future__ import annotations
