@@ -7,7 +7,7 @@ xtrain.checkpoint, one-time set-up in xtrain.setup.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from xtrain.inquiries import Inquiries
 from xtrain.log import log_dist
 from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
-from xtrain.precision import make_loss_scale, make_policy
+from xtrain.precision import autocast_region, make_loss_scale, make_policy
 from xtrain.schedulers import build_scheduler
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.optimizer import ZeroOptimizer
@@ -138,7 +138,7 @@ class XtrainEngine(Inquiries, nn.Module):
         self.optimizer = ZeroOptimizer(
             basic_optimizer,
             gradients,
-            make_loss_scale(values.fp16),
+            make_loss_scale(values.fp16, values.torch_autocast),
             backend,
             grid.group,
             clip=values.gradient_clipping,
@@ -184,9 +184,8 @@ class XtrainEngine(Inquiries, nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        if self._random is None or not self.module.training:
-            return self.module(*inputs, **kwargs)
-        with self._random:
+        aligned = self._random if self._random is not None and self.module.training else nullcontext()
+        with aligned, autocast_region(self.xtrain_config.values.torch_autocast, self.device.type):
             return self.module(*inputs, **kwargs)
 
     def _place(self) -> tuple[int, int]:

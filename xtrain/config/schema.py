@@ -124,6 +124,22 @@ class Fp16Config(Section):
     fp16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
 
 
+class TorchAutocastConfig(Section):
+    """`torch_autocast`: the forward pass under torch.autocast; parameters and gradients stay in float32."""
+
+    enabled: bool = False
+    dtype: Literal["bf16", "bfloat16", "fp16", "float16"] = "bfloat16"
+    """With fp16 the loss is scaled dynamically, as torch.amp.GradScaler does. (DeepSpeed's default is torch's choice
+    for the device, which may be fp16, and is then not scaled.)"""
+    lower_precision_safe_modules: Annotated[
+        list[str] | None,
+        NoEffect(
+            "it names modules whose gradients may travel in the autocast dtype; here all travel in float32, or in "
+            "communication_data_type"
+        ),
+    ] = None
+
+
 class DataTypesConfig(Section):
     """`data_types`."""
 
@@ -226,6 +242,7 @@ class Config(Section):
     zero_optimization: ZeroConfig = ZeroConfig()
     bf16: Bf16Config = Bf16Config()
     fp16: Fp16Config = Fp16Config()
+    torch_autocast: TorchAutocastConfig = TorchAutocastConfig()
     data_types: DataTypesConfig = DataTypesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
@@ -261,7 +278,6 @@ class Config(Section):
         FeatureDict | None, NotYet("call xtrain.comm.log_summary(), which needs no key")
     ] = None
     amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
-    torch_autocast: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
     pipeline: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     tensor_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     expert_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None

@@ -51,6 +51,8 @@ def _skips_non_finite(config: Config) -> bool:
         return True
     if config.bf16.enabled:
         return config.bf16.check_grad_overflow
+    if config.torch_autocast.enabled and config.torch_autocast.dtype in ("fp16", "float16"):
+        return True
     return config.zero_optimization.stage > 0
 
 
