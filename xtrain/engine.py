@@ -20,13 +20,14 @@ from xtrain.backends import Backend
 from xtrain.checkpoint import read, write
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
 from xtrain.dataloader import make_dataloader
-from xtrain.errors import ConfigError
+from xtrain.errors import ConfigError, TrainingError
 from xtrain.inquiries import Inquiries
 from xtrain.log import log_dist
 from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import autocast_region, make_loss_scale, make_policy
 from xtrain.schedulers import build_scheduler
+from xtrain.watch import LossWatch, check_unused
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.optimizer import ZeroOptimizer
 from xtrain.zero.reducer import GradientReducer
@@ -145,7 +146,13 @@ class XtrainEngine(Inquiries, nn.Module):
             skip_non_finite=self.precision.skip_non_finite,
             round_norm=self.precision.aligned,
         )
-        self.optimizer.discard = self._reducer.discard
+        self.optimizer.discard = self._discard
+        limit = None if self.optimizer.loss_scaler.dynamic else values.xtrain.max_skipped_steps
+        self._watch = LossWatch(grid, limit or None)
+
+    def _discard(self) -> None:
+        self._reducer.discard()
+        self._watch.clear()
 
     def _scheduler(self, given: Any) -> Any:
         if callable(given) and not hasattr(given, "step"):
@@ -213,11 +220,11 @@ class XtrainEngine(Inquiries, nn.Module):
             raise ConfigError(
                 f"backward() takes a scalar loss, got shape {tuple(loss.shape)}: average it first"
             )
-        if scale_wrt_gas and self.batch_sizes.accumulation > 1:
-            loss = loss / self.batch_sizes.accumulation
+        divided = loss / self.batch_sizes.accumulation if scale_wrt_gas else loss
+        scaled = self.scale(divided)
         with self._reducer.backward():
-            self.scale(loss).backward(retain_graph=retain_graph)
-        return loss
+            scaled.backward(self._watch.seed(loss, scaled), retain_graph=retain_graph)
+        return divided
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale, for scripts that call `.backward()` themselves.
@@ -239,19 +246,23 @@ class XtrainEngine(Inquiries, nn.Module):
             )
         self._reducer.close_micro_batch()
         self._step_applied = False
-        if self.is_gradient_accumulation_boundary():
+        boundary = self.is_gradient_accumulation_boundary()
+        if boundary:
             self._update(lr_kwargs or {})
         self.micro_steps += 1
+        if boundary:
+            overflow, norm = self.optimizer.overflow, self.optimizer.grad_norm
+            self._watch.after_step(self.global_steps, overflow, self.precision.skip_non_finite, norm)
 
     def _update(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.optimizer is not None
         unused = self._reducer.finish_window()
-        if unused and not self.xtrain_config.values.zero_optimization.ignore_unused_parameters:
-            raise ConfigError(
-                f"parameter {unused[0]!r} got no gradient on rank {self.global_rank}: "
-                "use it in the loss, freeze it, or set zero_optimization.ignore_unused_parameters to true"
-            )
-        self.optimizer.step()
+        if not self.xtrain_config.values.zero_optimization.ignore_unused_parameters:
+            check_unused(unused, self.grid, self.device)
+        try:
+            self.optimizer.step()
+        except TrainingError as error:
+            raise TrainingError(f"step {self.global_steps + 1}: {error}; {self._watch.describe()}") from None
         for param in self._untrained:
             param.grad = None
         self._step_applied = not self.optimizer.overflow
@@ -261,7 +272,7 @@ class XtrainEngine(Inquiries, nn.Module):
         else:
             self.skipped_steps += 1
             log_dist(
-                f"step {self.global_steps + 1}: gradient norm is not finite, step skipped; "
+                f"step {self.global_steps + 1}: gradients are not finite, step skipped; "
                 f"loss scale is {self.loss_scale():g}",
                 ranks=[0],
             )

@@ -220,6 +220,9 @@ class XtrainSection(Section):
     of two): canonical sums in float32, one optimizer arithmetic, counter-based dropout. See docs/aligned.md."""
     seed: int = Field(1234, ge=0)
     """Seed of the dropout masks in aligned mode."""
+    max_skipped_steps: int = Field(20, ge=0)
+    """Steps in a row with gradients that are not finite, after which training ends with an error; 0: never. Does not
+    count where the loss scale adapts: there the smallest scale is the limit."""
     record: str | None = None
     """Path of the run record (JSON Lines) that rank 0 writes. None: no record, unless the launcher asks."""
     tokens_per_sample: int | None = Field(None, gt=0)
