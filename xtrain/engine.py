@@ -6,6 +6,7 @@ xtrain.checkpoint, one-time set-up in xtrain.setup.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from xtrain import comm, setup
+from xtrain import comm, garbage, setup
 from xtrain.aligned_random import AlignedRandom
 from xtrain.backends import Backend
 from xtrain.checkpoint import read, write
@@ -74,7 +75,8 @@ class XtrainEngine(Inquiries, nn.Module):
         self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
         self._boundary_override: bool | None = None
         self._syncing = True
-        self._step_applied = False
+        self._step_applied = self._stepping = False
+        self._backwards = 0  # since the last update
 
         self.local_rank = comm.get_local_rank()
         self.global_rank = comm.get_rank()
@@ -83,7 +85,7 @@ class XtrainEngine(Inquiries, nn.Module):
         setup.check_agreement(module, config, grid)
         self.precision = make_policy(values)
         self._random = AlignedRandom(values.xtrain.seed, self._place) if values.xtrain.aligned else None
-        setup.place_module(module, self.device, self.precision.module, backend)
+        setup.place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
         self.module = module
 
         self.flat_groups: list[FlatGroup] = []
@@ -93,6 +95,9 @@ class XtrainEngine(Inquiries, nn.Module):
             self._partition(self.basic_optimizer)
         setup.broadcast_states(module, self.flat_groups, grid)
         self.lr_scheduler = self._scheduler(lr_scheduler)
+        if values.disable_python_gc:
+            garbage.hold(id(self))
+            weakref.finalize(self, garbage.release, id(self))
         self.training_dataloader = (
             None if training_data is None else self.deepspeed_io(training_data, collate_fn=collate_fn)
         )
@@ -145,6 +150,7 @@ class XtrainEngine(Inquiries, nn.Module):
             clip=values.gradient_clipping,
             skip_non_finite=self.precision.skip_non_finite,
             round_norm=self.precision.aligned,
+            compute_norm=zero.compute_grad_norm,
         )
         self.optimizer.discard = self._discard
         limit = None if self.optimizer.loss_scaler.dynamic else values.xtrain.max_skipped_steps
@@ -153,6 +159,7 @@ class XtrainEngine(Inquiries, nn.Module):
     def _discard(self) -> None:
         self._reducer.discard()
         self._watch.clear()
+        self._backwards = 0
 
     def _scheduler(self, given: Any) -> Any:
         if callable(given) and not hasattr(given, "step"):
@@ -220,6 +227,7 @@ class XtrainEngine(Inquiries, nn.Module):
             raise ConfigError(
                 f"backward() takes a scalar loss, got shape {tuple(loss.shape)}: average it first"
             )
+        self._backwards += 1
         divided = loss / self.batch_sizes.accumulation if scale_wrt_gas else loss
         scaled = self.scale(divided)
         with self._reducer.backward():
@@ -244,11 +252,15 @@ class XtrainEngine(Inquiries, nn.Module):
             raise ConfigError(
                 "step() was called, but no gradient has arrived since the last one: call backward(loss)"
             )
-        self._reducer.close_micro_batch()
         self._step_applied = False
-        boundary = self.is_gradient_accumulation_boundary()
-        if boundary:
-            self._update(lr_kwargs or {})
+        self._stepping = True
+        try:
+            self._reducer.close_micro_batch()
+            boundary = self.is_gradient_accumulation_boundary()
+            if boundary:
+                self._update(lr_kwargs or {})
+        finally:
+            self._stepping = False
         self.micro_steps += 1
         if boundary:
             overflow, norm = self.optimizer.overflow, self.optimizer.grad_norm
@@ -277,10 +289,17 @@ class XtrainEngine(Inquiries, nn.Module):
                 ranks=[0],
             )
         self.global_steps += 1
-        self.global_samples += self.batch_sizes.train
+        self.global_samples += self._samples_of_step()
+        self._backwards = 0
         every = self.xtrain_config.values.steps_per_print
         if every and self.global_steps % every == 0:
             log_dist(f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}", ranks=[0])
+
+    def _samples_of_step(self) -> int:
+        """Samples of the step over all ranks; without managed accumulation, backwards are counted."""
+        if self.managed_gradient_accumulation():
+            return self.batch_sizes.train
+        return self.batch_sizes.micro * self.grid.size * self._backwards
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -300,10 +319,17 @@ class XtrainEngine(Inquiries, nn.Module):
         """Whether the current micro-batch is the last before an update."""
         if self._boundary_override is not None:
             return self._boundary_override
+        if not self.managed_gradient_accumulation():
+            return self._stepping
         return (self.micro_steps + 1) % self.batch_sizes.accumulation == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide by hand where updates happen; None returns to counting."""
+        if not self.managed_gradient_accumulation():
+            raise ConfigError(
+                "set_gradient_accumulation_boundary() was called, but managed_gradient_accumulation is false in the "
+                "config: every step() is a boundary"
+            )
         self._boundary_override = is_boundary
 
     def was_step_applied(self) -> bool:
@@ -403,5 +429,6 @@ class XtrainEngine(Inquiries, nn.Module):
 
     def destroy(self) -> None:
         """Detach from the parameters, so that they can be given to another engine."""
+        garbage.release(id(self))
         if self.optimizer is not None:
             self._reducer.detach()

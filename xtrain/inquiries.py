@@ -6,6 +6,7 @@ changes the engine, except `set_train_batch_size`.
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
@@ -35,6 +36,10 @@ class Inquiries:
         """Forward passes per optimizer step."""
         return self.batch_sizes.accumulation
 
+    def managed_gradient_accumulation(self) -> bool:
+        """Whether updates happen after `gradient_accumulation_steps` micro-batches; else at every step()."""
+        return self.xtrain_config.values.managed_gradient_accumulation
+
     def get_batch_info(self) -> tuple[int, int, int]:
         """(train batch size, micro-batch size, accumulation steps)."""
         return self.batch_sizes.train, self.batch_sizes.micro, self.batch_sizes.accumulation
@@ -45,6 +50,10 @@ class Inquiries:
             raise ConfigError("set_train_batch_size() was called in the middle of an accumulation window")
         self.batch_sizes = solve_batch_sizes(train_batch_size, self.batch_sizes.micro, None, self.grid.size)
         self.micro_steps = 0
+
+    def collect_python_gc(self) -> int:
+        """Collect cyclic garbage now, which `disable_python_gc` leaves to the script; how many objects went."""
+        return gc.collect()
 
     def get_lr(self) -> list[float]:
         """Learning rate of each parameter group."""

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from xtrain.config.combine import check_combinations
 from xtrain.config.rules import Section, apply_rules, drop_auto
 from xtrain.config.schema import Config
 from xtrain.errors import ConfigError, NotImplementedYetError, nearest
@@ -140,7 +141,8 @@ def load_config(config: str | Path | Mapping[str, Any]) -> XtrainConfig:
                 f"config key 'zero_optimization.stage' = {values.zero_optimization.stage}",
                 "use stage 0, 1 or 2",
             )
-    except NotImplementedYetError as error:
+        check_combinations(values)
+    except (NotImplementedYetError, ConfigError) as error:
         error.args = (f"{source}: {error.args[0]}",)
         raise
     return XtrainConfig(values, raw, source, notices)

@@ -31,7 +31,9 @@ class ZeroConfig(Section):
     overlap_comm: bool | None = None
     """Reduce a bucket as soon as its last gradient has arrived. None: the backend's default."""
     ignore_unused_parameters: bool = True
-    """False: an error when a parameter received no gradient in a step."""
+    """False: an error on every rank when a parameter received no gradient in a step on any rank."""
+    compute_grad_norm: bool = True
+    """False: do not compute the norm (stages 1 and 2, with gradient_clipping 0); it is then reported as None."""
 
     contiguous_gradients: Annotated[bool, _ONE_BUFFER] = True
     reduce_scatter: Annotated[bool, _ONE_BUFFER] = True
@@ -46,7 +48,6 @@ class ZeroConfig(Section):
     legacy_stage1: Annotated[bool, NoEffect("there is one implementation of stage 1")] = False
     sub_group_size: Annotated[int, _STAGE3_ONLY] = Field(1_000_000_000, ge=0)
 
-    compute_grad_norm: Annotated[bool, NotYet("leave it out: the norm is always computed")] = True
     load_from_fp32_weights: Annotated[
         bool, NotYet("leave it out: masters are restored from the fp32 weights of the checkpoint")
     ] = True
@@ -145,8 +146,10 @@ class DataTypesConfig(Section):
 
     grad_accum_dtype: DtypeName | None = None
     """Dtype in which micro-batch gradients are added up and reduced. None: the parameters' dtype."""
-    param_dtype: Annotated[str | None, NotYet("the bf16 section decides the parameters' dtype")] = None
-    buffer_dtype: Annotated[str | None, NotYet("buffers keep their dtype")] = None
+    param_dtype: DtypeName | None = None
+    """Must be what the fp16 and bf16 sections say."""
+    buffer_dtype: DtypeName | None = None
+    """Floating-point buffers are cast to it. None: they keep their dtype."""
     keep_in_fp32_modules: Annotated[
         str | list[str] | None, NotYet("keep the module out of the engine, or train in fp32")
     ] = None
@@ -257,6 +260,12 @@ class Config(Section):
     """Average over ranks before the reduction instead of after it."""
     gradient_predivide_factor: float = Field(1.0, gt=0)
     """Part of the average that is taken before the reduction (fp16 on many ranks may overflow without)."""
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
+    """How gradients of the ranks are combined; not "sum" in stage 3."""
+    managed_gradient_accumulation: bool = True
+    """False: every step() is an update, however many backwards ran before it."""
+    disable_python_gc: bool = False
+    """Switch Python's automatic garbage collection off; engine.collect_python_gc() collects."""
     steps_per_print: int | None = Field(None, ge=0)
     dump_state: bool = False
     dataloader_drop_last: bool = False
@@ -266,8 +275,6 @@ class Config(Section):
     seq_parallel_communication_data_type: Annotated[
         str | None, NotYet("sequence parallelism is not there yet")
     ] = None
-    managed_gradient_accumulation: Annotated[bool, NotYet("set gradient_accumulation_steps")] = True
-    gradient_allreduce_op: Annotated[Literal["mean", "sum"], NotYet("scale the loss in the script")] = "mean"
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
     wall_clock_breakdown: Annotated[bool, _MONITOR] = False
     memory_breakdown: Annotated[bool, NotYet("use the backend's memory statistics in the script")] = False
@@ -310,7 +317,11 @@ class Config(Section):
         bool, NoEffect("it is only read when optimizer states are offloaded")
     ] = True
     aio: Annotated[FeatureDict | None, NoEffect("it is only read when states are offloaded to disk")] = None
-    disable_python_gc: Annotated[bool, NotYet("call gc.disable() in the script")] = False
+
+    @field_validator("gradient_allreduce_op", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("zero_optimization", mode="before")
     @classmethod
