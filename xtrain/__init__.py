@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xtrain.engine import XtrainEngine
     from xtrain.engine import XtrainEngine as DeepSpeedEngine
     from xtrain.log import log_dist, logger
+    from xtrain.runtime.config import DeepSpeedConfig
 
 _EXPORTS = {
     "aligned_init": "xtrain.aligned_draws",
@@ -27,6 +28,7 @@ _EXPORTS = {
     "add_config_arguments": "xtrain.api",
     "init_distributed": "xtrain.comm",
     "XtrainEngine": "xtrain.engine",
+    "DeepSpeedConfig": "xtrain.runtime.config",
     "DeepSpeedEngine": "xtrain.engine",
     "RepeatingLoader": "xtrain.dataloader",
     "log_dist": "xtrain.log",
@@ -46,6 +48,7 @@ _SUBMODULES = (
 _ALIASES = {"DeepSpeedEngine": "XtrainEngine"}
 
 __all__ = [
+    "DeepSpeedConfig",
     "DeepSpeedEngine",
     "RepeatingLoader",
     "XtrainEngine",

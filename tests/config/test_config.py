@@ -52,7 +52,6 @@ def test_mistakes_name_the_key_and_what_to_do(config: dict[str, Any], said: str)
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"flops_profiler": {"enabled": True}},
         {"autotuning": {"enabled": True}},
-        {"gradient_allreduce_op": "sum"},
         {"xtrain": {"engine": "deepspeed"}},
     ],
 )
