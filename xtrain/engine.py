@@ -22,19 +22,21 @@ from xtrain.checkpoint import read, write
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
 from xtrain.dataloader import make_dataloader
 from xtrain.errors import ConfigError, TrainingError
+from xtrain.extras import Extras
 from xtrain.inquiries import Inquiries
 from xtrain.log import log_dist
 from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import autocast_region, make_loss_scale, make_policy
 from xtrain.schedulers import build_scheduler
+from xtrain.settings import Settings
 from xtrain.watch import LossWatch, check_unused
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.optimizer import ZeroOptimizer
 from xtrain.zero.reducer import GradientReducer
 
 
-class XtrainEngine(Inquiries, nn.Module):
+class XtrainEngine(Inquiries, Settings, Extras, nn.Module):
     """A model with its optimizer, schedule and data-parallel training step.
 
     Built by `xtrain.initialize`. Methods behave as DeepSpeed documents those of `DeepSpeedEngine`
@@ -66,6 +68,7 @@ class XtrainEngine(Inquiries, nn.Module):
         self.backend = backend
         self.grid = grid
         self.mpu = mpu
+        self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
         self.batch_sizes: BatchSizes = solve_batch_sizes(
             values.train_batch_size,
             values.train_micro_batch_size_per_gpu,

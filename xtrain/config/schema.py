@@ -155,6 +155,9 @@ class DataTypesConfig(Section):
     ] = None
 
 
+_DEEPSPEED_OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
+
+
 class OptimizerConfig(Section):
     """`optimizer`: `type` is Adam, AdamW, Adagrad, Lion, SGD, or a class of torch.optim; `params` are the
     constructor's arguments."""
@@ -162,6 +165,11 @@ class OptimizerConfig(Section):
     type: str
     params: dict[str, Any] = {}
     legacy_fusion: Annotated[bool, NotYet("leave it out")] = False
+
+    @property
+    def reported_type(self) -> str:
+        """The type as DeepSpeed reports it: its own optimizers in lower case, others as they were written."""
+        return self.type.lower() if self.type.lower() in _DEEPSPEED_OPTIMIZERS else self.type
 
 
 class SchedulerConfig(Section):
@@ -210,6 +218,32 @@ class ActivationCheckpointingConfig(Section):
     """Log the time of each checkpointed forward pass and recomputation."""
 
 
+_DEEPCOMPILE = NoEffect("it is only read with deepcompile")
+
+
+class CompileConfig(Section):
+    """`compile`: of DeepSpeed's own compiler. engine.compile() is torch.compile and needs no key."""
+
+    deepcompile: Annotated[bool, NotYet("call engine.compile(), which is torch.compile")] = False
+    autoep_non_moe: Annotated[bool, NotYet("call engine.compile(), which compiles the module")] = False
+    free_activation: Annotated[bool, _DEEPCOMPILE] = False
+    free_activation_threshold: Annotated[int, _DEEPCOMPILE] = 10 * 1024 * 1024
+    offload_activation: Annotated[bool, _DEEPCOMPILE] = False
+    offload_activation_pin_memory: Annotated[bool, _DEEPCOMPILE] = True
+    offload_opt_states: Annotated[bool, _DEEPCOMPILE] = False
+    offload_parameters: Annotated[bool, _DEEPCOMPILE] = False
+    double_buffer: Annotated[bool, _DEEPCOMPILE] = True
+    symmetric_memory: Annotated[bool, _DEEPCOMPILE] = False
+    debug_log: Annotated[bool, _DEEPCOMPILE] = False
+    sync_before_reduce: Annotated[bool, _DEEPCOMPILE] = False
+    sync_after_reduce: Annotated[bool, _DEEPCOMPILE] = False
+    sync_before_allgather: Annotated[bool, _DEEPCOMPILE] = False
+    sync_after_allgather: Annotated[bool, _DEEPCOMPILE] = False
+    keep_int_input_tensors: Annotated[bool, _DEEPCOMPILE] = True
+    keep_all_input_tensors: Annotated[bool, _DEEPCOMPILE] = False
+    passes: Annotated[list[str] | None, _DEEPCOMPILE] = None
+
+
 class XtrainSection(Section):
     """`xtrain`: what DeepSpeed has no key for."""
 
@@ -252,6 +286,7 @@ class Config(Section):
     data_types: DataTypesConfig = DataTypesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    compile: CompileConfig = CompileConfig()
     xtrain: XtrainSection = XtrainSection()
     zero_allow_untested_optimizer: bool = False
     communication_data_type: DtypeName | None = None
@@ -307,7 +342,6 @@ class Config(Section):
     weight_quantization: Annotated[FeatureDict | None, NotYet("leave it out")] = None
     sparse_attention: Annotated[FeatureDict | None, NotYet("choose the attention in the model")] = None
     hybrid_engine: Annotated[FeatureDict | None, NotYet("leave it out")] = None
-    compile: Annotated[FeatureDict | None, NotYet("wrap the model in torch.compile yourself")] = None
     nebula: Annotated[FeatureDict | None, NotYet("use save_checkpoint, which writes atomically")] = None
     datastates_ckpt: Annotated[FeatureDict | None, NotYet("use save_checkpoint")] = None
 

@@ -18,11 +18,6 @@ from xtrain.errors import NotImplementedYetError
 from xtrain.log import logger
 from xtrain.precision.policy import DTYPES
 
-_LOWER_CASE_OPTIMIZERS = frozenset(
-    ("adagrad", "adam", "adamw", "lamb", "muadam", "muadamw", "musgd", "lion", "muon")
-)
-"""Optimizer types that DeepSpeed reports in lower case, however they were written."""
-
 _COPIED = (
     "managed_gradient_accumulation", "steps_per_print", "dump_state", "disable_python_gc", "disable_allgather",
     "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "gradient_clipping",
@@ -98,9 +93,7 @@ class DeepSpeedConfig:
         self.buffer_dtype = values.data_types.buffer_dtype
 
         optimizer, scheduler = values.optimizer, values.scheduler
-        self.optimizer_name = None if optimizer is None else optimizer.type
-        if self.optimizer_name is not None and self.optimizer_name.lower() in _LOWER_CASE_OPTIMIZERS:
-            self.optimizer_name = self.optimizer_name.lower()
+        self.optimizer_name = None if optimizer is None else optimizer.reported_type
         self.optimizer_params = None if optimizer is None else optimizer.params
         self.optimizer_legacy_fusion = optimizer is not None and optimizer.legacy_fusion
         self.scheduler_name = None if scheduler is None else scheduler.type
