@@ -289,10 +289,11 @@ def test_model_parallel_seeds(ranks: Any) -> None:
     assert torch.equal(named1, torch.rand(2, generator=torch.Generator().manual_seed(3 + 2719)))
 
 
-def test_profile_logs_both_passes(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("how", RUNNERS)
+def test_profile_logs_both_passes(caplog: pytest.LogCaptureFixture, how: str) -> None:
     caplog.set_level(logging.INFO, logger="xtrain")
     checkpointing.configure(None, profile=True, synchronize=True)
-    checkpoint(torch.exp, torch.ones(1, requires_grad=True)).backward()
+    RUNNERS[how](torch.exp, torch.ones(1, requires_grad=True)).backward()
     assert [line.split(" took")[0] for line in caplog.messages if " took " in line] == [
         "activation checkpoint: forward",
         "activation checkpoint: recomputation",

@@ -166,19 +166,20 @@ def reset() -> None:
 @contextmanager
 def _watched(what: str) -> Iterator[None]:
     settings = _state.settings
-    if settings.synchronize_checkpoint_boundary or settings.profile:
+    waits = settings.synchronize_checkpoint_boundary or settings.profile
+    if waits:
         runtime().synchronize()
     start = time.perf_counter()
     _state.depth += 1
     try:
         yield
-    finally:
+    finally:  # torch ends a recomputation that has reached its last needed tensor with an exception
         _state.depth -= 1
-    if settings.synchronize_checkpoint_boundary or settings.profile:
-        runtime().synchronize()
-    if settings.profile:
-        milliseconds = (time.perf_counter() - start) * 1e3
-        log_dist(f"activation checkpoint: {what} took {milliseconds:.2f} ms", ranks=[0])
+        if waits:
+            runtime().synchronize()
+        if settings.profile:
+            milliseconds = (time.perf_counter() - start) * 1e3
+            log_dist(f"activation checkpoint: {what} took {milliseconds:.2f} ms", ranks=[0])
 
 
 class _Recomputable:
@@ -262,9 +263,6 @@ class CheckpointFunction:
 def get_cuda_rng_tracker() -> RngStatesTracker:
     """The tracker of named random states, whatever the device is."""
     return tracker
-
-
-get_rng_state_tracker = get_cuda_rng_tracker
 
 
 def _model_parallel_seed(seed: int) -> int:
