@@ -42,6 +42,7 @@ _SUBMODULES = (
     "config",
     "ops",
     "optim",
+    "runtime",
     "schedulers",
     "zero",
 )

@@ -83,6 +83,11 @@ class Unit:
         return 4
 
 
+def test_scripts_find_it_where_deepspeed_has_it() -> None:
+    assert "runtime" in dir(xtrain)
+    assert xtrain.runtime.config.DeepSpeedConfig is xtrain.DeepSpeedConfig
+
+
 def test_batch_sizes_follow_the_mpu(caplog: pytest.LogCaptureFixture) -> None:
     config = DeepSpeedConfig({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2}, Unit())
     assert (config.world_size, config.gradient_accumulation_steps) == (4, 2)

@@ -102,7 +102,7 @@ class Bf16Config(Section):
 
     enabled: bool = False
     check_grad_overflow: bool = True
-    """Skip the step on all ranks when the gradient norm is not finite."""
+    """Skip the step on all ranks when the gradient norm is not finite; False: end training with an error."""
     immediate_grad_update: Annotated[bool, NoEffect("gradients are accumulated in place as they arrive")] = (
         False
     )

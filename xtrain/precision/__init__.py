@@ -8,7 +8,6 @@ __all__ = [
     "DynamicLossScale",
     "LossScale",
     "PrecisionPolicy",
-    "autocast_dtype",
     "autocast_region",
     "make_loss_scale",
     "make_policy",
