@@ -34,6 +34,9 @@ class RuntimeFacet:
         """Restore what `get_rng_state` returned."""
         torch.set_rng_state(state)
 
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given; the host has at once."""
+
 
 class CollectivesFacet:
     """Which process-group library moves bytes between ranks."""

@@ -249,20 +249,6 @@ def test_activation_checkpointing_with_shared_layers(ranks: Any, stage: int) -> 
         assert ranks(2, _checkpointed, reentrant, stage)[0] == pytest.approx(plain, rel=1e-5)
 
 
-def _infinite(stage: int) -> tuple[bool, int, bool]:
-    model = Weight()
-    engine = _engine(model, stage)
-    engine.backward(engine(float("nan") if engine.grid.rank else 1.0))
-    engine.step()
-    return bool(model.weight.isnan().any()), engine.skipped_steps, engine.was_step_applied()
-
-
-def test_fp32_skips_non_finite_steps_where_deepspeed_does(ranks: Any) -> None:
-    assert set(ranks(2, _infinite, 0)) == {(True, 0, True)}
-    for stage in (1, 2, 3):
-        assert set(ranks(2, _infinite, stage)) == {(False, 1, False)}
-
-
 def _again() -> list[float]:
     model = Weight()
     _engine(model, 1)

@@ -44,11 +44,16 @@ def as_param_groups(parameters: Iterable[Any] | None, module: nn.Module) -> list
 
 
 def place_module(
-    module: nn.Module, device: torch.device, dtype: torch.dtype | None, backend: Backend
+    module: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    backend: Backend,
+    buffer_dtype: torch.dtype | None = None,
 ) -> None:
-    """Move the module to the device; cast floating parameters, and not buffers, when `dtype` is given.
+    """Move the module to the device; cast floating parameters to `dtype` and buffers to `buffer_dtype`.
 
-    Buffers such as running statistics and rotary frequencies keep their precision, as in DeepSpeed.
+    None leaves them: buffers such as running statistics and rotary frequencies keep their precision unless the
+    config says otherwise, as in DeepSpeed.
 
     Raises:
         ConfigError: a parameter has a dtype that the backend does not compute in.
@@ -60,6 +65,9 @@ def place_module(
                 home.cast(dtype)
             else:
                 param.data = param.data.to(dtype)
+    for buffer in module.buffers():
+        if buffer_dtype is not None and buffer.is_floating_point():
+            buffer.data = buffer.data.to(buffer_dtype)
     for name, param in module.named_parameters():
         real = param.is_floating_point() or param.is_complex()
         if real and param.dtype not in backend.precision.native_dtypes:

@@ -51,7 +51,6 @@ def test_mistakes_name_the_key_and_what_to_do(config: dict[str, Any], said: str)
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
         {"flops_profiler": {"enabled": True}},
         {"autotuning": {"enabled": True}},
-        {"gradient_allreduce_op": "sum"},
         {"xtrain": {"engine": "deepspeed"}},
     ],
 )

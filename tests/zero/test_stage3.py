@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -517,3 +518,20 @@ def _inference() -> float:
 
 def test_without_an_optimizer(ranks: Any) -> None:
     assert ranks(2, _inference)[0] == Model()(ids_of(0, 0)).item()
+
+
+def _plain_weights(folder: str) -> bool:
+    engine = engine_of(Model("tied"), zero={"stage3_gather_16bit_weights_on_model_save": True})
+    assert engine.save_16bit_model(folder)
+    state = engine.module_state_dict()
+    saved = torch.load(f"{folder}/pytorch_model.bin", weights_only=True)
+    plain = Model("tied")
+    plain.load_state_dict(saved)
+    assert plain.head.weight is plain.embed.weight
+    consolidated = engine._zero3_consolidated_16bit_state_dict()
+    assert (consolidated is None) == (engine.global_rank != 0)
+    return saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in saved)
+
+
+def test_plain_weights_are_whole(ranks: Any, tmp_path: Path) -> None:
+    assert all(ranks(2, _plain_weights, str(tmp_path)))

@@ -51,7 +51,9 @@ class ZeroConfig(Section):
     overlap_comm: bool | None = None
     """Reduce a bucket as soon as its last gradient has arrived. None: the backend's default."""
     ignore_unused_parameters: bool = True
-    """False: an error when a parameter received no gradient in a step."""
+    """False: an error on every rank when a parameter received no gradient in a step on any rank."""
+    compute_grad_norm: bool = True
+    """False: do not compute the norm (stages 1 and 2, with gradient_clipping 0); it is then reported as None."""
 
     contiguous_gradients: Annotated[bool, _ONE_BUFFER] = True
     reduce_scatter: Annotated[bool, _ONE_BUFFER] = True
@@ -65,7 +67,6 @@ class ZeroConfig(Section):
     elastic_checkpoint: Annotated[bool, NoEffect("every checkpoint loads into any number of ranks")] = False
     legacy_stage1: Annotated[bool, NoEffect("there is one implementation of stage 1")] = False
 
-    compute_grad_norm: Annotated[bool, NotYet("leave it out: the norm is always computed")] = True
     load_from_fp32_weights: Annotated[
         bool, NotYet("leave it out: masters are restored from the fp32 weights of the checkpoint")
     ] = True
@@ -167,7 +168,7 @@ class Bf16Config(Section):
 
     enabled: bool = False
     check_grad_overflow: bool = True
-    """Skip the step on all ranks when the gradient norm is not finite."""
+    """Skip the step on all ranks when the gradient norm is not finite; False: end training with an error."""
     immediate_grad_update: Annotated[bool, NoEffect("gradients are accumulated in place as they arrive")] = (
         False
     )
@@ -190,16 +191,37 @@ class Fp16Config(Section):
     fp16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
 
 
+class TorchAutocastConfig(Section):
+    """`torch_autocast`: the forward pass under torch.autocast; parameters and gradients stay in float32."""
+
+    enabled: bool = False
+    dtype: Literal["bf16", "bfloat16", "fp16", "float16"] = "bfloat16"
+    """With fp16 the loss is scaled dynamically, as torch.amp.GradScaler does. (DeepSpeed's default is torch's choice
+    for the device, which may be fp16, and is then not scaled.)"""
+    lower_precision_safe_modules: Annotated[
+        list[str] | None,
+        NoEffect(
+            "it names modules whose gradients may travel in the autocast dtype; here all travel in float32, or in "
+            "communication_data_type"
+        ),
+    ] = None
+
+
 class DataTypesConfig(Section):
     """`data_types`."""
 
     grad_accum_dtype: DtypeName | None = None
     """Dtype in which micro-batch gradients are added up and reduced. None: the parameters' dtype."""
-    param_dtype: Annotated[str | None, NotYet("the bf16 section decides the parameters' dtype")] = None
-    buffer_dtype: Annotated[str | None, NotYet("buffers keep their dtype")] = None
+    param_dtype: DtypeName | None = None
+    """Must be what the fp16 and bf16 sections say."""
+    buffer_dtype: DtypeName | None = None
+    """Floating-point buffers are cast to it. None: they keep their dtype."""
     keep_in_fp32_modules: Annotated[
         str | list[str] | None, NotYet("keep the module out of the engine, or train in fp32")
     ] = None
+
+
+_DEEPSPEED_OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
 
 
 class OptimizerConfig(Section):
@@ -209,6 +231,11 @@ class OptimizerConfig(Section):
     type: str
     params: dict[str, Any] = {}
     legacy_fusion: Annotated[bool, NotYet("leave it out")] = False
+
+    @property
+    def reported_type(self) -> str:
+        """The type as DeepSpeed reports it: its own optimizers in lower case, others as they were written."""
+        return self.type.lower() if self.type.lower() in _DEEPSPEED_OPTIMIZERS else self.type
 
 
 class SchedulerConfig(Section):
@@ -240,6 +267,49 @@ class CheckpointConfig(Section):
         return value.capitalize() if isinstance(value, str) else value
 
 
+class ActivationCheckpointingConfig(Section):
+    """`activation_checkpointing`: how xtrain.checkpointing keeps activations; checkpointing.configure() wins."""
+
+    partition_activations: bool = False
+    """Split the inputs of checkpointed functions over the model-parallel ranks of the mpu."""
+    cpu_checkpointing: bool = False
+    """Move them to host memory until backward."""
+    contiguous_memory_optimization: bool = False
+    """Copy the pieces into preallocated blocks; needs partition_activations and number_checkpoints."""
+    number_checkpoints: int | None = Field(None, gt=0)
+    """checkpoint() calls in one forward pass."""
+    synchronize_checkpoint_boundary: bool = False
+    """Wait for the device before and after each checkpointed function."""
+    profile: bool = False
+    """Log the time of each checkpointed forward pass and recomputation."""
+
+
+_DEEPCOMPILE = NoEffect("it is only read with deepcompile")
+
+
+class CompileConfig(Section):
+    """`compile`: of DeepSpeed's own compiler. engine.compile() is torch.compile and needs no key."""
+
+    deepcompile: Annotated[bool, NotYet("call engine.compile(), which is torch.compile")] = False
+    autoep_non_moe: Annotated[bool, NotYet("call engine.compile(), which compiles the module")] = False
+    free_activation: Annotated[bool, _DEEPCOMPILE] = False
+    free_activation_threshold: Annotated[int, _DEEPCOMPILE] = 10 * 1024 * 1024
+    offload_activation: Annotated[bool, _DEEPCOMPILE] = False
+    offload_activation_pin_memory: Annotated[bool, _DEEPCOMPILE] = True
+    offload_opt_states: Annotated[bool, _DEEPCOMPILE] = False
+    offload_parameters: Annotated[bool, _DEEPCOMPILE] = False
+    double_buffer: Annotated[bool, _DEEPCOMPILE] = True
+    symmetric_memory: Annotated[bool, _DEEPCOMPILE] = False
+    debug_log: Annotated[bool, _DEEPCOMPILE] = False
+    sync_before_reduce: Annotated[bool, _DEEPCOMPILE] = False
+    sync_after_reduce: Annotated[bool, _DEEPCOMPILE] = False
+    sync_before_allgather: Annotated[bool, _DEEPCOMPILE] = False
+    sync_after_allgather: Annotated[bool, _DEEPCOMPILE] = False
+    keep_int_input_tensors: Annotated[bool, _DEEPCOMPILE] = True
+    keep_all_input_tensors: Annotated[bool, _DEEPCOMPILE] = False
+    passes: Annotated[list[str] | None, _DEEPCOMPILE] = None
+
+
 class XtrainSection(Section):
     """`xtrain`: what DeepSpeed has no key for."""
 
@@ -253,6 +323,9 @@ class XtrainSection(Section):
     of two): canonical sums in float32, one optimizer arithmetic, counter-based dropout. See docs/aligned.md."""
     seed: int = Field(1234, ge=0)
     """Seed of the dropout masks in aligned mode."""
+    max_skipped_steps: int = Field(20, ge=0)
+    """Steps in a row with gradients that are not finite, after which training ends with an error; 0: never. Does not
+    count where the loss scale adapts: there the smallest scale is the limit."""
     record: str | None = None
     """Path of the run record (JSON Lines) that rank 0 writes. None: no record, unless the launcher asks."""
     tokens_per_sample: int | None = Field(None, gt=0)
@@ -275,8 +348,11 @@ class Config(Section):
     zero_optimization: ZeroConfig = ZeroConfig()
     bf16: Bf16Config = Bf16Config()
     fp16: Fp16Config = Fp16Config()
+    torch_autocast: TorchAutocastConfig = TorchAutocastConfig()
     data_types: DataTypesConfig = DataTypesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    compile: CompileConfig = CompileConfig()
     xtrain: XtrainSection = XtrainSection()
     zero_allow_untested_optimizer: bool = False
     communication_data_type: DtypeName | None = None
@@ -285,6 +361,12 @@ class Config(Section):
     """Average over ranks before the reduction instead of after it."""
     gradient_predivide_factor: float = Field(1.0, gt=0)
     """Part of the average that is taken before the reduction (fp16 on many ranks may overflow without)."""
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
+    """How gradients of the ranks are combined; not "sum" in stage 3."""
+    managed_gradient_accumulation: bool = True
+    """False: every step() is an update, however many backwards ran before it."""
+    disable_python_gc: bool = False
+    """Switch Python's automatic garbage collection off; engine.collect_python_gc() collects."""
     steps_per_print: int | None = Field(None, ge=0)
     dump_state: bool = False
     dataloader_drop_last: bool = False
@@ -294,8 +376,6 @@ class Config(Section):
     seq_parallel_communication_data_type: Annotated[
         str | None, NotYet("sequence parallelism is not there yet")
     ] = None
-    managed_gradient_accumulation: Annotated[bool, NotYet("set gradient_accumulation_steps")] = True
-    gradient_allreduce_op: Annotated[Literal["mean", "sum"], NotYet("scale the loss in the script")] = "mean"
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
     wall_clock_breakdown: Annotated[bool, _MONITOR] = False
     memory_breakdown: Annotated[bool, NotYet("use the backend's memory statistics in the script")] = False
@@ -308,11 +388,7 @@ class Config(Section):
     comms_logger: Annotated[
         FeatureDict | None, NotYet("call xtrain.comm.log_summary(), which needs no key")
     ] = None
-    activation_checkpointing: Annotated[
-        FeatureDict | None, NotYet("use torch.utils.checkpoint in the model")
-    ] = None
     amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
-    torch_autocast: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
     pipeline: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     tensor_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     expert_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
@@ -332,7 +408,6 @@ class Config(Section):
     weight_quantization: Annotated[FeatureDict | None, NotYet("leave it out")] = None
     sparse_attention: Annotated[FeatureDict | None, NotYet("choose the attention in the model")] = None
     hybrid_engine: Annotated[FeatureDict | None, NotYet("leave it out")] = None
-    compile: Annotated[FeatureDict | None, NotYet("wrap the model in torch.compile yourself")] = None
     nebula: Annotated[FeatureDict | None, NotYet("use save_checkpoint, which writes atomically")] = None
     datastates_ckpt: Annotated[FeatureDict | None, NotYet("use save_checkpoint")] = None
 
@@ -340,7 +415,11 @@ class Config(Section):
     disable_allgather: Annotated[bool, _ONE_BUFFER] = False
     zero_force_ds_cpu_optimizer: Annotated[bool, NoEffect("every optimizer works on offloaded states")] = True
     aio: Annotated[FeatureDict | None, NoEffect("files are mapped into memory")] = None
-    disable_python_gc: Annotated[bool, NotYet("call gc.disable() in the script")] = False
+
+    @field_validator("gradient_allreduce_op", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("zero_optimization", mode="before")
     @classmethod

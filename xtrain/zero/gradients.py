@@ -50,6 +50,7 @@ class Gradients(ABC):
         communication_dtype: in which they travel; None is `dtype`.
         predivide: they are divided by it first.
         aligned: add micro-batches and ranks by one fixed pairwise tree over slot numbers.
+        average: the mean over ranks; False: the sum.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Gradients(ABC):
         communication_dtype: torch.dtype | None = None,
         predivide: float = 1.0,
         aligned: bool = False,
+        average: bool = True,
     ) -> None:
         self.group = group
         self.dtype = dtype
@@ -68,10 +70,10 @@ class Gradients(ABC):
         self.communication_dtype = communication_dtype or dtype
         self.predivide = predivide
         self.aligned = aligned
-        self.mean_factor = predivide / self.world_size
+        self.mean_factor = predivide / self.world_size if average else predivide
 
     def _average(self, total: torch.Tensor) -> torch.Tensor:
-        """Turn a sum over ranks into the mean, in place."""
+        """Turn a sum over ranks into the mean, in place (or leave it, when sums are wanted)."""
         return total.mul_(self.mean_factor) if self.world_size > 1 else total
 
     def _sum(self, whole: torch.Tensor) -> Summing:

@@ -45,7 +45,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         process_group: the data-parallel group.
         clip: largest 2-norm of the gradients, 0 for none.
         round_norm: round the norm to float32, which removes what is left of the order of its summation.
-        skip_non_finite: leave the weights unchanged when the norm is infinite or NaN.
+        skip_non_finite: whether steps may be skipped because gradients are infinite or NaN; the weights are
+            left alone either way.
+        compute_norm: False saves the norm, for which clipping must be off.
         state_memory: where optimizer states are kept; None: where the optimizer makes them.
     """
 
@@ -59,6 +61,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         clip: float,
         skip_non_finite: bool,
         round_norm: bool = False,
+        compute_norm: bool = True,
         state_memory: Memory | None = None,
     ) -> None:
         # The base class is for isinstance checks (torch's schedulers); groups and states are the wrapped
@@ -75,6 +78,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.clip_grad = clip
         self.skip_non_finite = skip_non_finite
         self.round_norm = round_norm
+        self.compute_norm = compute_norm
         self.state_memory = state_memory
         self.overflow = False
         self.grad_norm: float | None = None
@@ -143,19 +147,30 @@ class ZeroOptimizer(torch.optim.Optimizer):
         norm = math.sqrt(total.item()) * self._unscale
         return torch.tensor(norm, dtype=torch.float32).item() if self.round_norm else norm
 
+    def _all_finite(self) -> bool:
+        """Whether every gradient on every rank is finite."""
+        flags = [grad.isfinite().all() for _, grad in self._slices()]
+        finite = torch.stack(flags).all().float() if flags else torch.ones(())
+        if any(group.layout.partitions > 1 for group in self.groups):
+            comm.all_reduce(finite, comm.ReduceOp.MIN, group=self.process_group)
+        return bool(finite)
+
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the parameters from the reduced gradients; clears the gradients."""
-        self.grad_norm = self._compute_norm()
-        self.overflow = self.skip_non_finite and not math.isfinite(self.grad_norm)
+        if self.compute_norm:
+            self.grad_norm = self._compute_norm()
+            self.overflow = not math.isfinite(self.grad_norm)
+        else:
+            self.overflow = self.skip_non_finite and not self._all_finite()
         if not self.overflow:
             self._update()
         self._clear()
         self.loss_scaler.update(self.overflow)
 
     def _update(self) -> None:
-        assert self.grad_norm is not None
         factor = self._unscale
         if self.clip_grad > 0:
+            assert self.grad_norm is not None, "clipping needs the norm"
             factor *= min(1.0, self.clip_grad / (self.grad_norm + 1e-6))
         if updates_one_by_one(self.optimizer):
             for index, master, grad in self._slices_by_group():

@@ -174,6 +174,7 @@ class Partitioner:
             precision.communication,
             precision.predivide if precision.predivide is not None else float(self.grid.size),
             precision.aligned,
+            precision.average,
         )
 
     def _gatherer(self, groups: list[ShardedGroup]) -> Gatherer:

@@ -21,11 +21,12 @@ def divided_parameters(module: nn.Module) -> dict[str, UnitHome]:
 
 
 @torch.no_grad()
-def whole_state_dict(module: nn.Module, keep: bool = True) -> dict[str, Any]:
+def whole_state_dict(module: nn.Module, keep: bool = True, exclude_frozen: bool = False) -> dict[str, Any]:
     """`module.state_dict()` with divided parameters whole, in host memory. Collective in stage 3.
 
     Args:
         keep: False only takes part in the gathering: the dictionary lacks divided parameters.
+        exclude_frozen: leave parameters without gradient out.
     """
     divided = divided_parameters(module)
     state = {name: value for name, value in module.state_dict().items() if name not in divided}
@@ -42,8 +43,11 @@ def whole_state_dict(module: nn.Module, keep: bool = True) -> dict[str, Any]:
                 copies[param] = param.detach().cpu().clone()
             state[name] = copies[param]
         home.gatherer.drop(unit)
-    order = {name: position for position, name in enumerate(module.state_dict())}
-    return dict(sorted(state.items(), key=lambda item: order[item[0]]))
+    frozen: set[str] = set()
+    if exclude_frozen:
+        named = module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, param in named if not param.requires_grad}
+    return {name: state[name] for name in module.state_dict() if name in state and name not in frozen}
 
 
 @torch.no_grad()
