@@ -22,6 +22,10 @@ class RuntimeFacet:
         """The device of the rank with this number on its host."""
         return torch.device(self.device_type)
 
+    def pin_memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A page-locked copy of a host tensor, for fast transfers; the tensor itself where there is no device."""
+        return tensor
+
     def get_rng_state(self) -> torch.Tensor:
         """State of the device's default generator, a uint8 tensor on the host."""
         return torch.get_rng_state()
@@ -29,6 +33,9 @@ class RuntimeFacet:
     def set_rng_state(self, state: torch.Tensor) -> None:
         """Restore what `get_rng_state` returned."""
         torch.set_rng_state(state)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given; the host has at once."""
 
 
 class CollectivesFacet:

@@ -20,8 +20,10 @@ from xtrain.comm.collectives import (
     reduce_scatter_tensor,
     send,
 )
+from xtrain.comm.direct import SliceGather, SliceSum
 from xtrain.comm.groups import (
     TORCH_DISTRIBUTED_DEFAULT_PORT,
+    companion,
     destroy_process_group,
     get_global_rank,
     get_local_rank,
@@ -41,6 +43,8 @@ __all__ = [
     "CanonicalReduceScatter",
     "Ledger",
     "ReduceOp",
+    "SliceGather",
+    "SliceSum",
     "all_gather",
     "all_gather_into_tensor",
     "all_gather_object",
@@ -49,6 +53,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_object_list",
+    "companion",
     "destroy_process_group",
     "get_global_rank",
     "get_local_rank",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,8 @@ _FOREIGN_LAUNCHERS = {
 }
 
 _SETTLE_SECONDS = 0.1
+
+_companions: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 is_available = dist.is_available
 is_initialized = dist.is_initialized
@@ -51,6 +54,21 @@ def get_local_rank() -> int:
 def get_world_group() -> dist.ProcessGroup | None:
     """The group of all ranks; None before it exists."""
     return dist.group.WORLD
+
+
+def companion(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A second process group of the same ranks, for collectives whose order is independent of the first's.
+
+    Collective over the group when it is made, which is once.
+    """
+    if get_world_size(group) == 1:
+        return group
+    parent = group or dist.group.WORLD
+    assert parent is not None
+    if parent not in _companions:
+        ranks = None if group is None else dist.get_process_group_ranks(group)
+        _companions[parent] = dist.new_group(ranks, use_local_synchronization=group is not None)
+    return _companions[parent]
 
 
 def _environment_rank(rank: int, world_size: int) -> tuple[int, int] | None:

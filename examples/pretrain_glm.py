@@ -34,6 +34,9 @@ def parse_args(argv=None):
     model.add_argument("--rotary", choices=["1d", "2d"], default="2d")
     model.add_argument("--dropout", type=float, default=0.0)
     model.add_argument("--embedding-gradient-alpha", type=float, default=1.0)
+    model.add_argument(
+        "--aligned-init", action="store_true", help="the same initial weights on every device (xtrain only)"
+    )
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data-path", nargs="+", help="text files, folders or globs; default: Python's library"
@@ -112,19 +115,21 @@ def build_sampler(args):
 
 
 def build_model(args):
-    torch.manual_seed(args.seed)
-    return GLM(
-        GLMConfig(
-            vocab_size=args.vocab_size,
-            num_layers=args.num_layers,
-            hidden_size=args.hidden_size,
-            num_heads=args.num_heads,
-            ffn_size=args.ffn_size,
-            rotary=args.rotary,
-            dropout=args.dropout,
-            embedding_gradient_alpha=args.embedding_gradient_alpha,
-        )
+    config = GLMConfig(
+        vocab_size=args.vocab_size,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_heads=args.num_heads,
+        ffn_size=args.ffn_size,
+        rotary=args.rotary,
+        dropout=args.dropout,
+        embedding_gradient_alpha=args.embedding_gradient_alpha,
     )
+    if args.aligned_init:
+        with deepspeed.aligned_init(args.seed):
+            return GLM(config)
+    torch.manual_seed(args.seed)
+    return GLM(config)
 
 
 def build_param_groups(model, weight_decay):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import xtrain
 from tests import training
@@ -27,7 +28,9 @@ def _glm(folder: str, stage: int, dtype: str, micro: int, steps: int) -> list[st
     """The example script's own training loop, aligned, with dropout; exact losses."""
     script = load_script("xtrain")
     corpus = str(Path(folder) / "corpus.txt")
-    args = script.parse_args([*SIZES, "--data-path", corpus, "--seq-length=32", "--dropout=0.1"])
+    args = script.parse_args(
+        [*SIZES, "--data-path", corpus, "--seq-length=32", "--dropout=0.1", "--aligned-init"]
+    )
     model = script.build_model(args)
     engine, _, _, _ = xtrain.initialize(
         model=model,
@@ -37,7 +40,7 @@ def _glm(folder: str, stage: int, dtype: str, micro: int, steps: int) -> list[st
             "train_micro_batch_size_per_gpu": micro,
             "gradient_clipping": 1.0,
             "bf16": {"enabled": dtype == "bf16"},
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000},
+            "zero_optimization": training.zero(stage, 100, reduce_bucket_size=5000),
             "optimizer": {"type": "AdamW", "params": {"lr": 2e-3}},
             "xtrain": {"aligned": True},
         },
@@ -48,12 +51,12 @@ def _glm(folder: str, stage: int, dtype: str, micro: int, steps: int) -> list[st
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_stages_and_splits_give_the_same_bits(ranks: Any, tmp_path: Path, dtype: str) -> None:
-    """1 x 4, 2 x 2 and 4 x 1 (ranks x accumulation) in stages 0, 1 and 2, one hundred steps each."""
+    """1 x 4, 2 x 2 and 4 x 1 (ranks x accumulation) in all stages, one hundred steps each."""
     write_corpus(tmp_path, 200)
     steps = 100
     reference = ranks(1, _glm, str(tmp_path), 0, dtype, 2, steps)[0]
     assert len(set(reference)) == steps
-    for world, stage in ((2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2)):
+    for world, stage in [(ranks_, stage) for ranks_ in (2, 4) for stage in (0, 1, 2, 3)]:
         assert ranks(world, _glm, str(tmp_path), stage, dtype, 2, steps)[0] == reference, (world, stage)
 
 
@@ -123,10 +126,18 @@ class Random(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.weight, self.kind = nn.Parameter(torch.ones(1000)), kind
+        if kind == "heads":
+            self.layer: nn.Module = nn.MultiheadAttention(100, 2, dropout=0.1)
+        elif kind == "recurrent":
+            self.layer = nn.GRU(100, 2, num_layers=2, dropout=0.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "dropout":
             return nn.functional.dropout(x * self.weight, 0.25, self.training)
+        if self.kind == "heads":
+            return self.layer(*[(x * self.weight).view(5, 2, 100)] * 3)[0]
+        if self.kind == "recurrent":
+            return self.layer((x * self.weight).view(5, 2, 100))[0]
         if self.kind == "attention":
             q = x.view(1, 1, 10, 100) * self.weight.view(1, 1, 10, 100)
             return nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
@@ -157,6 +168,82 @@ def test_dropout_is_replaced_and_other_randomness_refused(ranks: Any) -> None:
     assert not torch.equal(first, other)  # two slots
     assert "rand_like" in ranks(1, _random, "rand")[0]
     assert "scaled_dot_product_attention" in ranks(1, _random, "attention")[0]
+    assert "MultiheadAttention" in ranks(1, _random, "heads")[0]
+    assert "nn.GRU" in ranks(1, _random, "recurrent")[0]
+
+
+def _plain(function: Any, *args: Any) -> Any:
+    return function(*args)
+
+
+def _torch_reentrant(function: Any, *args: Any) -> Any:
+    return torch_checkpoint(function, *args, use_reentrant=True)
+
+
+def _torch_not_reentrant(function: Any, *args: Any) -> Any:
+    return torch_checkpoint(function, *args, use_reentrant=False)
+
+
+CHECKPOINTS = (
+    _plain,
+    _torch_reentrant,
+    _torch_not_reentrant,
+    xtrain.checkpointing.checkpoint,
+    xtrain.checkpointing.non_reentrant_checkpoint,
+)
+
+
+class Checkpointed(nn.Module):
+    """Dropout in a layer, in a plain function, outside of any checkpoint, and in a checkpoint in a checkpoint."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(training.FEATURES, training.FEATURES) for _ in range(4))
+        self.out, self.run = nn.Linear(training.FEATURES, training.OUTPUTS), run
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(torch.tanh(self.layers[1](x)), 0.5)
+
+    def _outer(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.dropout(torch.tanh(self.layers[0](x)), 0.5)
+        return self.run(self._inner, x) + nn.functional.dropout(x, 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layers[2](x)
+        x = nn.functional.dropout(self.run(self._outer, x), 0.2)
+        return self.out(self.run(lambda y: nn.functional.dropout(self.layers[3](y), 0.3), x))
+
+
+def _checkpointed(which: int, own_backward: bool) -> tuple[list[float], bool]:
+    torch.manual_seed(0)
+    untouched = torch.utils.checkpoint.CheckpointFunction
+    engine = xtrain.initialize(
+        model=Checkpointed(CHECKPOINTS[which]), config=training.config(1, micro=4, xtrain={"aligned": True})
+    )[0]
+    losses = []
+    for step in range(5):  # the learning rate is zero in the first two
+        x, y = training.samples(step)
+        accumulation = engine.gradient_accumulation_steps()
+        for index in range(accumulation):
+            first = (engine.grid.rank * accumulation + index) * 4
+            loss = training.loss_of(engine, x[first : first + 4], y[first : first + 4])
+            if own_backward:
+                (loss / accumulation).backward()
+            else:
+                engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    return losses, torch.utils.checkpoint.CheckpointFunction is untouched
+
+
+@pytest.mark.parametrize("own_backward", [False, True])
+def test_recomputation_draws_the_same_masks(ranks: Any, own_backward: bool) -> None:
+    """A different mask in backward would give different gradients, and different losses from step 2 on."""
+    for world in (1, 2):
+        curves = [ranks(world, _checkpointed, i, own_backward)[0] for i in range(len(CHECKPOINTS))]
+        for (losses, restored), run in zip(curves, CHECKPOINTS, strict=True):
+            assert losses == curves[0][0], run
+            assert restored
 
 
 def _contradiction() -> str:

@@ -51,12 +51,18 @@ def loss_of(model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (out.to(wide) - y.to(wide)).square().mean()
 
 
+def zero(stage: int, persistent: int = 10, **more: Any) -> dict[str, Any]:
+    """Small buckets; in stage 3 all but parameters of up to `persistent` elements are divided."""
+    small = {"stage3_param_persistence_threshold": persistent} if stage == 3 else {}
+    return {"stage": stage, "reduce_bucket_size": 150, **small, **more}
+
+
 def config(stage: int = 0, micro: int = 4, bf16: bool = False, **more: Any) -> dict[str, Any]:
     return {
         "train_batch_size": GLOBAL_BATCH,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 150},
+        "zero_optimization": zero(stage),
         "bf16": {"enabled": bf16},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-8}},
         "scheduler": {
@@ -91,7 +97,8 @@ def train(ds_config: dict[str, Any], steps: int = 12, model: nn.Module | None = 
         rates.append(engine.get_lr()[0])
         losses.append(engine_step(engine, step))
         norms.append(engine.get_global_grad_norm())
-    weights = {name: p.detach().double().clone() for name, p in engine.module.named_parameters()}
+    whole = engine.module_state_dict()
+    weights = {name: whole[name].detach().double().clone() for name, _ in engine.module.named_parameters()}
     return {"losses": losses, "norms": norms, "rates": rates, "weights": weights}
 
 

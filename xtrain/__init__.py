@@ -12,19 +12,23 @@ from typing import TYPE_CHECKING, Any
 from xtrain.version import __version__
 
 if TYPE_CHECKING:
-    from xtrain import checkpoint, comm
+    from xtrain import checkpoint, checkpointing, comm
+    from xtrain.aligned_draws import aligned_init
     from xtrain.api import add_config_arguments, initialize
     from xtrain.comm import init_distributed
     from xtrain.dataloader import RepeatingLoader
     from xtrain.engine import XtrainEngine
     from xtrain.engine import XtrainEngine as DeepSpeedEngine
     from xtrain.log import log_dist, logger
+    from xtrain.runtime.config import DeepSpeedConfig
 
 _EXPORTS = {
+    "aligned_init": "xtrain.aligned_draws",
     "initialize": "xtrain.api",
     "add_config_arguments": "xtrain.api",
     "init_distributed": "xtrain.comm",
     "XtrainEngine": "xtrain.engine",
+    "DeepSpeedConfig": "xtrain.runtime.config",
     "DeepSpeedEngine": "xtrain.engine",
     "RepeatingLoader": "xtrain.dataloader",
     "log_dist": "xtrain.log",
@@ -33,6 +37,7 @@ _EXPORTS = {
 _SUBMODULES = (
     "backends",
     "checkpoint",
+    "checkpointing",
     "comm",
     "config",
     "ops",
@@ -45,12 +50,15 @@ _SUBMODULES = (
 _ALIASES = {"DeepSpeedEngine": "XtrainEngine"}
 
 __all__ = [
+    "DeepSpeedConfig",
     "DeepSpeedEngine",
     "RepeatingLoader",
     "XtrainEngine",
     "__version__",
     "add_config_arguments",
+    "aligned_init",
     "checkpoint",
+    "checkpointing",
     "comm",
     "init_distributed",
     "initialize",

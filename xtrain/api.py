@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from xtrain import comm, log, managed
+from xtrain import checkpointing, comm, log, managed, random_states
 from xtrain.backends import registry
 from xtrain.config import load_config
 from xtrain.engine import XtrainEngine
@@ -90,6 +90,9 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
+    random_states.use_backend(backend)
+    if "activation_checkpointing" in checked.values.model_fields_set:
+        checkpointing.configure_from_engine(checked.values.activation_checkpointing, mpu)
     for notice in checked.notices:
         log_dist(notice, ranks=[0])
     if checked.values.dump_state:

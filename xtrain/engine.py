@@ -6,34 +6,40 @@ xtrain.checkpoint, one-time set-up in xtrain.setup.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from xtrain import comm, setup
+from xtrain import comm, garbage, setup
 from xtrain.aligned_random import AlignedRandom
 from xtrain.backends import Backend
 from xtrain.checkpoint import read, write
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
 from xtrain.dataloader import make_dataloader
-from xtrain.errors import ConfigError
+from xtrain.errors import ConfigError, TrainingError
+from xtrain.extras import Extras
 from xtrain.inquiries import Inquiries
 from xtrain.log import log_dist
 from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
-from xtrain.precision import make_loss_scale, make_policy
+from xtrain.precision import autocast_region, make_loss_scale, make_policy
 from xtrain.schedulers import build_scheduler
+from xtrain.settings import Settings
 from xtrain.utils import groups as process_groups
-from xtrain.zero.flat import FlatGroup
+from xtrain.watch import LossWatch, check_unused
+from xtrain.zero.offload import OffloadDeviceEnum, offload_states, reload_states
 from xtrain.zero.optimizer import ZeroOptimizer
+from xtrain.zero.partition import Partitioner
 from xtrain.zero.reducer import GradientReducer
+from xtrain.zero.weights import load_whole_state_dict, whole_state_dict
 
 
-class XtrainEngine(Inquiries, nn.Module):
+class XtrainEngine(Inquiries, Settings, Extras, nn.Module):
     """A model with its optimizer, schedule and data-parallel training step.
 
     Built by `xtrain.initialize`. Methods behave as DeepSpeed documents those of `DeepSpeedEngine`
@@ -65,6 +71,7 @@ class XtrainEngine(Inquiries, nn.Module):
         self.backend = backend
         self.grid = grid
         self.mpu = process_groups.mpu = mpu
+        self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
         self.batch_sizes: BatchSizes = solve_batch_sizes(
             values.train_batch_size,
             values.train_micro_batch_size_per_gpu,
@@ -74,7 +81,8 @@ class XtrainEngine(Inquiries, nn.Module):
         self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
         self._boundary_override: bool | None = None
         self._syncing = True
-        self._step_applied = False
+        self._step_applied = self._stepping = False
+        self._backwards = 0  # since the last update
 
         self.local_rank = comm.get_local_rank()
         self.global_rank = comm.get_rank()
@@ -83,16 +91,24 @@ class XtrainEngine(Inquiries, nn.Module):
         setup.check_agreement(module, config, grid)
         self.precision = make_policy(values)
         self._random = AlignedRandom(values.xtrain.seed, self._place) if values.xtrain.aligned else None
-        setup.place_module(module, self.device, self.precision.module, backend)
+        setup.place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
         self.module = module
 
-        self.flat_groups: list[FlatGroup] = []
         self.optimizer: ZeroOptimizer | None = None
         self.basic_optimizer = self._basic_optimizer(optimizer, model_parameters)
+        # Aligned mode adds micro-batches inside a rank first, for which every rank keeps whole gradients.
+        shard = values.zero_optimization.stage >= 2 and not (
+            self.precision.aligned and self.batch_sizes.accumulation > 1
+        )
+        cutter = Partitioner(module, values.zero_optimization, self.precision, backend, grid, shard)
+        self.partition = cutter.run(self.basic_optimizer)
         if self.basic_optimizer is not None:
-            self._partition(self.basic_optimizer)
-        setup.broadcast_states(module, self.flat_groups, grid)
+            self._make_zero_optimizer(self.basic_optimizer, shard)
+        setup.broadcast_states(module, self.partition, grid)
         self.lr_scheduler = self._scheduler(lr_scheduler)
+        if values.disable_python_gc:
+            garbage.hold(id(self))
+            weakref.finalize(self, garbage.release, id(self))
         self.training_dataloader = (
             None if training_data is None else self.deepspeed_io(training_data, collate_fn=collate_fn)
         )
@@ -118,14 +134,10 @@ class XtrainEngine(Inquiries, nn.Module):
         check_elementwise(built, values.zero_allow_untested_optimizer)
         return built
 
-    def _partition(self, basic_optimizer: torch.optim.Optimizer) -> None:
+    def _make_zero_optimizer(self, basic_optimizer: torch.optim.Optimizer, every_backward: bool) -> None:
         values, backend, grid = self.xtrain_config.values, self.backend, self.grid
-        zero = values.zero_optimization
-        # Aligned mode adds micro-batches inside a rank first, for which every rank keeps whole gradients.
-        shard = zero.stage >= 2 and not (self.precision.aligned and self.batch_sizes.accumulation > 1)
-        gradients = setup.flatten(self.module, basic_optimizer, zero, self.precision, backend, grid, shard)
-        self.flat_groups = [item.group for item in gradients]
-        trained = {param for group in self.flat_groups for param in group.members}
+        zero, gradients = values.zero_optimization, self.partition.gradients
+        trained = {param for group in self.partition.trained for param in group.members}
         self._untrained = [p for p in self.module.parameters() if p.requires_grad and p not in trained]
         order = {param: index for index, param in enumerate(self.module.parameters())}
         for param in trained - order.keys():
@@ -134,21 +146,31 @@ class XtrainEngine(Inquiries, nn.Module):
             gradients,
             order,
             is_boundary=lambda: self._syncing and self.is_gradient_accumulation_boundary(),
-            every_backward=shard,
+            every_backward=every_backward,
             overlap=backend.zero.overlap_comm if zero.overlap_comm is None else zero.overlap_comm,
+            gatherer=self.partition.gatherer,
         )
         self.optimizer = ZeroOptimizer(
             basic_optimizer,
             gradients,
-            make_loss_scale(values.fp16),
+            make_loss_scale(values.fp16, values.torch_autocast),
             backend,
             grid.group,
             clip=values.gradient_clipping,
             skip_non_finite=self.precision.skip_non_finite,
             round_norm=self.precision.aligned,
+            state_memory=self.partition.state_memory,
+            compute_norm=zero.compute_grad_norm,
         )
-        self.optimizer.discard = self._reducer.discard
+        self.optimizer.discard = self._discard
         self.optimizer.reducer = self._reducer
+        limit = None if self.optimizer.loss_scaler.dynamic else values.xtrain.max_skipped_steps
+        self._watch = LossWatch(grid, limit or None)
+
+    def _discard(self) -> None:
+        self._reducer.discard()
+        self._watch.clear()
+        self._backwards = 0
 
     def _scheduler(self, given: Any) -> Any:
         if callable(given) and not hasattr(given, "step"):
@@ -187,9 +209,8 @@ class XtrainEngine(Inquiries, nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        if self._random is None or not self.module.training:
-            return self.module(*inputs, **kwargs)
-        with self._random:
+        aligned = self._random if self._random is not None and self.module.training else nullcontext()
+        with aligned, autocast_region(self.xtrain_config.values.torch_autocast, self.device.type):
             return self.module(*inputs, **kwargs)
 
     def _place(self) -> tuple[int, int]:
@@ -217,11 +238,12 @@ class XtrainEngine(Inquiries, nn.Module):
             raise ConfigError(
                 f"backward() takes a scalar loss, got shape {tuple(loss.shape)}: average it first"
             )
-        if scale_wrt_gas and self.batch_sizes.accumulation > 1:
-            loss = loss / self.batch_sizes.accumulation
+        self._backwards += 1
+        divided = loss / self.batch_sizes.accumulation if scale_wrt_gas else loss
+        scaled = self.scale(divided)
         with self._reducer.backward():
-            self.scale(loss).backward(retain_graph=retain_graph)
-        return loss
+            scaled.backward(self._watch.seed(loss, scaled), retain_graph=retain_graph)
+        return divided
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale, for scripts that call `.backward()` themselves.
@@ -241,21 +263,33 @@ class XtrainEngine(Inquiries, nn.Module):
             raise ConfigError(
                 "step() was called, but no gradient has arrived since the last one: call backward(loss)"
             )
-        self._reducer.close_micro_batch()
         self._step_applied = False
-        if self.is_gradient_accumulation_boundary():
-            self._update(lr_kwargs or {})
+        self._stepping = True
+        try:
+            self._reducer.close_micro_batch()
+            boundary = self.is_gradient_accumulation_boundary()
+            if boundary:
+                self._update(lr_kwargs or {})
+        finally:
+            self._stepping = False
         self.micro_steps += 1
+        if boundary:
+            overflow, norm = self.optimizer.overflow, self.optimizer.grad_norm
+            self._watch.after_step(self.global_steps, overflow, self.precision.skip_non_finite, norm)
 
     def _update(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.optimizer is not None
         unused = self._reducer.finish_window()
-        if unused and not self.xtrain_config.values.zero_optimization.ignore_unused_parameters:
-            raise ConfigError(
-                f"parameter {unused[0]!r} got no gradient on rank {self.global_rank}: "
-                "use it in the loss, freeze it, or set zero_optimization.ignore_unused_parameters to true"
-            )
-        self.optimizer.step()
+        if not self.xtrain_config.values.zero_optimization.ignore_unused_parameters:
+            check_unused(unused, self.grid, self.device)
+        if self.partition.offloaded:
+            raise ConfigError("step() was called while states are offloaded: call reload_states() before it")
+        if self.partition.gatherer is not None:
+            self.partition.gatherer.check_idle()
+        try:
+            self.optimizer.step()
+        except TrainingError as error:
+            raise TrainingError(f"step {self.global_steps + 1}: {error}; {self._watch.describe()}") from None
         for param in self._untrained:
             param.grad = None
         self._step_applied = not self.optimizer.overflow
@@ -265,15 +299,22 @@ class XtrainEngine(Inquiries, nn.Module):
         else:
             self.skipped_steps += 1
             log_dist(
-                f"step {self.global_steps + 1}: gradient norm is not finite, step skipped; "
+                f"step {self.global_steps + 1}: gradients are not finite, step skipped; "
                 f"loss scale is {self.loss_scale():g}",
                 ranks=[0],
             )
         self.global_steps += 1
-        self.global_samples += self.batch_sizes.train
+        self.global_samples += self._samples_of_step()
+        self._backwards = 0
         every = self.xtrain_config.values.steps_per_print
         if every and self.global_steps % every == 0:
             log_dist(f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}", ranks=[0])
+
+    def _samples_of_step(self) -> int:
+        """Samples of the step over all ranks; without managed accumulation, backwards are counted."""
+        if self.managed_gradient_accumulation():
+            return self.batch_sizes.train
+        return self.batch_sizes.micro * self.grid.size * self._backwards
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -293,10 +334,17 @@ class XtrainEngine(Inquiries, nn.Module):
         """Whether the current micro-batch is the last before an update."""
         if self._boundary_override is not None:
             return self._boundary_override
+        if not self.managed_gradient_accumulation():
+            return self._stepping
         return (self.micro_steps + 1) % self.batch_sizes.accumulation == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide by hand where updates happen; None returns to counting."""
+        if not self.managed_gradient_accumulation():
+            raise ConfigError(
+                "set_gradient_accumulation_boundary() was called, but managed_gradient_accumulation is false in the "
+                "config: every step() is a boundary"
+            )
         self._boundary_override = is_boundary
 
     def was_step_applied(self) -> bool:
@@ -328,17 +376,13 @@ class XtrainEngine(Inquiries, nn.Module):
     # ---------------------------------------------------------------- weights and checkpoints
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """The module's state dictionary, whole on every rank."""
-        state = self.module.state_dict()
-        if exclude_frozen_parameters:
-            frozen = {name for name, param in self.module.named_parameters() if not param.requires_grad}
-            state = {name: value for name, value in state.items() if name not in frozen}
-        return state
+        """The module's state dictionary, whole on every rank; in stage 3 every rank must call it."""
+        return whole_state_dict(self.module, exclude_frozen=exclude_frozen_parameters)
 
     def load_module_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load the module's weights; the masters follow."""
-        self.module.load_state_dict(state_dict, strict=strict)
-        for group in self.flat_groups:
+        load_whole_state_dict(self.module, state_dict, strict)
+        for group in self.partition.trained:
             group.refresh_masters()
 
     def save_checkpoint(
@@ -394,7 +438,37 @@ class XtrainEngine(Inquiries, nn.Module):
             custom_load_fn=custom_load_fn,
         )
 
+    def offload_states(
+        self,
+        include: Collection[Any] | None = None,
+        device: str = OffloadDeviceEnum.cpu,
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Move training states off the device until `reload_states`, as when another model needs the memory.
+
+        Args:
+            include: kinds of states (`OffloadStateTypeEnum` or their names); None: all.
+            device: "cpu"; or "nvme", which is the disk of `offload_optimizer.nvme_path`.
+            pin_memory: page-locked host memory, where the backend has it.
+            non_blocking: accepted; the call returns when the states are there.
+        """
+        if self.optimizer is None:
+            raise ConfigError("offload_states() needs an optimizer: without one there are only parameters")
+        offload_states(self.partition, self.optimizer, self.backend, include, device, pin_memory)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Undo `offload_states`."""
+        if self.optimizer is not None:
+            reload_states(self.partition, self.optimizer, self.device)
+
     def destroy(self) -> None:
-        """Detach from the parameters, so that they can be given to another engine."""
+        """Detach from the parameters, so that they can be given to another engine.
+
+        In stage 3 they stay divided until then; `zero.GatheredParameters` makes them whole.
+        """
+        garbage.release(id(self))
         if self.optimizer is not None:
             self._reducer.detach()
+        if self.partition.gatherer is not None:
+            self.partition.gatherer.detach()

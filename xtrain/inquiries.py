@@ -1,15 +1,18 @@
-"""What a script asks its engine: settings, counters and rates, under DeepSpeedEngine's method names.
+"""What a script asks its engine about its state: counters, rates, norms, ranks, under DeepSpeedEngine's names.
 
-A mixin of XtrainEngine, kept apart so that engine.py shows the training step alone. Nothing here
-changes the engine, except `set_train_batch_size`.
+A mixin of XtrainEngine, kept apart so that engine.py shows the training step alone. Nothing here changes
+the engine. Configuration keys are in settings.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
-from xtrain.errors import ConfigError
+import torch.distributed as dist
+from torch import nn
+
+from xtrain import comm
+from xtrain.config import BatchSizes, XtrainConfig
 from xtrain.parallel import DataParallelGrid
 from xtrain.zero.optimizer import ZeroOptimizer
 
@@ -21,7 +24,12 @@ class Inquiries:
     batch_sizes: BatchSizes
     grid: DataParallelGrid
     optimizer: ZeroOptimizer | None
-    micro_steps: int
+    basic_optimizer: Any
+    client_optimizer: Any
+    module: nn.Module
+    mpu: Any
+
+    # Batches
 
     def train_batch_size(self) -> int:
         """Samples per optimizer step over all ranks."""
@@ -39,24 +47,35 @@ class Inquiries:
         """(train batch size, micro-batch size, accumulation steps)."""
         return self.batch_sizes.train, self.batch_sizes.micro, self.batch_sizes.accumulation
 
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the global batch by changing the number of accumulation steps."""
-        if self.micro_steps % self.batch_sizes.accumulation:
-            raise ConfigError("set_train_batch_size() was called in the middle of an accumulation window")
-        self.batch_sizes = solve_batch_sizes(train_batch_size, self.batch_sizes.micro, None, self.grid.size)
-        self.micro_steps = 0
+    # Optimizer
+
+    def _option(self, name: str, default: Any = 0.0) -> list[Any]:
+        groups = self.optimizer.param_groups if self.optimizer else []
+        return [group.get(name, default) for group in groups]
 
     def get_lr(self) -> list[float]:
         """Learning rate of each parameter group."""
-        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+        return self._option("lr")
+
+    def get_mom(self) -> list[Any]:
+        """Momentum of each parameter group: a number for SGD and RMSprop, else the betas."""
+        return self._option("momentum" if self.optimizer_name() in ("SGD", "RMSprop") else "betas")
+
+    def get_type(self) -> list[Any]:
+        """The entry `type` of each parameter group; 0.0 where there is none, as in DeepSpeed."""
+        return self._option("type")
+
+    def optimizer_name(self) -> str | None:
+        """Type of the optimizer: the config's name for it, or the class of the script's own."""
+        section = self.xtrain_config.values.optimizer
+        if self.client_optimizer is None:
+            return None if section is None else section.reported_type
+        return type(self.basic_optimizer).__name__
 
     def get_global_grad_norm(self) -> float | None:
-        """2-norm of the averaged gradients of the last update, before clipping; None before the first."""
+        """2-norm of the averaged gradients of the last update, before clipping; None before the first, and
+        when `zero_optimization.compute_grad_norm` is false."""
         return self.optimizer.grad_norm if self.optimizer else None
-
-    def gradient_clipping(self) -> float:
-        """Largest gradient norm; 0 for none."""
-        return self.xtrain_config.values.gradient_clipping
 
     def loss_scale(self) -> float:
         """Factor on the loss of the next backward; 1 for fp32 and bf16."""
@@ -66,21 +85,7 @@ class Inquiries:
         """Whether the loss scale adapts."""
         return self.optimizer is not None and self.optimizer.loss_scaler.dynamic
 
-    def zero_optimization_stage(self) -> int:
-        """ZeRO stage."""
-        return self.xtrain_config.values.zero_optimization.stage
-
-    def zero_optimization(self) -> bool:
-        """Whether any state is partitioned."""
-        return self.zero_optimization_stage() > 0
-
-    def bfloat16_enabled(self) -> bool:
-        """Whether parameters are bfloat16 with float32 masters."""
-        return self.xtrain_config.values.bf16.enabled
-
-    def fp16_enabled(self) -> bool:
-        """Whether parameters are float16 with float32 masters."""
-        return self.xtrain_config.values.fp16.enabled
+    # Ranks
 
     @property
     def dp_world_size(self) -> int:
@@ -88,6 +93,51 @@ class Inquiries:
         return self.grid.size
 
     @property
+    def mp_world_size(self) -> int:
+        """Model-parallel ranks; more than one are refused at initialisation."""
+        return 1
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup | None:
+        """The data-parallel process group."""
+        return self.grid.group or comm.get_world_group()
+
+    def get_data_parallel_rank(self) -> int:
+        """Number of this process among the data-parallel ranks."""
+        return self.grid.rank
+
+    def get_model_parallel_rank(self) -> int:
+        """Number of this process among the model-parallel ranks, of which there is one."""
+        return 0
+
+    get_tensor_parallel_rank = get_model_parallel_rank
+
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup | None:
+        """None: sequences are not divided."""
+        return None
+
+    # The rest
+
+    @property
+    def param_names(self) -> dict[nn.Parameter, str]:
+        """Name of each of the module's parameters."""
+        return {param: name for name, param in self.module.named_parameters()}
+
+    @property
     def config(self) -> dict[str, Any]:
         """The configuration as the user wrote it."""
         return self.xtrain_config.raw
+
+    @property
+    def has_moe_layers(self) -> bool:
+        """Always False: expert parallelism is not there yet."""
+        return False
+
+    @property
+    def pipeline_parallelism(self) -> bool:
+        """Always False: pipelines are not there yet."""
+        return False
+
+    def random_ltd_enabled(self) -> bool:
+        """Always False: random layer-token dropping is not there yet."""
+        return False

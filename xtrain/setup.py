@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,12 +13,11 @@ from torch import nn
 from xtrain import comm
 from xtrain.backends import Backend
 from xtrain.config import XtrainConfig
-from xtrain.config.schema import ZeroConfig
 from xtrain.errors import ConfigError
 from xtrain.parallel import DataParallelGrid
-from xtrain.precision import PrecisionPolicy
-from xtrain.zero.flat import FlatGroup, FlatOptions
-from xtrain.zero.gradients import Gradients, ShardedGradients, WholeGradients
+from xtrain.zero.home import full_shape, home_of
+from xtrain.zero.partition import Partition
+from xtrain.zero.shards import ShardedGroup
 
 
 def as_param_groups(parameters: Iterable[Any] | None, module: nn.Module) -> list[dict[str, Any]]:
@@ -46,19 +44,30 @@ def as_param_groups(parameters: Iterable[Any] | None, module: nn.Module) -> list
 
 
 def place_module(
-    module: nn.Module, device: torch.device, dtype: torch.dtype | None, backend: Backend
+    module: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    backend: Backend,
+    buffer_dtype: torch.dtype | None = None,
 ) -> None:
-    """Move the module to the device; cast floating parameters, and not buffers, when `dtype` is given.
+    """Move the module to the device; cast floating parameters to `dtype` and buffers to `buffer_dtype`.
 
-    Buffers such as running statistics and rotary frequencies keep their precision, as in DeepSpeed.
+    None leaves them: buffers such as running statistics and rotary frequencies keep their precision unless the
+    config says otherwise, as in DeepSpeed.
 
     Raises:
         ConfigError: a parameter has a dtype that the backend does not compute in.
     """
     module.to(device=device)
     for param in module.parameters():
-        if dtype is not None and param.is_floating_point():
-            param.data = param.data.to(dtype)
+        if dtype is not None and param.is_floating_point() and param.dtype != dtype:
+            if (home := home_of(param)) is not None and not param.numel():
+                home.cast(dtype)
+            else:
+                param.data = param.data.to(dtype)
+    for buffer in module.buffers():
+        if buffer_dtype is not None and buffer.is_floating_point():
+            buffer.data = buffer.data.to(buffer_dtype)
     for name, param in module.named_parameters():
         real = param.is_floating_point() or param.is_complex()
         if real and param.dtype not in backend.precision.native_dtypes:
@@ -71,7 +80,7 @@ def place_module(
 
 def _describe_parameters(module: nn.Module) -> list[str]:
     return [
-        f"{name} {tuple(param.shape)} {str(param.dtype).removeprefix('torch.')}"
+        f"{name} {tuple(full_shape(param))} {str(param.dtype).removeprefix('torch.')}"
         f"{'' if param.requires_grad else ' frozen'}"
         for name, param in module.named_parameters()
     ]
@@ -106,54 +115,6 @@ def check_agreement(module: nn.Module, config: XtrainConfig, grid: DataParallelG
     raise ConfigError(f"rank 0 has {len(ours)} parameters and rank {other} has {len(theirs)}")
 
 
-def _by_dtype(
-    param_group: dict[str, Any], index: int, names: dict[nn.Parameter, str]
-) -> dict[torch.dtype, list[tuple[str, nn.Parameter]]]:
-    """The group's trainable parameters with their names, in the order in which gradients arrive.
-
-    That is the reverse of registration; parameters unknown to the module come first.
-    """
-    order = {param: position for position, param in enumerate(names)}
-    result: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = defaultdict(list)
-    numbered = sorted(enumerate(param_group["params"]), key=lambda item: -order.get(item[1], len(order)))
-    for position, param in numbered:
-        if param.requires_grad:
-            name = names.get(param, f"param_groups.{index}.{position}")
-            result[param.dtype].append((name, param))
-    return result
-
-
-def flatten(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    zero: ZeroConfig,
-    precision: PrecisionPolicy,
-    backend: Backend,
-    grid: DataParallelGrid,
-    shard_gradients: bool,
-) -> list[Gradients]:
-    """Move the optimizer's parameters into flat groups, one per parameter group and dtype."""
-    names = {param: name for name, param in module.named_parameters()}
-    kind = ShardedGradients if shard_gradients else WholeGradients
-    predivide = precision.predivide if precision.predivide is not None else float(grid.size)
-    gradients: list[Gradients] = []
-    for index, param_group in enumerate(optimizer.param_groups):
-        for dtype, members in _by_dtype(param_group, index, names).items():
-            accumulation = precision.accumulation_of(dtype)
-            default_size = backend.zero.reduce_bucket_bytes // accumulation.itemsize
-            options = FlatOptions(
-                partitions=grid.size if zero.stage >= 1 else 1,
-                partition=grid.rank if zero.stage >= 1 else 0,
-                bucket_size=zero.reduce_bucket_size or default_size,
-                align=max(1, backend.zero.alignment_bytes // min(dtype.itemsize, accumulation.itemsize)),
-            )
-            group = FlatGroup(members, index, options)
-            gradients.append(
-                kind(group, accumulation, grid.group, precision.communication, predivide, precision.aligned)
-            )
-    return gradients
-
-
 def _broadcast(tensor: torch.Tensor, grid: DataParallelGrid) -> None:
     """Copy a dense tensor of any dtype from the first data-parallel rank, as bytes."""
     if tensor.numel():
@@ -163,12 +124,16 @@ def _broadcast(tensor: torch.Tensor, grid: DataParallelGrid) -> None:
 
 
 @torch.no_grad()
-def broadcast_states(module: nn.Module, groups: list[FlatGroup], grid: DataParallelGrid) -> None:
-    """Give every rank the parameters and buffers of the first data-parallel rank."""
+def broadcast_states(module: nn.Module, partition: Partition, grid: DataParallelGrid) -> None:
+    """Give every rank the parameters and buffers of the first data-parallel rank.
+
+    Divided parameters are not concerned: they are cut from the first rank's values.
+    """
+    whole = [group for group in partition.trained if not isinstance(group, ShardedGroup)]
     if grid.size > 1:
-        flat = {param for group in groups for param in group.members}
-        loose = [param.data for param in module.parameters() if param not in flat]
-        for tensor in [*(group.params for group in groups), *loose, *module.buffers()]:
+        known = {param for group in (*partition.trained, *partition.frozen) for param in group.members}
+        loose = [param.data for param in module.parameters() if param not in known]
+        for tensor in [*(group.params for group in whole), *loose, *module.buffers()]:
             _broadcast(tensor, grid)
-    for group in groups:
+    for group in whole:
         group.refresh_masters()

@@ -17,6 +17,7 @@ from torch import nn
 
 import xtrain
 from tests import training
+from tests.zero.test_stage3 import Model, engine_of, ids_of
 from xtrain.checkpoint import find_tag, is_checkpoint, layout, write
 from xtrain.errors import CheckpointError
 
@@ -38,8 +39,9 @@ def _save(folder: str, stage: int, micro: int, bf16: bool) -> list[float]:
 
 def _resume(folder: str, stage: int, micro: int, bf16: bool) -> tuple[list[float], Any, int, list[float]]:
     engine = _engine(stage, micro, bf16)
-    for param in engine.module.parameters():
-        param.data.zero_()
+    with xtrain.zero.GatheredParameters(engine.module, modifier_rank=0):
+        for param in engine.module.parameters():
+            param.data.zero_()
     path, client = engine.load_checkpoint(folder)
     assert path == str(Path(folder) / "global_step4")
     rates = engine.get_lr()
@@ -48,7 +50,7 @@ def _resume(folder: str, stage: int, micro: int, bf16: bool) -> tuple[list[float
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_resumed_equals_uninterrupted_to_the_bit(ranks: Any, tmp_path: Path, bf16: bool) -> None:
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         folder = str(tmp_path / str(stage))
         uninterrupted = ranks(2, _save, folder, stage, 4, bf16)[0]
         resumed, client, samples, _ = ranks(2, _resume, folder, stage, 4, bf16)[0]
@@ -70,6 +72,11 @@ def test_resumed_equals_uninterrupted_to_the_bit(ranks: Any, tmp_path: Path, bf1
         ((4, 0), (1, 1)),
         ((2, 2), (4, 1)),
         ((4, 1), (2, 2)),
+        ((2, 3), (4, 3)),
+        ((4, 3), (1, 3)),
+        ((2, 3), (2, 0)),
+        ((4, 1), (2, 3)),
+        ((1, 0), (4, 3)),
     ],
 )
 def test_any_number_of_ranks_and_stage(
@@ -348,3 +355,63 @@ def test_random_states_continue(ranks: Any, tmp_path: Path) -> None:
     uninterrupted = ranks(2, _dropout, str(tmp_path), True)[0]
     assert ranks(2, _dropout, str(tmp_path), False)[0] == uninterrupted
     shutil.rmtree(tmp_path / "global_step1")
+
+
+def _odd_engine(stage: int) -> Any:
+    """Tied, frozen, unused and root-owned parameters; all divided in stage 3."""
+    return engine_of(Model("tied"), stage, bf16={"enabled": True}), engine_of(Model("frozen"), stage)
+
+
+def _save_odd(folder: str, stage: int) -> list[dict[str, torch.Tensor]]:
+    states = []
+    for name, engine in zip(("tied", "frozen"), _odd_engine(stage), strict=True):
+        for step in range(2):
+            engine.backward(engine(ids_of(0, step)))
+            engine.step()
+        engine.save_checkpoint(f"{folder}/{name}", exclude_frozen_parameters=name == "frozen")
+        states.append({name: value.clone() for name, value in engine.module_state_dict().items()})
+    return states
+
+
+def _load_odd(folder: str, stage: int, weights_only: bool) -> list[dict[str, torch.Tensor]]:
+    states = []
+    for name, engine in zip(("tied", "frozen"), _odd_engine(stage), strict=True):
+        engine.load_checkpoint(
+            f"{folder}/{name}", load_module_strict=name == "tied", load_module_only=weights_only
+        )
+        states.append({name: value.clone() for name, value in engine.module_state_dict().items()})
+        engine.backward(engine(ids_of(0, 5)))
+        engine.step()
+    return states
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 3), (2, 3)), ((2, 3), (1, 1)), ((2, 2), (4, 3))])
+def test_tied_and_frozen_weights_in_stage_3(
+    ranks: Any, tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    saved = ranks(before[0], _save_odd, str(tmp_path), before[1])[0]
+    for weights_only in (False, True):
+        loaded = ranks(after[0], _load_odd, str(tmp_path), after[1], weights_only)[-1]
+        for old, new in zip(saved, loaded, strict=True):
+            assert old.keys() == new.keys()
+            assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def _state_dicts() -> bool:
+    """load_module_state_dict of whole tensors in stage 3, strict and not."""
+    engine = engine_of(Model("tied"))
+    state = {name: torch.full_like(value, 0.5) for name, value in engine.module_state_dict().items()}
+    engine.load_module_state_dict(state)
+    assert all(bool((value == 0.5).all()) for value in engine.module_state_dict().values())
+    del state["embed.weight"], state["head.weight"]
+    with pytest.raises(RuntimeError, match=r"embed\.weight"):
+        engine.load_module_state_dict(state)
+    engine.load_module_state_dict(state, strict=False)
+    state["embed.weight"] = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match=r"size mismatch for embed\.weight"):
+        engine.load_module_state_dict(state, strict=False)
+    return True
+
+
+def test_state_dicts_in_stage_3(ranks: Any) -> None:
+    assert all(ranks(2, _state_dicts))

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+import xtrain
+from tests import training
 from xtrain import comm
 from xtrain.errors import BackendError, ConfigError, NotImplementedYetError
 
@@ -129,3 +132,75 @@ def test_an_unknown_library_is_an_error_with_rank_and_address(monkeypatch: pytes
     monkeypatch.setenv("MASTER_PORT", "29999")
     with pytest.raises(BackendError, match=r"rank 0 of 1 could not start nonsense at 127.0.0.1:29999"):
         comm.init_distributed("nonsense")
+
+
+def _slices(dtype: torch.dtype, elements: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    n, rank = comm.get_world_size(), comm.get_rank()
+    values = torch.randn(n, n, elements, generator=torch.Generator().manual_seed(1)).to(dtype)
+    comm.ledger.reset()
+    total = comm.SliceSum(values[rank].flatten().clone(), None).wait().clone()
+    whole = torch.zeros(n * elements, dtype=dtype)
+    comm.SliceGather(whole, values[rank, 0].clone(), None).wait()
+    in_place = torch.zeros(n * elements, dtype=dtype)
+    in_place[rank * elements :][:elements] = values[rank, 0]
+    comm.SliceGather(in_place, in_place[rank * elements :][:elements], None).wait()
+    assert torch.equal(whole, values[:, 0].flatten())
+    assert torch.equal(in_place, whole)
+    return total, values[:, rank].double().sum(0), float(comm.ledger.sent_bytes())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [0, 1, 1000])
+def test_sums_and_gathers_of_slices(ranks: Any, dtype: torch.dtype, elements: int) -> None:
+    for n in (1, 2, 3, 4):
+        for total, expected, sent in ranks(n, _slices, dtype, elements):
+            tolerance = 1e-6 if dtype == torch.float32 else 3e-2
+            torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance)
+            assert sent == 3 * (n - 1) * elements * dtype.itemsize
+
+
+class _Counted:
+    """Counts what torch.distributed's functions are given to send, below the facade."""
+
+    def __init__(self) -> None:
+        self.sent = 0.0
+        n = dist.get_world_size()
+        self._factors = {"isend": 1.0, "all_reduce": 2 * (n - 1) / n}
+        others = ("send", "broadcast", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+        self._originals = {name: getattr(dist, name) for name in (*self._factors, *others)}
+
+    def __enter__(self) -> _Counted:
+        for name, original in self._originals.items():
+
+            def counted(
+                tensor: Any, *args: Any, name: str = name, original: Any = original, **more: Any
+            ) -> Any:
+                assert name in self._factors, f"{name} is not expected in a step"
+                self.sent += self._factors[name] * tensor.nbytes
+                return original(tensor, *args, **more)
+
+            setattr(dist, name, counted)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+
+def _counted_step(stage: int) -> tuple[float, float, int]:
+    settings = training.config(stage, 8, zero_optimization=training.zero(stage, 0))
+    model = training.build_model()
+    engine, _, _, _ = xtrain.initialize(model=model, model_parameters=model.parameters(), config=settings)
+    training.engine_step(engine, 0)
+    comm.ledger.reset()
+    with _Counted() as counted:
+        training.engine_step(engine, 1)
+    return counted.sent, float(comm.ledger.sent_bytes()), sum(g.layout.total for g in engine.optimizer.groups)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_ledger_against_a_count_below_it(ranks: Any, stage: int) -> None:
+    for sent, ledger, elements in ranks(2, _counted_step, stage):
+        assert sent == ledger
+        small = 8 if stage == 0 else 16  # the test's loss and the norm, one float64 each
+        assert sent - small == (3 if stage == 3 else 2) * elements * 4 / 2

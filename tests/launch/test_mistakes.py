@@ -37,7 +37,7 @@ def _launch(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> t
             ["+deepspeed.zero_optimization.overlap=true"],
             "unknown key 'overlap' in section 'zero_optimization'",
         ),
-        (["deepspeed.zero_optimization.stage=3"], "'zero_optimization.stage' = 3 is not there yet"),
+        (["deepspeed.zero_optimization.stage=4"], "'zero_optimization.stage' is 4"),
         (["+deepspeed.autotuning.enabled=true"], "'autotuning' is not there yet"),
         (["script=/no/script.py"], "script=/no/script.py does not exist"),
         (["resume=/no/run"], "there is no complete checkpoint in this folder"),

@@ -62,9 +62,9 @@ class Recorder:
 
         @wraps(step)
         def recorded_step(*args: Any, **kwargs: Any) -> Any:
-            boundary, lr = engine.is_gradient_accumulation_boundary(), list(engine.get_lr())
+            before, lr = engine.global_steps, list(engine.get_lr())
             result = step(*args, **kwargs)
-            if boundary:
+            if engine.global_steps != before:
                 self._write_step(engine, lr)
                 if after_step is not None:
                     after_step(engine)

@@ -3,8 +3,8 @@
 A checkpoint is the directory `save_dir/tag`:
 
 - `model.safetensors`: the module's weights and buffers by name, in their training dtype;
-- `optimizer-{r}-of-{n}.safetensors`: what rank r owned: runs of master weights and optimizer states,
-  named `kind|parameter|start`, one-dimensional;
+- `optimizer-{r}-of-{n}.safetensors`: what rank r owned: runs of master weights and optimizer states (in
+  ZeRO stage 3 of weights, too), named `kind|parameter|start`, one-dimensional;
 - `state.pt`: counters, schedule, scalar optimizer state and the script's client state;
 - `rng-{r}-of-{n}.pt`: the rank's random-number states;
 - `manifest.json`: written last; sizes and SHA-256 of all files, and which file holds which run.

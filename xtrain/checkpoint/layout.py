@@ -15,6 +15,9 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 MODEL = "model.safetensors"
 STATE = "state.pt"
+MASTER, WEIGHT = "master", "weight"
+"""Kinds of runs beside the optimizer's states. A parameter of stage 3 is not in MODEL but here: as weight,
+or as master alone where that has its dtype."""
 
 
 def optimizer_file(rank: int, ranks: int) -> str:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from xtrain.agree import together
 from xtrain.checkpoint import layout
 from xtrain.checkpoint.safe import safe_load
-from xtrain.errors import CheckpointError
+from xtrain.errors import CheckpointError, NotImplementedYetError
 from xtrain.log import log_dist, logger
 from xtrain.zero.flat import FlatGroup
+from xtrain.zero.home import full_shape, home_of
+from xtrain.zero.shards import ShardedGroup
+from xtrain.zero.weights import divided_parameters
 
 if TYPE_CHECKING:
     from xtrain.engine import XtrainEngine
@@ -32,39 +34,12 @@ def _read_torch(directory: Path, manifest: dict[str, Any], name: str) -> Any:
 def _check_shapes(engine: XtrainEngine, manifest: dict[str, Any], directory: Path) -> None:
     saved = manifest["parameters"]
     for name, param in engine.module.named_parameters():
-        if name in saved and saved[name]["shape"] != list(param.shape):
+        shape = list(full_shape(param))
+        if name in saved and saved[name]["shape"] != shape:
             raise CheckpointError(
                 f"checkpoint {directory}: parameter {name!r} has shape {saved[name]['shape']}, "
-                f"the model's has {list(param.shape)}"
+                f"the model's has {shape}"
             )
-
-
-def _load_module(
-    engine: XtrainEngine,
-    directory: Path,
-    manifest: dict[str, Any],
-    extra: dict[str, Any],
-    strict: bool,
-    custom: Callable[..., None] | None,
-) -> None:
-    """Load weights, buffers, and `extra`: entries of the state dictionary that are not tensors."""
-    tensors: dict[str, Any] = {**load_file(layout.verified(directory, manifest, layout.MODEL)), **extra}
-    if custom is not None:
-        custom(src=tensors, dst=engine.module)
-        return
-    missing, unexpected = engine.module.load_state_dict(tensors, strict=False)
-    # A tied weight is stored under one of its names: it is missing only if none of them was stored.
-    state = {n: t for n, t in engine.module.state_dict(keep_vars=True).items() if torch.is_tensor(t)}
-    loaded = {state[name].data_ptr() for name in state if name in tensors}
-    missing = [name for name in missing if name not in state or state[name].data_ptr() not in loaded]
-    if strict and (missing or unexpected):
-        parts = [f"lacks {missing[0]!r}"] if missing else []
-        parts += [f"has {unexpected[0]!r}, which the model lacks"] if unexpected else []
-        count = len(missing) + len(unexpected)
-        more = f" ({count} names differ in all)" if count > 1 else ""
-        raise CheckpointError(
-            f"checkpoint {directory} {' and '.join(parts)}{more}: load_module_strict=False ignores it"
-        )
 
 
 class _Runs:
@@ -104,6 +79,84 @@ class _Runs:
             )
 
 
+class _Weights:
+    """The weights of a checkpoint by name: whole in one file, or in runs (ZeRO stage 3)."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self._runs = _Runs(directory, manifest)
+        self._file = safe_open(str(layout.verified(directory, manifest, layout.MODEL)), framework="pt")
+        self._whole = set(self._file.keys())
+        self._shapes = {name: entry["shape"] for name, entry in manifest["parameters"].items()}
+        self._dtypes = {name: entry["dtype"] for name, entry in manifest["parameters"].items()}
+        self.names = self._whole | {name for name in manifest["runs"] if self._kind(name) is not None}
+
+    def _kind(self, name: str) -> str | None:
+        kinds = self._runs.kinds(name)
+        return next((kind for kind in (layout.WEIGHT, layout.MASTER) if kind in kinds), None)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A whole tensor, in its shape."""
+        if name in self._whole:
+            return self._file.get_tensor(name)
+        shape = torch.Size(self._shapes[name])
+        data = torch.empty(shape.numel(), dtype=getattr(torch, self._dtypes[name]))
+        kind = self._kind(name)
+        assert kind is not None
+        self._runs.fill(data, kind, name, 0)
+        return data.view(shape)
+
+    def load_piece(self, name: str, group: ShardedGroup, member: int) -> None:
+        """Set what this rank owns of a divided parameter."""
+        if name in self._whole:
+            group.store(member, self._file.get_tensor(name).to(group.device))
+        elif (found := group.piece_of(member)) is not None:
+            piece, _, _ = found
+            kind = self._kind(name)
+            assert kind is not None
+            mine = torch.empty(piece.stop - piece.start, dtype=group.dtype)
+            self._runs.fill(mine, kind, name, piece.start)
+            group.shard[piece.shard_start : piece.shard_start + mine.numel()].copy_(mine)
+
+
+def _load_module(
+    engine: XtrainEngine,
+    directory: Path,
+    manifest: dict[str, Any],
+    extra: dict[str, Any],
+    strict: bool,
+    custom: Callable[..., None] | None,
+) -> None:
+    """Load weights, buffers, and `extra`: entries of the state dictionary that are not tensors."""
+    weights, divided = _Weights(directory, manifest), divided_parameters(engine.module)
+    if custom is not None:
+        if divided:
+            raise NotImplementedYetError("custom_load_fn in ZeRO stage 3", "load in stage 2, or by name")
+        custom(src={**{name: weights.whole(name) for name in weights.names}, **extra}, dst=engine.module)
+        return
+    for name in weights.names & divided.keys():
+        weights.load_piece(name, divided[name].group, divided[name].member)
+    tensors: dict[str, Any] = {name: weights.whole(name) for name in weights.names - divided.keys()}
+    tensors.update(extra)
+    missing, unexpected = engine.module.load_state_dict(tensors, strict=False)
+    # A tied weight is stored under one of its names: it is missing only if none of them was stored.
+    state = {n: t for n, t in engine.module.state_dict(keep_vars=True).items() if torch.is_tensor(t)}
+    loaded = {_identity(state[name]) for name in state if name in weights.names}
+    missing = [name for name in missing if name not in state or _identity(state[name]) not in loaded]
+    if strict and (missing or unexpected):
+        parts = [f"lacks {missing[0]!r}"] if missing else []
+        parts += [f"has {unexpected[0]!r}, which the model lacks"] if unexpected else []
+        count = len(missing) + len(unexpected)
+        more = f" ({count} names differ in all)" if count > 1 else ""
+        raise CheckpointError(
+            f"checkpoint {directory} {' and '.join(parts)}{more}: load_module_strict=False ignores it"
+        )
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    """The same number for tensors that share their data, divided ones included."""
+    return id(tensor) if home_of(tensor) is not None else tensor.data_ptr()
+
+
 def _split(shard: torch.Tensor, group: FlatGroup) -> list[torch.Tensor]:
     return list(torch.split(shard, [master.numel() for master in group.masters]))
 
@@ -113,6 +166,7 @@ def _load_group(
 ) -> None:
     """Restore the masters and the optimizer states of what this rank owns now."""
     kinds = dict.fromkeys(kind for name in group.names for kind in runs.kinds(name))
+    kinds.pop(layout.WEIGHT, None)
     elements = sum(master.numel() for master in group.masters)
     for kind in kinds:
         shard = torch.zeros(elements, dtype=group.masters[0].dtype)  # padding stays zero
@@ -125,7 +179,7 @@ def _load_group(
                 piece.start,
             )
         for master, values in zip(group.masters, _split(shard, group), strict=True):
-            if kind == "master":
+            if kind == layout.MASTER:
                 master.data.copy_(values)
             else:
                 optimizer.state[master][kind] = values.to(master.device, copy=True)
@@ -212,7 +266,7 @@ def load(
         _check_shapes(engine, manifest, directory)
         state.update(_read_torch(directory, manifest, layout.STATE))
         _load_module(engine, directory, manifest, state.get("module_extra", {}), strict, custom_load_fn)
-        for group in engine.flat_groups:
+        for group in engine.partition.trained:
             group.refresh_masters()
         if engine.optimizer is not None and optimizer_states:
             _load_optimizer(engine, directory, manifest, state)

@@ -20,23 +20,37 @@ from xtrain.files import sha256, sync_directory, write_text
 from xtrain.log import log_dist
 from xtrain.version import __version__
 from xtrain.zero.flat import FlatGroup
+from xtrain.zero.home import full_shape
+from xtrain.zero.weights import divided_parameters
 
 if TYPE_CHECKING:
     from xtrain.engine import XtrainEngine
 
 
-def _owned_states(engine: XtrainEngine) -> tuple[dict[str, torch.Tensor], dict[str, list[list[Any]]]]:
+def _owned_states(
+    engine: XtrainEngine, exclude_frozen: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, list[list[Any]]]]:
     """This rank's runs by key, and for each parameter the [kind, start, stop] of its runs."""
-    assert engine.optimizer is not None
     tensors: dict[str, torch.Tensor] = {}
     index: dict[str, list[list[Any]]] = {}
-    for group in engine.optimizer.groups:
+
+    def add(group: FlatGroup, kind: str, shard: torch.Tensor) -> None:
+        for piece in group.layout.pieces(group.partition):
+            name, length = group.names[piece.member], piece.stop - piece.start
+            if exclude_frozen and not group.members[piece.member].requires_grad:
+                continue
+            run = shard[piece.shard_start : piece.shard_start + length]
+            tensors[layout.run_key(kind, name, piece.start)] = run.detach().cpu().clone()
+            index.setdefault(name, []).append([kind, piece.start, piece.stop])
+
+    for group in engine.optimizer.groups if engine.optimizer is not None else ():
+        assert engine.optimizer is not None
         for kind, shard in _sharded_states(group, engine.optimizer.optimizer).items():
-            for piece in group.layout.pieces(group.partition):
-                name, length = group.names[piece.member], piece.stop - piece.start
-                run = shard[piece.shard_start : piece.shard_start + length]
-                tensors[layout.run_key(kind, name, piece.start)] = run.detach().cpu().clone()
-                index.setdefault(name, []).append([kind, piece.start, piece.stop])
+            add(group, kind, shard)
+    for group in engine.partition.sharded:
+        # Where a master has the same dtype, it is the weight.
+        if not group.masters or group.masters[0].dtype != group.dtype:
+            add(group, layout.WEIGHT, group.shard)
     return tensors, index
 
 
@@ -93,10 +107,11 @@ def _module_tensors(engine: XtrainEngine, exclude_frozen: bool) -> dict[str, tor
         if exclude_frozen
         else set()
     )
+    elsewhere = frozen | divided_parameters(engine.module).keys()
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, torch.Size, Any], str] = {}
     for name, value in engine.module.state_dict().items():
-        if not torch.is_tensor(value) or name in frozen:
+        if not torch.is_tensor(value) or name in elsewhere:
             continue
         key = (value.data_ptr(), value.shape, value.stride())
         if value.numel() and key in seen:
@@ -136,9 +151,10 @@ def _write_part(
         written += [layout.MODEL, layout.STATE]
     # In stage 0 every rank owns the same states: the first data-parallel rank writes them.
     partitioned = engine.zero_optimization()
-    if engine.optimizer is not None and (partitioned or engine.grid.rank == 0):
+    has_states = engine.optimizer is not None or bool(engine.partition.sharded)
+    if has_states and (partitioned or engine.grid.rank == 0):
         name = layout.optimizer_file(engine.grid.rank, engine.grid.size if partitioned else 1)
-        tensors, index = _owned_states(engine)
+        tensors, index = _owned_states(engine, exclude_frozen)
         save_file(tensors, directory / name)
         index = {parameter: [[name, *run] for run in runs] for parameter, runs in index.items()}
         written.append(name)
@@ -171,7 +187,7 @@ def _publish(
         "zero_stage": engine.zero_optimization_stage(),
         "files": {name: entry for part in parts for name, entry in sorted(part["files"].items())},
         "parameters": {
-            name: {"shape": list(param.shape), "dtype": str(param.dtype).removeprefix("torch.")}
+            name: {"shape": list(full_shape(param)), "dtype": str(param.dtype).removeprefix("torch.")}
             for name, param in engine.module.named_parameters()
         },
         "runs": runs,

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from xtrain.config.rules import NoEffect, NotYet, Section
+from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
 from xtrain.config.schema import Config
 from xtrain.files import write_text
 
@@ -38,6 +38,8 @@ def _status(info: FieldInfo) -> str:
             return f"not yet: {mark.instead}"
         if isinstance(mark, NoEffect):
             return f"no effect: {mark.reason}"
+        if isinstance(mark, OnlyInStage3):
+            return "implemented; only read in stage 3"
     return "implemented"
 
 
@@ -56,15 +58,20 @@ def _table(model: type[Section]) -> list[str]:
     return lines
 
 
-def document() -> str:
-    """The page as Markdown."""
-    parts = [_HEAD, "## Top level\n", *_table(Config)]
-    for name, info in Config.model_fields.items():
+def _sections(model: type[Section], path: str) -> list[str]:
+    parts = []
+    for name, info in model.model_fields.items():
         nested = _nested(info)
         if nested is not None:
+            dotted = f"{path}{info.alias or name}"
             text = (nested.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
-            parts += [f"\n## `{name}`\n", f"{text}\n", *_table(nested)]
-    return "\n".join(parts) + "\n"
+            parts += [f"\n## `{dotted}`\n", f"{text}\n", *_table(nested), *_sections(nested, f"{dotted}.")]
+    return parts
+
+
+def document() -> str:
+    """The page as Markdown."""
+    return "\n".join([_HEAD, "## Top level\n", *_table(Config), *_sections(Config, "")]) + "\n"
 
 
 if __name__ == "__main__":

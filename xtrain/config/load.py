@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from xtrain.config.combine import check_combinations
 from xtrain.config.rules import Section, apply_rules, drop_auto
 from xtrain.config.schema import Config
 from xtrain.errors import ConfigError, NotImplementedYetError, nearest
@@ -42,6 +45,20 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{source} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -49,17 +66,28 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    return _parse(text, f"config file {path}")
+
+
+def _from_base64(text: str) -> str | None:
+    """The JSON object that a launcher has packed into an argument (URL-safe base64), or None if it is none."""
     try:
-        data = json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"config file {path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from None
-    except ConfigError as error:
-        raise ConfigError(f"config file {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"config file {path} must hold a JSON object, not {type(data).__name__}")
-    return data
+        decoded = base64.b64decode(text, altchars=b"-_", validate=True).decode("utf-8")
+    except ValueError:  # not base64, or not text
+        return None
+    return decoded if decoded.lstrip().startswith("{") else None
+
+
+def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """(the dictionary, where it came from)."""
+    if isinstance(config, Mapping):
+        return dict(config), "config"
+    if not isinstance(config, str | Path):
+        raise ConfigError(f"config must be a path or a dictionary, not {type(config).__name__}")
+    packed = None if isinstance(config, Path) or os.path.exists(config) else _from_base64(config)
+    if packed is not None:
+        return _parse(packed, "base64 config"), "base64 config"
+    return _read_json(Path(config)), str(config)
 
 
 def _section_model(path: tuple[Any, ...]) -> type[BaseModel] | None:
@@ -116,31 +144,22 @@ def _describe(error: Any, source: str) -> str:
 
 
 def load_config(config: str | Path | Mapping[str, Any]) -> XtrainConfig:
-    """Read and check a DeepSpeed configuration given as a path or as a mapping.
+    """Read and check a DeepSpeed configuration: a path, a mapping, or JSON packed as URL-safe base64.
 
     Raises:
         ConfigError: unreadable file, unknown key (the nearest valid one is named) or wrong value.
         NotImplementedYetError: the configuration asks for a feature that xtrain does not have yet.
     """
-    if isinstance(config, Mapping):
-        raw, source = dict(config), "config"
-    elif isinstance(config, str | Path):
-        raw, source = _read_json(Path(config)), str(config)
-    else:
-        raise ConfigError(f"config must be a path or a dictionary, not {type(config).__name__}")
+    raw, source = _read(config)
     renamed = {_OLD_SPELLINGS.get(key, key): value for key, value in raw.items()}
     try:
         values = Config.model_validate(drop_auto(renamed))
     except ValidationError as error:
         raise ConfigError(_describe(error.errors()[0], source)) from None
     try:
-        notices = apply_rules(values)
-        if values.zero_optimization.stage > 2:
-            raise NotImplementedYetError(
-                f"config key 'zero_optimization.stage' = {values.zero_optimization.stage}",
-                "use stage 0, 1 or 2",
-            )
-    except NotImplementedYetError as error:
+        notices = apply_rules(values, values.zero_optimization.stage)
+        check_combinations(values)
+    except (NotImplementedYetError, ConfigError) as error:
         error.args = (f"{source}: {error.args[0]}",)
         raise
     return XtrainConfig(values, raw, source, notices)

@@ -29,6 +29,11 @@ class NoEffect:
     reason: str
 
 
+@dataclass(frozen=True)
+class OnlyInStage3:
+    """The key is implemented, and has no effect below ZeRO stage 3."""
+
+
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, "auto" means "not given"."""
 
@@ -66,8 +71,8 @@ def _set_fields(section: Section, path: str) -> Iterator[tuple[str, Any, Any]]:
             yield from _set_fields(value, f"{dotted}.")
 
 
-def apply_rules(config: Section) -> list[str]:
-    """Raise for the first key that asks for a feature not there yet; return the NoEffect notices."""
+def apply_rules(config: Section, stage: int) -> list[str]:
+    """Raise for the first key that asks for a feature not there yet; return notices of keys without effect."""
     notices: list[str] = []
     for dotted, value, info in _set_fields(config, ""):
         if not _asks_for_something(value, info.get_default(call_default_factory=True)):
@@ -78,4 +83,6 @@ def apply_rules(config: Section) -> list[str]:
                 raise NotImplementedYetError(f"config key {dotted!r}{shown}", mark.instead)
             if isinstance(mark, NoEffect):
                 notices.append(f"config key {dotted!r} has no effect: {mark.reason}")
+            if isinstance(mark, OnlyInStage3) and stage < 3:
+                notices.append(f"config key {dotted!r} has no effect: it is only read in ZeRO stage 3")
     return notices

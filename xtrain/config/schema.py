@@ -8,18 +8,38 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from xtrain.config.rules import NoEffect, NotYet, Section
+from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
 
 FeatureDict = dict[str, Any]  # a section of a feature that is not there yet: checked for "enabled" only
 
 DtypeName = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
 
-_STAGE3_ONLY = NoEffect("it is only read in ZeRO stage 3")
+_WHOLE_GROUPS = NoEffect("stage 3 gathers module groups, each with one all-gather, and frees them after use")
 _ONE_BUFFER = NoEffect("xtrain always reduces and gathers whole buckets of one flat buffer")
-_NO_OFFLOAD = NotYet("keep states on the device; ZeRO stage 1 divides them by the number of ranks")
 _NO_QUANTIZED = NotYet("leave it out: communication uses the gradients' own dtype")
+
+
+_MAPPED = NoEffect("files are mapped into memory, and the operating system reads and writes them")
+
+
+class OffloadConfig(Section):
+    """`zero_optimization.offload_optimizer`, `zero_optimization.offload_param`: states in host memory or on disk."""
+
+    device: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    """Folder on a local disk, for device "nvme"."""
+    pin_memory: bool = True
+    buffer_count: Annotated[int | None, _MAPPED] = Field(None, ge=0)
+    buffer_size: Annotated[int | None, _MAPPED] = Field(None, ge=0)
+    max_in_cpu: Annotated[int | None, _MAPPED] = Field(None, ge=0)
+    pipeline_read: Annotated[bool, _MAPPED] = False
+    pipeline_write: Annotated[bool, _MAPPED] = False
+    fast_init: Annotated[bool, _MAPPED] = False
+    ratio: Annotated[float, NotYet("states are offloaded all or none: leave it out")] = Field(1.0, ge=0, le=1)
+    super_offload: Annotated[bool, NotYet('use "device": "cpu" alone')] = False
+    cpuadam_cores_perc: Annotated[float, NoEffect("it is only read with super_offload")] = 0.8
 
 
 class ZeroConfig(Section):
@@ -31,7 +51,9 @@ class ZeroConfig(Section):
     overlap_comm: bool | None = None
     """Reduce a bucket as soon as its last gradient has arrived. None: the backend's default."""
     ignore_unused_parameters: bool = True
-    """False: an error when a parameter received no gradient in a step."""
+    """False: an error on every rank when a parameter received no gradient in a step on any rank."""
+    compute_grad_norm: bool = True
+    """False: do not compute the norm (stages 1 and 2, with gradient_clipping 0); it is then reported as None."""
 
     contiguous_gradients: Annotated[bool, _ONE_BUFFER] = True
     reduce_scatter: Annotated[bool, _ONE_BUFFER] = True
@@ -44,56 +66,101 @@ class ZeroConfig(Section):
     ] = False
     elastic_checkpoint: Annotated[bool, NoEffect("every checkpoint loads into any number of ranks")] = False
     legacy_stage1: Annotated[bool, NoEffect("there is one implementation of stage 1")] = False
-    sub_group_size: Annotated[int, _STAGE3_ONLY] = Field(1_000_000_000, ge=0)
 
-    compute_grad_norm: Annotated[bool, NotYet("leave it out: the norm is always computed")] = True
     load_from_fp32_weights: Annotated[
         bool, NotYet("leave it out: masters are restored from the fp32 weights of the checkpoint")
     ] = True
-    offload_param: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
-    offload_optimizer: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
-    cpu_offload: Annotated[bool | None, _NO_OFFLOAD] = None
-    cpu_offload_param: Annotated[bool | None, _NO_OFFLOAD] = None
-    cpu_offload_use_pin_memory: Annotated[bool | None, _NO_OFFLOAD] = None
-    zenflow: Annotated[FeatureDict | None, _NO_OFFLOAD] = None
-    zero_hpz_partition_size: Annotated[int, _STAGE3_ONLY] = Field(1, ge=0)
+    offload_param: OffloadConfig | None = None
+    """Where this rank's slices of the parameters live (stage 3)."""
+    offload_optimizer: OffloadConfig | None = None
+    """Where master weights and optimizer states live (stages 1 to 3); the update is computed there."""
+    cpu_offload: bool | None = None
+    """Old spelling of offload_optimizer with device cpu."""
+    cpu_offload_param: bool | None = None
+    """Old spelling of offload_param with device cpu."""
+    cpu_offload_use_pin_memory: bool | None = None
+    """Old spelling of pin_memory in both."""
+    zenflow: Annotated[FeatureDict | None, NotYet("use offload_optimizer alone")] = None
     zero_quantized_weights: Annotated[bool, _NO_QUANTIZED] = False
     zero_quantized_nontrainable_weights: Annotated[bool, _NO_QUANTIZED] = False
     zero_quantized_gradients: Annotated[bool, _NO_QUANTIZED] = False
 
-    prefetch_bucket_size: Annotated[int, _STAGE3_ONLY] = Field(
+    prefetch_bucket_size: Annotated[int, OnlyInStage3()] = Field(
         50_000_000, ge=0, alias="stage3_prefetch_bucket_size"
     )
-    param_persistence_threshold: Annotated[int, _STAGE3_ONLY] = Field(
+    """Elements gathered ahead of use; 0: none. Left out: the next module group, whatever its size."""
+    param_persistence_threshold: Annotated[int, OnlyInStage3()] = Field(
         100_000, ge=0, alias="stage3_param_persistence_threshold"
     )
-    model_persistence_threshold: Annotated[int, _STAGE3_ONLY] = Field(
+    """Parameters of at most so many elements stay whole on every rank."""
+    model_persistence_threshold: Annotated[int, OnlyInStage3()] = Field(
         2**63 - 1, ge=0, alias="stage3_model_persistence_threshold"
     )
-    max_live_parameters: Annotated[int, _STAGE3_ONLY] = Field(
+    """At most so many elements in all stay whole for being small."""
+    max_live_parameters: Annotated[int, OnlyInStage3()] = Field(
         1_000_000_000, ge=0, alias="stage3_max_live_parameters"
     )
-    max_reuse_distance: Annotated[int, _STAGE3_ONLY] = Field(
+    """A module group is kept for its next use only while no more elements than this are whole."""
+    max_reuse_distance: Annotated[int, OnlyInStage3()] = Field(
         1_000_000_000, ge=0, alias="stage3_max_reuse_distance"
     )
-    gather_16bit_weights_on_model_save: Annotated[bool, _STAGE3_ONLY] = Field(
+    """A module group is kept if no more elements than this are used before it is used again. Left out:
+    every group is freed after use."""
+    gather_16bit_weights_on_model_save: Annotated[bool, OnlyInStage3()] = Field(
         False, alias="stage3_gather_16bit_weights_on_model_save"
     )
-    stage3_gather_fp16_weights_on_model_save: Annotated[bool, _STAGE3_ONLY] = False
-    module_granularity_threshold: Annotated[int, _STAGE3_ONLY] = Field(
-        0, alias="stage3_module_granularity_threshold"
+    """Let save_16bit_model make the weights whole on rank 0."""
+    sub_group_size: Annotated[int, NoEffect("the optimizer works bucket by bucket")] = Field(
+        1_000_000_000, ge=0
     )
-    use_all_reduce_for_fetch_params: Annotated[bool, _STAGE3_ONLY] = Field(
+    module_granularity_threshold: Annotated[
+        int, NoEffect("the blocks of a model are gathered as one; utils.set_z3_leaf_modules marks others")
+    ] = Field(0, alias="stage3_module_granularity_threshold")
+    use_all_reduce_for_fetch_params: Annotated[bool, _WHOLE_GROUPS] = Field(
         False, alias="stage3_use_all_reduce_for_fetch_params"
     )
-    allgather_sequential: Annotated[bool, _STAGE3_ONLY] = Field(False, alias="stage3_allgather_sequential")
-    memory_efficient_linear: Annotated[bool, _STAGE3_ONLY] = True
-    pipeline_loading_checkpoint: Annotated[bool, _STAGE3_ONLY] = False
-    override_module_apply: Annotated[bool, _STAGE3_ONLY] = True
-    log_trace_cache_warnings: Annotated[bool, _STAGE3_ONLY] = False
-    enable_sanity_checks: Annotated[bool, _STAGE3_ONLY] = False
-    save_muon_momentum_buffer_in_memory: Annotated[bool, _STAGE3_ONLY] = False
-    leaf_module: Annotated[FeatureDict | None, _STAGE3_ONLY] = None
+    allgather_sequential: Annotated[bool, _WHOLE_GROUPS] = Field(False, alias="stage3_allgather_sequential")
+    memory_efficient_linear: Annotated[
+        bool,
+        NoEffect("what backward needs of a parameter is freed and gathered again with it, in every layer"),
+    ] = True
+    pipeline_loading_checkpoint: Annotated[bool, NoEffect("every rank reads its own part")] = False
+    override_module_apply: Annotated[
+        bool, NoEffect("inside zero.Init, Module.apply always makes a module's parameters whole")
+    ] = True
+    log_trace_cache_warnings: Annotated[
+        bool, NoEffect("an iteration that differs from the last one is gathered without prefetching")
+    ] = False
+    enable_sanity_checks: Annotated[bool, NoEffect("its checks are always on")] = False
+    save_muon_momentum_buffer_in_memory: Annotated[bool, NoEffect("optimizer states are kept in memory")] = (
+        False
+    )
+    zero_hpz_partition_size: Annotated[
+        int, NotYet("leave it out: parameters are divided over all data-parallel ranks")
+    ] = Field(1, ge=0)
+    leaf_module: Annotated[FeatureDict | None, NotYet("mark modules with utils.set_z3_leaf_modules")] = None
+    stage3_gather_fp16_weights_on_model_save: Annotated[bool, OnlyInStage3()] = False
+    """Old spelling of stage3_gather_16bit_weights_on_model_save."""
+
+    @model_validator(mode="after")
+    def _offload(self) -> ZeroConfig:
+        pin = {"pin_memory": bool(self.cpu_offload_use_pin_memory)}
+        if self.cpu_offload and self.offload_optimizer is None:
+            self.offload_optimizer = OffloadConfig(device="cpu", **pin)
+        if self.cpu_offload_param and self.offload_param is None:
+            self.offload_param = OffloadConfig(device="cpu", **pin)
+        for name, section, lowest in (
+            ("offload_optimizer", self.offload_optimizer, 1),
+            ("offload_param", self.offload_param, 3),
+        ):
+            if section is not None and section.device != "none" and self.stage < lowest:
+                raise ValueError(f"{name} needs ZeRO stage {lowest} or higher, not {self.stage}")
+        return self
+
+    @property
+    def gathers_weights_to_save(self) -> bool:
+        """Whether save_16bit_model may make the weights whole in stage 3."""
+        return self.gather_16bit_weights_on_model_save or self.stage3_gather_fp16_weights_on_model_save
 
 
 class Bf16Config(Section):
@@ -101,7 +168,7 @@ class Bf16Config(Section):
 
     enabled: bool = False
     check_grad_overflow: bool = True
-    """Skip the step on all ranks when the gradient norm is not finite."""
+    """Skip the step on all ranks when the gradient norm is not finite; False: end training with an error."""
     immediate_grad_update: Annotated[bool, NoEffect("gradients are accumulated in place as they arrive")] = (
         False
     )
@@ -124,16 +191,37 @@ class Fp16Config(Section):
     fp16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
 
 
+class TorchAutocastConfig(Section):
+    """`torch_autocast`: the forward pass under torch.autocast; parameters and gradients stay in float32."""
+
+    enabled: bool = False
+    dtype: Literal["bf16", "bfloat16", "fp16", "float16"] = "bfloat16"
+    """With fp16 the loss is scaled dynamically, as torch.amp.GradScaler does. (DeepSpeed's default is torch's choice
+    for the device, which may be fp16, and is then not scaled.)"""
+    lower_precision_safe_modules: Annotated[
+        list[str] | None,
+        NoEffect(
+            "it names modules whose gradients may travel in the autocast dtype; here all travel in float32, or in "
+            "communication_data_type"
+        ),
+    ] = None
+
+
 class DataTypesConfig(Section):
     """`data_types`."""
 
     grad_accum_dtype: DtypeName | None = None
     """Dtype in which micro-batch gradients are added up and reduced. None: the parameters' dtype."""
-    param_dtype: Annotated[str | None, NotYet("the bf16 section decides the parameters' dtype")] = None
-    buffer_dtype: Annotated[str | None, NotYet("buffers keep their dtype")] = None
+    param_dtype: DtypeName | None = None
+    """Must be what the fp16 and bf16 sections say."""
+    buffer_dtype: DtypeName | None = None
+    """Floating-point buffers are cast to it. None: they keep their dtype."""
     keep_in_fp32_modules: Annotated[
         str | list[str] | None, NotYet("keep the module out of the engine, or train in fp32")
     ] = None
+
+
+_DEEPSPEED_OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
 
 
 class OptimizerConfig(Section):
@@ -143,6 +231,11 @@ class OptimizerConfig(Section):
     type: str
     params: dict[str, Any] = {}
     legacy_fusion: Annotated[bool, NotYet("leave it out")] = False
+
+    @property
+    def reported_type(self) -> str:
+        """The type as DeepSpeed reports it: its own optimizers in lower case, others as they were written."""
+        return self.type.lower() if self.type.lower() in _DEEPSPEED_OPTIMIZERS else self.type
 
 
 class SchedulerConfig(Section):
@@ -174,6 +267,49 @@ class CheckpointConfig(Section):
         return value.capitalize() if isinstance(value, str) else value
 
 
+class ActivationCheckpointingConfig(Section):
+    """`activation_checkpointing`: how xtrain.checkpointing keeps activations; checkpointing.configure() wins."""
+
+    partition_activations: bool = False
+    """Split the inputs of checkpointed functions over the model-parallel ranks of the mpu."""
+    cpu_checkpointing: bool = False
+    """Move them to host memory until backward."""
+    contiguous_memory_optimization: bool = False
+    """Copy the pieces into preallocated blocks; needs partition_activations and number_checkpoints."""
+    number_checkpoints: int | None = Field(None, gt=0)
+    """checkpoint() calls in one forward pass."""
+    synchronize_checkpoint_boundary: bool = False
+    """Wait for the device before and after each checkpointed function."""
+    profile: bool = False
+    """Log the time of each checkpointed forward pass and recomputation."""
+
+
+_DEEPCOMPILE = NoEffect("it is only read with deepcompile")
+
+
+class CompileConfig(Section):
+    """`compile`: of DeepSpeed's own compiler. engine.compile() is torch.compile and needs no key."""
+
+    deepcompile: Annotated[bool, NotYet("call engine.compile(), which is torch.compile")] = False
+    autoep_non_moe: Annotated[bool, NotYet("call engine.compile(), which compiles the module")] = False
+    free_activation: Annotated[bool, _DEEPCOMPILE] = False
+    free_activation_threshold: Annotated[int, _DEEPCOMPILE] = 10 * 1024 * 1024
+    offload_activation: Annotated[bool, _DEEPCOMPILE] = False
+    offload_activation_pin_memory: Annotated[bool, _DEEPCOMPILE] = True
+    offload_opt_states: Annotated[bool, _DEEPCOMPILE] = False
+    offload_parameters: Annotated[bool, _DEEPCOMPILE] = False
+    double_buffer: Annotated[bool, _DEEPCOMPILE] = True
+    symmetric_memory: Annotated[bool, _DEEPCOMPILE] = False
+    debug_log: Annotated[bool, _DEEPCOMPILE] = False
+    sync_before_reduce: Annotated[bool, _DEEPCOMPILE] = False
+    sync_after_reduce: Annotated[bool, _DEEPCOMPILE] = False
+    sync_before_allgather: Annotated[bool, _DEEPCOMPILE] = False
+    sync_after_allgather: Annotated[bool, _DEEPCOMPILE] = False
+    keep_int_input_tensors: Annotated[bool, _DEEPCOMPILE] = True
+    keep_all_input_tensors: Annotated[bool, _DEEPCOMPILE] = False
+    passes: Annotated[list[str] | None, _DEEPCOMPILE] = None
+
+
 class XtrainSection(Section):
     """`xtrain`: what DeepSpeed has no key for."""
 
@@ -187,6 +323,9 @@ class XtrainSection(Section):
     of two): canonical sums in float32, one optimizer arithmetic, counter-based dropout. See docs/aligned.md."""
     seed: int = Field(1234, ge=0)
     """Seed of the dropout masks in aligned mode."""
+    max_skipped_steps: int = Field(20, ge=0)
+    """Steps in a row with gradients that are not finite, after which training ends with an error; 0: never. Does not
+    count where the loss scale adapts: there the smallest scale is the limit."""
     record: str | None = None
     """Path of the run record (JSON Lines) that rank 0 writes. None: no record, unless the launcher asks."""
     tokens_per_sample: int | None = Field(None, gt=0)
@@ -209,8 +348,11 @@ class Config(Section):
     zero_optimization: ZeroConfig = ZeroConfig()
     bf16: Bf16Config = Bf16Config()
     fp16: Fp16Config = Fp16Config()
+    torch_autocast: TorchAutocastConfig = TorchAutocastConfig()
     data_types: DataTypesConfig = DataTypesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    compile: CompileConfig = CompileConfig()
     xtrain: XtrainSection = XtrainSection()
     zero_allow_untested_optimizer: bool = False
     communication_data_type: DtypeName | None = None
@@ -219,6 +361,12 @@ class Config(Section):
     """Average over ranks before the reduction instead of after it."""
     gradient_predivide_factor: float = Field(1.0, gt=0)
     """Part of the average that is taken before the reduction (fp16 on many ranks may overflow without)."""
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
+    """How gradients of the ranks are combined; not "sum" in stage 3."""
+    managed_gradient_accumulation: bool = True
+    """False: every step() is an update, however many backwards ran before it."""
+    disable_python_gc: bool = False
+    """Switch Python's automatic garbage collection off; engine.collect_python_gc() collects."""
     steps_per_print: int | None = Field(None, ge=0)
     dump_state: bool = False
     dataloader_drop_last: bool = False
@@ -228,8 +376,6 @@ class Config(Section):
     seq_parallel_communication_data_type: Annotated[
         str | None, NotYet("sequence parallelism is not there yet")
     ] = None
-    managed_gradient_accumulation: Annotated[bool, NotYet("set gradient_accumulation_steps")] = True
-    gradient_allreduce_op: Annotated[Literal["mean", "sum"], NotYet("scale the loss in the script")] = "mean"
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
     wall_clock_breakdown: Annotated[bool, _MONITOR] = False
     memory_breakdown: Annotated[bool, NotYet("use the backend's memory statistics in the script")] = False
@@ -242,11 +388,7 @@ class Config(Section):
     comms_logger: Annotated[
         FeatureDict | None, NotYet("call xtrain.comm.log_summary(), which needs no key")
     ] = None
-    activation_checkpointing: Annotated[
-        FeatureDict | None, NotYet("use torch.utils.checkpoint in the model")
-    ] = None
     amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
-    torch_autocast: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
     pipeline: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     tensor_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     expert_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
@@ -266,17 +408,18 @@ class Config(Section):
     weight_quantization: Annotated[FeatureDict | None, NotYet("leave it out")] = None
     sparse_attention: Annotated[FeatureDict | None, NotYet("choose the attention in the model")] = None
     hybrid_engine: Annotated[FeatureDict | None, NotYet("leave it out")] = None
-    compile: Annotated[FeatureDict | None, NotYet("wrap the model in torch.compile yourself")] = None
     nebula: Annotated[FeatureDict | None, NotYet("use save_checkpoint, which writes atomically")] = None
     datastates_ckpt: Annotated[FeatureDict | None, NotYet("use save_checkpoint")] = None
 
     # Accepted, without effect.
     disable_allgather: Annotated[bool, _ONE_BUFFER] = False
-    zero_force_ds_cpu_optimizer: Annotated[
-        bool, NoEffect("it is only read when optimizer states are offloaded")
-    ] = True
-    aio: Annotated[FeatureDict | None, NoEffect("it is only read when states are offloaded to disk")] = None
-    disable_python_gc: Annotated[bool, NotYet("call gc.disable() in the script")] = False
+    zero_force_ds_cpu_optimizer: Annotated[bool, NoEffect("every optimizer works on offloaded states")] = True
+    aio: Annotated[FeatureDict | None, NoEffect("files are mapped into memory")] = None
+
+    @field_validator("gradient_allreduce_op", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("zero_optimization", mode="before")
     @classmethod

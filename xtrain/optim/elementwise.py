@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -40,10 +40,14 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update(param, param.grad, group)
+                    self.update(param, group)
         return loss
 
-    def _update(self, param: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+    @torch.no_grad()
+    def update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        """One update of one parameter of `group`, which has a gradient."""
+        grad = param.grad
+        assert grad is not None
         state = self.state[param]
         if not state:
             state["step"] = 0
@@ -58,3 +62,13 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         for start in range(0, param.numel(), size):
             part = slice(start, start + size)
             self.arithmetic(param[part], grad[part], [s[part] for s in states], state["step"], group)
+
+
+def updates_one_by_one(optimizer: torch.optim.Optimizer) -> TypeGuard[ElementwiseOptimizer]:
+    """Whether `update` of every parameter is the same as `step`: then one gradient at a time need exist in
+    the dtype of the update."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None) or getattr(
+        optimizer, "_optimizer_step_post_hooks", None
+    )
+    own_step = type(optimizer).step is ElementwiseOptimizer.step
+    return isinstance(optimizer, ElementwiseOptimizer) and own_step and not hooks

@@ -56,7 +56,8 @@ class Exchange:
         self.group = group
         ranks = comm.get_world_size(group)
         me = comm.get_rank(group)
-        self._empty = items[0].tensor.new_empty(0)  # a rank may have nothing to send
+        # On the parameters' device, also where masters are offloaded. A rank may have nothing to send.
+        self._empty = items[0].tensor.new_empty(0, device=items[0].parameter.device)
         self.mine = [item for item, owner in zip(items, owners, strict=True) if owner == me]
         # What goes out, by receiver; what comes in, by sender. Both sides list parameters in the same order.
         self._outgoing = [
@@ -90,7 +91,7 @@ class Exchange:
             target(item).copy_(piece)
 
     def _move(self, parts: list[torch.Tensor], out_sizes: list[int], in_sizes: list[int]) -> torch.Tensor:
-        sent = torch.cat([self._empty, *parts])
+        sent = torch.cat([self._empty, *(part.to(self._empty.device) for part in parts)])
         received = sent.new_empty(sum(in_sizes))
         comm.all_to_all_single(received, sent, in_sizes, out_sizes, group=self.group)
         return received

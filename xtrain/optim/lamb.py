@@ -86,6 +86,7 @@ class Lamb(ParameterwiseOptimizer):
             if item.own.length:
                 self._moments(parts[-1], group, sums[:, index])
         if self.ranks > 1:
+            sums = sums.to(held[0][1].parameter.device)  # masters may be offloaded
             comm.all_reduce(sums, group=self.process_group)
         weights, directions = sums.sqrt().float().tolist()
         for index, (group, item) in enumerate(held):

@@ -69,7 +69,8 @@ class Muon(ParameterwiseOptimizer):
             for item in items:
                 part = _gradient(item)
                 # A copy of its own: kernels round by memory alignment, and slices lie anywhere.
-                part.copy_(self._direction(item, part.clone().view(item.shape), group).reshape(part.shape))
+                blend = part.to(item.parameter.device, copy=True).view(item.shape)
+                part.copy_(self._direction(item, blend, group).reshape(part.shape))
             return
         owners = assign([_cost(item.shape) for item in items], self.ranks)
         exchange = Exchange(items, owners, self.process_group)

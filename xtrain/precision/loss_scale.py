@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from xtrain.config.schema import Fp16Config
+from xtrain.config.schema import Fp16Config, TorchAutocastConfig
 from xtrain.errors import TrainingError
 
 
@@ -92,9 +92,13 @@ class DynamicLossScale(LossScale):
         self._good = state.get("good", 0)
 
 
-def make_loss_scale(fp16: Fp16Config) -> LossScale:
-    """The scale that the `fp16` section asks for."""
+def make_loss_scale(fp16: Fp16Config, autocast: TorchAutocastConfig | None = None) -> LossScale:
+    """The scale that the `fp16` section asks for, or autocast to fp16 (then that of torch.amp.GradScaler)."""
     if not fp16.enabled:
+        if autocast is not None and autocast.enabled and autocast.dtype in ("fp16", "float16"):
+            return DynamicLossScale(
+                initial=2.0**16, window=2000, hysteresis=1, consecutive=False, minimum=1.0
+            )
         return LossScale()
     if fp16.loss_scale > 0:
         return LossScale(fp16.loss_scale)

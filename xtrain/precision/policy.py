@@ -29,6 +29,8 @@ class PrecisionPolicy:
         communication: gradients travel in it; None is the accumulation dtype.
         skip_non_finite: leave the weights alone when the gradient norm is infinite or NaN.
         aligned: gradients are accumulated, sent and summed in float32 by one fixed tree.
+        buffers: floating-point buffers are cast to it; None leaves them as they are.
+        average: gradients are averaged over ranks; False: they are summed.
         predivide: gradients are divided by it before they are summed over ranks; None means by the
             number of ranks. The rest of the average is taken afterwards, in the accumulation dtype.
     """
@@ -39,6 +41,8 @@ class PrecisionPolicy:
     skip_non_finite: bool
     predivide: float | None
     aligned: bool = False
+    average: bool = True
+    buffers: torch.dtype | None = None
 
     def accumulation_of(self, dtype: torch.dtype) -> torch.dtype:
         """Accumulation dtype for parameters of `dtype`; never narrower than they are."""
@@ -51,6 +55,8 @@ def _skips_non_finite(config: Config) -> bool:
         return True
     if config.bf16.enabled:
         return config.bf16.check_grad_overflow
+    if config.torch_autocast.enabled and config.torch_autocast.dtype in ("fp16", "float16"):
+        return True
     return config.zero_optimization.stage > 0
 
 
@@ -81,5 +87,7 @@ def make_policy(config: Config) -> PrecisionPolicy:
         communication=DTYPES[communication] if communication else None,
         aligned=config.xtrain.aligned,
         skip_non_finite=_skips_non_finite(config),
+        average=config.gradient_allreduce_op == "mean",
+        buffers=DTYPES[config.data_types.buffer_dtype] if config.data_types.buffer_dtype else None,
         predivide=None if config.prescale_gradients else config.gradient_predivide_factor,
     )

@@ -1,1 +1,5 @@
-"""Import paths of `deepspeed.runtime` that scripts use; what they name lives elsewhere in xtrain."""
+"""DeepSpeed's import paths below `deepspeed.runtime` that scripts use; the code is elsewhere."""
+
+from xtrain.runtime import config
+
+__all__ = ["config"]

@@ -1,6 +1,6 @@
-"""ZeRO: state (flat), schedule (reducer) and update (optimizer) of partitioned training states.
+"""ZeRO: state (flat, shards), schedule (reducer, gather) and update (optimizer) of partitioned training states.
 
-What scripts use is loaded at first use.
+`xtrain.zero.Init` and its companions are what scripts use; they are loaded at first use.
 """
 
 from __future__ import annotations
@@ -17,23 +17,37 @@ if TYPE_CHECKING:
         estimate_zero3_model_states_mem_needs_all_cold,
         estimate_zero3_model_states_mem_needs_all_live,
     )
+    from xtrain.zero.gathered import (
+        GatheredParameters,
+        register_external_parameter,
+        unregister_external_parameter,
+    )
+    from xtrain.zero.init import Init
 
 _EXPORTS = {
+    "GatheredParameters": "xtrain.zero.gathered",
+    "Init": "xtrain.zero.init",
     "estimate_zero2_model_states_mem_needs": "xtrain.zero.estimate",
     "estimate_zero2_model_states_mem_needs_all_cold": "xtrain.zero.estimate",
     "estimate_zero2_model_states_mem_needs_all_live": "xtrain.zero.estimate",
     "estimate_zero3_model_states_mem_needs": "xtrain.zero.estimate",
     "estimate_zero3_model_states_mem_needs_all_cold": "xtrain.zero.estimate",
     "estimate_zero3_model_states_mem_needs_all_live": "xtrain.zero.estimate",
+    "register_external_parameter": "xtrain.zero.gathered",
+    "unregister_external_parameter": "xtrain.zero.gathered",
 }
 
 __all__ = [
+    "GatheredParameters",
+    "Init",
     "estimate_zero2_model_states_mem_needs",
     "estimate_zero2_model_states_mem_needs_all_cold",
     "estimate_zero2_model_states_mem_needs_all_live",
     "estimate_zero3_model_states_mem_needs",
     "estimate_zero3_model_states_mem_needs_all_cold",
     "estimate_zero3_model_states_mem_needs_all_live",
+    "register_external_parameter",
+    "unregister_external_parameter",
 ]
 
 

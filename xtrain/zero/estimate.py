@@ -69,7 +69,7 @@ def estimate_zero3_model_states_mem_needs(
         largest_layer_params: of the module with most parameters of its own; two such groups are whole at a
             time, the one in use and the one that is gathered ahead.
         cpu_offload: optimizer states on the host.
-        cpu_offload_params: parameters and gradients too (only with `cpu_offload`).
+        cpu_offload_params: parameters too (only with `cpu_offload`); gradients stay on the device.
         zero_init: the model is built under `zero.Init`, so that no process has it whole.
         additional_buffer_factor: by which host memory is multiplied, for what else is there.
     """
@@ -78,7 +78,7 @@ def estimate_zero3_model_states_mem_needs(
     host = HOST * (largest_layer_params if zero_init else total_params) * num_gpus_per_node
     device = model_state_bytes(total_params, 3, ranks)
     if cpu_offload:
-        moved = device if cpu_offload_params else OPTIMIZER * total_params // ranks
+        moved = (OPTIMIZER + (PARAMETER if cpu_offload_params else 0)) * total_params // ranks
         device -= moved
         host = max(host, moved * num_gpus_per_node)
     return int(host * additional_buffer_factor), device + groups, groups

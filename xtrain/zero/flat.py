@@ -1,30 +1,43 @@
 """The state of one flat group: parameters and master weights of equal dtype and options.
 
-Parameters stay ordinary tensors whose storage is a slice of `params`. Gradients live in gradients.py;
-when to reduce or gather is decided in reducer.py and optimizer.py.
+Here parameters stay ordinary tensors whose storage is a slice of one buffer (stages 0 to 2); shards.py
+has the group of stage 3. Gradients live in gradients.py; when to reduce or gather is decided in
+reducer.py and optimizer.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from xtrain import comm
+from xtrain.zero.home import Home, full_shape, set_home, whole
 from xtrain.zero.layout import Bucket, Layout, Piece, cut
+
+Allocate = Callable[[int, torch.dtype], torch.Tensor]
+"""(elements, dtype) -> zeros in some kind of memory; see offload.py."""
 
 
 @dataclass(frozen=True)
 class FlatOptions:
-    """How to cut: `partitions` ranks share the optimizer states, `partition` is this rank's number.
+    """How to cut: `partitions` ranks share the states, `partition` is this rank's number.
 
-    `align`: elements at a multiple of which every parameter and slice starts.
+    Attributes:
+        align: elements at a multiple of which every parameter and slice starts.
+        breaks: positions of members at which a new bucket starts in any case.
+        masters: where they are made; None: on the device, or in the parameters when the dtypes agree.
     """
 
     partitions: int
     partition: int
     bucket_size: int
     align: int
+    breaks: Collection[int] = ()
+    masters: Allocate | None = None
 
 
 class FlatGroup:
@@ -33,43 +46,64 @@ class FlatGroup:
     Attributes:
         names, members: the parameters in buffer order (reverse of registration, the order in which
             their gradients arrive).
-        shapes: theirs.
-        params: (total,) parameter dtype.
+        shapes: theirs, also where their data is not there.
+        params: (total,) parameter dtype; not in stage 3.
         masters: per bucket, this rank's slice in float32 (float64 for float64 parameters); views of
-            `params` when the dtypes are the same.
+            the parameters when the dtypes are the same.
+        process_group: the ranks that share the states.
     """
 
     def __init__(
-        self, members: Sequence[tuple[str, torch.nn.Parameter]], group_index: int, options: FlatOptions
+        self,
+        members: Sequence[tuple[str, torch.nn.Parameter]],
+        group_index: int,
+        options: FlatOptions,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.names = [name for name, _ in members]
         self.members = [param for _, param in members]
-        self.shapes = [param.shape for param in self.members]
+        self.shapes = [full_shape(param) for param in self.members]
         self.group_index = group_index
         self.partition = options.partition
-        dtype, device = self.members[0].dtype, self.members[0].device
-        sizes = [shape.numel() for shape in self.shapes]
-        self.layout: Layout = cut(sizes, options.partitions, options.bucket_size, options.align)
+        self.process_group = process_group
+        self.dtype, self.device = self.members[0].dtype, self.members[0].device
+        self.layout: Layout = cut(
+            [shape.numel() for shape in self.shapes],
+            options.partitions,
+            options.bucket_size,
+            options.align,
+            options.breaks,
+        )
         self._pieces = {piece.member: piece for piece in self.layout.pieces(self.partition)}
         self._bucket_of = {
             member: number for number, bucket in enumerate(self.layout.buckets) for member in bucket.members
         }
-        self.params = torch.zeros(self.layout.total, dtype=dtype, device=device)
+        self._take_over()
+        self.masters = self._make_masters(options.masters)
+
+    def _take_over(self) -> None:
+        """Move the parameters' data into the buffer."""
+        self.params = torch.zeros(self.layout.total, dtype=self.dtype, device=self.device)
         for member, param in enumerate(self.members):
             view = self.member_view(self.params, member)
-            view.copy_(param.detach())
+            with whole(param) as data:
+                view.copy_(data)
             param.data = view
-        self.masters = self._make_masters()
+            set_home(param, WholeHome(self, member))
 
     def member_view(self, buffer: torch.Tensor, member: int) -> torch.Tensor:
-        """One parameter's part of a buffer that is laid out like `params`, in the parameter's shape."""
+        """One parameter's part of a buffer of `layout.total` elements, in the parameter's shape."""
         start = self.layout.starts[member]
         return buffer[start : start + self.layout.sizes[member]].view(self.shapes[member])
 
     def owned(self, buffer: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-        """This rank's slice of a bucket of a buffer that is laid out like `params`."""
+        """This rank's slice of a bucket of a buffer of `layout.total` elements."""
         start, stop = self.layout.owned(bucket, self.partition)
         return buffer[start:stop]
+
+    def slice_of(self, bucket: Bucket) -> torch.Tensor:
+        """This rank's slice of the parameters of a bucket."""
+        return self.owned(self.params, bucket)
 
     def piece_of(self, member: int) -> tuple[Piece, Bucket, torch.nn.Parameter | None] | None:
         """What this rank owns of a parameter, with its bucket and its master; None when it owns nothing."""
@@ -77,7 +111,47 @@ class FlatGroup:
         if piece is None:
             return None
         number = self._bucket_of[member]
-        return piece, self.layout.buckets[number], self.masters[number]
+        return piece, self.layout.buckets[number], self.masters[number] if self.masters else None
+
+    def _make_masters(self, allocate: Allocate | None) -> list[torch.nn.Parameter]:
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        masters = []
+        for bucket in self.layout.buckets:
+            mine = self.slice_of(bucket)
+            # `to` returns the view itself when the dtype is the same.
+            data = mine.to(dtype) if allocate is None else allocate(mine.numel(), dtype).copy_(mine)
+            masters.append(torch.nn.Parameter(data, requires_grad=False))
+        return masters
+
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the parameters' storage by what `place` makes of it; masters that share it follow."""
+        shared = self._masters_in_parameters()
+        self.params = place(self.params)
+        for member, param in enumerate(self.members):
+            param.data = self.member_view(self.params, member)
+        self._share_masters(shared)
+
+    def _masters_in_parameters(self) -> list[int]:
+        return [
+            number
+            for number, master in enumerate(self.masters)
+            if master.data_ptr() == self.slice_of(self.layout.buckets[number]).data_ptr()
+        ]
+
+    def own_masters(self) -> list[torch.nn.Parameter]:
+        """Masters that are not views of the parameters."""
+        shared = self._masters_in_parameters()
+        return [master for number, master in enumerate(self.masters) if number not in shared]
+
+    def _share_masters(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.masters[number].data = self.slice_of(self.layout.buckets[number])
+
+    def refresh_masters(self) -> None:
+        """Set the masters from the parameters (after the module's weights were loaded or broadcast)."""
+        for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
+            if master.data_ptr() != (mine := self.slice_of(bucket)).data_ptr():
+                master.data.copy_(mine)
 
     def store(self, member: int, data: torch.Tensor) -> None:
         """Set one parameter, its master included, from its whole value; not collective."""
@@ -92,21 +166,33 @@ class FlatGroup:
                 mine = data.reshape(-1)[piece.start : piece.stop]
                 master.data[start : start + mine.numel()].copy_(mine)
 
-    def _make_masters(self) -> list[torch.nn.Parameter]:
-        # `to` returns the view itself when the dtype is the same.
-        dtype = torch.promote_types(self.params.dtype, torch.float32)
-        return [
-            torch.nn.Parameter(self.owned(self.params, bucket).to(dtype), requires_grad=False)
-            for bucket in self.layout.buckets
-        ]
-
-    def refresh_masters(self) -> None:
-        """Set the masters from the parameters (after the module's weights were loaded or broadcast)."""
+    def publish(self) -> list[Any]:
+        """Round the masters into the parameters and start gathering every rank's slices."""
+        works = []
         for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
-            master.data.copy_(self.owned(self.params, bucket))
+            mine = self.slice_of(bucket)
+            if master.data_ptr() != mine.data_ptr():
+                mine.copy_(master.data)
+            if self.layout.partitions > 1:
+                full = self.params[bucket.start : bucket.stop]
+                works.append(comm.SliceGather(full, mine, self.process_group))
+        return works
 
-    def publish_masters(self) -> None:
-        """Round the masters into this rank's slices of the parameters."""
-        for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
-            if master.dtype != self.params.dtype:
-                self.owned(self.params, bucket).copy_(master.data)
+
+class WholeHome(Home):
+    """A parameter whose data is always whole."""
+
+    def __init__(self, group: FlatGroup, member: int) -> None:
+        self.group = group
+        self.member = member
+        self.shape = group.shapes[member]
+        self.process_group = group.process_group
+
+    def hold(self) -> None:
+        """Nothing to do."""
+
+    def drop(self) -> None:
+        """Nothing to do."""
+
+    def store(self, whole: torch.Tensor) -> None:
+        self.group.store(self.member, whole)

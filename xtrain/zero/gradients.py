@@ -8,6 +8,7 @@ in reducer.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from xtrain import comm
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.layout import Bucket
+from xtrain.zero.shards import ShardedGroup
 
 
 class Summing(Protocol):
@@ -48,6 +50,7 @@ class Gradients(ABC):
         communication_dtype: in which they travel; None is `dtype`.
         predivide: they are divided by it first.
         aligned: add micro-batches and ranks by one fixed pairwise tree over slot numbers.
+        average: the mean over ranks; False: the sum.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Gradients(ABC):
         communication_dtype: torch.dtype | None = None,
         predivide: float = 1.0,
         aligned: bool = False,
+        average: bool = True,
     ) -> None:
         self.group = group
         self.dtype = dtype
@@ -66,10 +70,10 @@ class Gradients(ABC):
         self.communication_dtype = communication_dtype or dtype
         self.predivide = predivide
         self.aligned = aligned
-        self.mean_factor = predivide / self.world_size
+        self.mean_factor = predivide / self.world_size if average else predivide
 
     def _average(self, total: torch.Tensor) -> torch.Tensor:
-        """Turn a sum over ranks into the mean, in place."""
+        """Turn a sum over ranks into the mean, in place (or leave it, when sums are wanted)."""
         return total.mul_(self.mean_factor) if self.world_size > 1 else total
 
     def _sum(self, whole: torch.Tensor) -> Summing:
@@ -85,9 +89,7 @@ class Gradients(ABC):
             return kind(sent, self.process_group)
         if self.group.layout.partitions == 1:
             return _Sum(comm.all_reduce(sent, group=self.process_group, async_op=True), sent)
-        width = sent.numel() // self.world_size
-        mine = sent[self.group.partition * width :][:width]
-        return _Sum(comm.reduce_scatter_tensor(mine, sent, group=self.process_group, async_op=True), mine)
+        return comm.SliceSum(sent, self.process_group)
 
     @abstractmethod
     def absorb(self, member: int, bucket: Bucket) -> None:
@@ -112,6 +114,10 @@ class Gradients(ABC):
     def zero(self) -> None:
         """Clear everything."""
 
+    @abstractmethod
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the storage by what `place` makes of it."""
+
 
 class WholeGradients(Gradients):
     """One buffer of all gradients; `param.grad` is a view of it where the dtypes are the same."""
@@ -119,13 +125,14 @@ class WholeGradients(Gradients):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         group = self.group
-        self.buffer = torch.zeros(group.layout.total, dtype=self.dtype, device=group.params.device)
+        self.buffer = torch.zeros(group.layout.total, dtype=self.dtype, device=group.device)
         self._partials: list[torch.Tensor | None] = []
         self._attach()
 
     @property
     def _in_place(self) -> bool:
-        return self.dtype == self.group.params.dtype
+        # Parameters of stage 3 are empty between uses: a gradient of another shape cannot be attached.
+        return self.dtype == self.group.dtype and not isinstance(self.group, ShardedGroup)
 
     def _attach(self) -> None:
         if self._in_place:
@@ -182,6 +189,13 @@ class WholeGradients(Gradients):
     def owned(self, bucket: Bucket) -> torch.Tensor:
         return self.group.owned(self.buffer, bucket)
 
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        shown = [param.grad is not None for param in self.group.members]
+        self.buffer = place(self.buffer)
+        if self._in_place:
+            for member, param in enumerate(self.group.members):
+                param.grad = self.view(member) if shown[member] else None
+
     def zero(self) -> None:
         self.buffer.zero_()
         self._partials.clear()
@@ -198,7 +212,7 @@ class ShardedGradients(Gradients):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         elements = self.group.layout.total // self.group.layout.partitions
-        self.shard = torch.zeros(elements, dtype=self.dtype, device=self.group.params.device)
+        self.shard = torch.zeros(elements, dtype=self.dtype, device=self.group.device)
         self._staging: dict[int, torch.Tensor] = {}
 
     def _stage(self, bucket: Bucket) -> torch.Tensor:
@@ -213,19 +227,25 @@ class ShardedGradients(Gradients):
         if param.grad is None:
             return
         first = self.group.layout.starts[member] - bucket.start
-        self._stage(bucket)[first : first + param.numel()].view(param.shape).add_(param.grad.detach())
+        staged = self._stage(bucket)[first : first + self.group.layout.sizes[member]]
+        staged.view(self.group.shapes[member]).add_(param.grad.detach())
         param.grad = None
 
     def reduce(self, bucket: Bucket) -> Summing:
-        return self._sum(self._stage(bucket))
+        # A gradient that comes later is staged anew.
+        staged = self._stage(bucket)
+        del self._staging[bucket.start]
+        return self._sum(staged)
 
     def complete(self, bucket: Bucket, handle: Summing) -> None:
         self.owned(bucket).add_(self._average(handle.wait()))
-        del self._staging[bucket.start]
 
     def owned(self, bucket: Bucket) -> torch.Tensor:
         n = self.group.layout.partitions
         return self.shard[bucket.start // n : bucket.stop // n]
+
+    def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.shard = place(self.shard)
 
     def zero(self) -> None:
         self.shard.zero_()

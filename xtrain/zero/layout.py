@@ -10,7 +10,7 @@ Pure arithmetic on element counts, no tensors. The rules (docs/decisions/0001-fl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,7 +87,9 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def cut(sizes: Sequence[int], partitions: int, bucket_size: int, align: int) -> Layout:
+def cut(
+    sizes: Sequence[int], partitions: int, bucket_size: int, align: int, breaks: Collection[int] = ()
+) -> Layout:
     """Place parameters of `sizes` elements, in the given order, and cut the buffer.
 
     Args:
@@ -95,6 +97,7 @@ def cut(sizes: Sequence[int], partitions: int, bucket_size: int, align: int) -> 
         partitions: number of ranks that share the states (1: nothing is divided).
         bucket_size: elements a bucket may hold before padding; a larger parameter has a bucket of its own.
         align: elements; starts of parameters and of slices are multiples of it.
+        breaks: positions of parameters that start a new bucket in any case.
     """
     starts: list[int] = []
     buckets: list[Bucket] = []
@@ -109,7 +112,7 @@ def cut(sizes: Sequence[int], partitions: int, bucket_size: int, align: int) -> 
 
     for member, size in enumerate(sizes):
         start = _round_up(position, align)
-        if member > first_member and start + size - bucket_start > bucket_size:
+        if member > first_member and (start + size - bucket_start > bucket_size or member in breaks):
             close(member)
             start = position
         starts.append(start)

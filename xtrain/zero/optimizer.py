@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.backends import Backend
+from xtrain.optim.elementwise import updates_one_by_one
 from xtrain.optim.parameterwise import ParameterwiseOptimizer
 from xtrain.precision import LossScale
 from xtrain.zero.gradients import Gradients
 from xtrain.zero.holdings import holdings
+from xtrain.zero.offload import Memory, move_into
 from xtrain.zero.owners import register
 
 if TYPE_CHECKING:
@@ -49,7 +51,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         process_group: the data-parallel group.
         clip: largest 2-norm of the gradients, 0 for none.
         round_norm: round the norm to float32, which removes what is left of the order of its summation.
-        skip_non_finite: leave the weights unchanged when the norm is infinite or NaN.
+        skip_non_finite: whether steps may be skipped because gradients are infinite or NaN; the weights are
+            left alone either way.
+        compute_norm: False saves the norm, for which clipping must be off.
+        state_memory: where optimizer states are kept; None: where the optimizer makes them.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         clip: float,
         skip_non_finite: bool,
         round_norm: bool = False,
+        compute_norm: bool = True,
+        state_memory: Memory | None = None,
     ) -> None:
         # The base class is for isinstance checks (torch's schedulers); groups and states are the wrapped
         # optimizer's, so its constructor, which would make new ones, is not called.
@@ -79,6 +86,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.clip_grad = clip
         self.skip_non_finite = skip_non_finite
         self.round_norm = round_norm
+        self.compute_norm = compute_norm
+        self.state_memory = state_memory
         self.overflow = False
         self.grad_norm: float | None = None
         self._divided = any(group.layout.partitions > 1 for group in self.groups)
@@ -133,6 +142,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for bucket, master in zip(item.group.layout.buckets, item.group.masters, strict=True):
                 yield master, item.owned(bucket)
 
+    def _slices_by_group(self) -> Iterator[tuple[int, torch.nn.Parameter, torch.Tensor]]:
+        """`_slices` with the number of the parameter group first."""
+        numbers = [item.group.group_index for item in self.gradients for _ in item.group.masters]
+        for number, (master, grad) in zip(numbers, self._slices(), strict=True):
+            yield number, master, grad
+
     def _compute_norm(self, slices: Iterable[torch.Tensor], unscale: float) -> float:
         """2-norm of what all ranks hold in `slices`, times `unscale`; equal on every rank."""
         dtype = self.backend.precision.norm_dtype
@@ -140,63 +155,90 @@ class ZeroOptimizer(torch.optim.Optimizer):
         squares = [_sum_of_squares(flat, dtype, chunk) for flat in slices]
         if not squares:
             return 0.0
-        total = torch.stack(squares).sum()
+        total = torch.stack(squares).sum().to(self.groups[0].device)  # masters may be offloaded
         if self._divided:
             comm.all_reduce(total, group=self.process_group)
         norm = math.sqrt(total.item()) * unscale
         return torch.tensor(norm, dtype=torch.float32).item() if self.round_norm else norm
 
+    def _all_finite(self) -> bool:
+        """Whether every gradient on every rank is finite."""
+        flags = [grad.isfinite().all() for _, grad in self._slices()]
+        finite = torch.stack(flags).all().float() if flags else torch.ones(())
+        if self._divided:
+            comm.all_reduce(finite, comm.ReduceOp.MIN, group=self.process_group)
+        return bool(finite)
+
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the parameters from the reduced gradients; clears the gradients."""
-        self.grad_norm = self._compute_norm((grad for _, grad in self._slices()), self._unscale)
-        self.overflow = self.skip_non_finite and not math.isfinite(self.grad_norm)
+        if self.compute_norm:
+            self.grad_norm = self._compute_norm((grad for _, grad in self._slices()), self._unscale)
+            self.overflow = not math.isfinite(self.grad_norm)
+        else:
+            self.overflow = self.skip_non_finite and not self._all_finite()
         if not self.overflow:
             self._update()
         self._clear()
         self.loss_scaler.update(self.overflow)
 
     def _update(self) -> None:
-        if isinstance(self.optimizer, ParameterwiseOptimizer) and self.optimizer.rewrites_gradients:
-            self._rewrite(self.optimizer)
+        if updates_one_by_one(self.optimizer):
+            factor = self._unscale * self._clip_factor()
+            for index, master, grad in self._slices_by_group():
+                self._hand_over(master, grad, factor)
+                self.optimizer.update(master, self.param_groups[index])
+                self._finish(master)
         else:
-            self._hand_over_gradients(self._unscale * self._clip_factor())
-        self.optimizer.step()
-        for master, _ in self._slices():
-            master.grad = None
+            self._hand_over_all()
+            self.optimizer.step()
+            for master, _ in self._slices():
+                self._finish(master)
         self.publish()
 
     def _clip_factor(self) -> float:
-        assert self.grad_norm is not None
-        return min(1.0, self.clip_grad / (self.grad_norm + 1e-6)) if self.clip_grad > 0 else 1.0
+        if self.clip_grad <= 0:
+            return 1.0
+        assert self.grad_norm is not None, "clipping needs the norm"
+        return min(1.0, self.clip_grad / (self.grad_norm + 1e-6))
 
-    def _hand_over_gradients(self, factor: float) -> None:
-        """Give the masters their gradients, scaled."""
+    def _hand_over_all(self) -> None:
+        """Give every master its gradient, clipped: or what the optimizer makes of the gradients, clipped.
+
+        The latter is what DeepSpeed's ZeRO does with Muon; the norm that scripts ask for is the one that was
+        clipped.
+        """
+        optimizer = self.optimizer
+        rewrites = isinstance(optimizer, ParameterwiseOptimizer) and optimizer.rewrites_gradients
+        factor = self._unscale if rewrites else self._unscale * self._clip_factor()
         for master, grad in self._slices():
-            # A gradient of the master's dtype is scaled where it is; it is cleared after the step anyway.
-            full = grad.to(master.dtype)
-            master.grad = full.mul_(factor) if factor != 1.0 else full
+            self._hand_over(master, grad, factor)
+        if isinstance(optimizer, ParameterwiseOptimizer) and rewrites:
+            optimizer.rewrite_gradients()
+            updates = [master.grad for master, _ in self._slices() if master.grad is not None]
+            if self.compute_norm:
+                self.grad_norm = self._compute_norm(updates, 1.0)
+            if (factor := self._clip_factor()) != 1.0:
+                for update in updates:
+                    update.mul_(factor)
 
-    def _rewrite(self, optimizer: ParameterwiseOptimizer) -> None:
-        """Let the optimizer make its update out of the gradients, then clip that: what DeepSpeed's ZeRO does
-        with Muon. The norm that scripts ask for is the one that was clipped."""
-        self._hand_over_gradients(self._unscale)
-        optimizer.rewrite_gradients()
-        updates = [master.grad for master, _ in self._slices() if master.grad is not None]
-        self.grad_norm = self._compute_norm(updates, 1.0)
-        if (factor := self._clip_factor()) != 1.0:
-            for update in updates:
-                update.mul_(factor)
+    @staticmethod
+    def _hand_over(master: torch.nn.Parameter, grad: torch.Tensor, factor: float) -> None:
+        # A gradient of the master's dtype is scaled where it is; it is cleared after the step anyway.
+        full = grad.to(device=master.device, dtype=master.dtype)
+        master.grad = full.mul_(factor) if factor != 1.0 else full
+
+    def _finish(self, master: torch.nn.Parameter) -> None:
+        """After the update of one slice: drop the gradient, keep new states where states are kept."""
+        master.grad = None
+        if self.state_memory is not None:
+            state = self.state[master]
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == master.shape:
+                    state[name] = move_into(self.state_memory, value)
 
     def publish(self) -> None:
         """Round the masters into the parameters and gather every rank's slices."""
-        works = []
-        for group in self.groups:
-            group.publish_masters()
-            if group.layout.partitions == 1:
-                continue
-            for bucket in group.layout.buckets:
-                full, owned = group.params[bucket.start : bucket.stop], group.owned(group.params, bucket)
-                works.append(comm.all_gather_into_tensor(full, owned, self.process_group, async_op=True))
+        works = [work for group in self.groups for work in group.publish()]
         for work in works:
             work.wait()
 

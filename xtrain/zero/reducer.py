@@ -14,7 +14,10 @@ from contextlib import contextmanager
 
 import torch
 
+from xtrain import comm
 from xtrain.errors import ConfigError
+from xtrain.zero.flat import FlatGroup
+from xtrain.zero.gather import Gatherer, Unit
 from xtrain.zero.gradients import Gradients, Summing
 from xtrain.zero.layout import Bucket
 
@@ -29,18 +32,23 @@ class _Pending:
         position: place in the order of launching.
         arrivals: how often each member's gradient has arrived in the running backward. More than once
             happens with re-entrant checkpointing.
-        expected: most arrivals of each member in any backward so far.
+        expected: most arrivals of each member in any backward so far; 1 before the first.
+        ever: members that have ever got a gradient.
         seen: members that got a gradient in this window.
+        again: gradients came after it was launched (in the first backward only).
     """
 
-    def __init__(self, gradients: Gradients, bucket: Bucket, last_arrival: int) -> None:
+    def __init__(self, gradients: Gradients, bucket: Bucket, last_arrival: int, unit: Unit | None) -> None:
         self.gradients = gradients
         self.bucket = bucket
         self.last_arrival = last_arrival
+        self.unit = unit
         self.position = 0
         self.arrivals: Counter[int] = Counter()
         self.expected: dict[int, int] = dict.fromkeys(bucket.members, 1)
+        self.ever: set[int] = set()
         self.seen: set[int] = set()
+        self.again = False
         self.handle: Summing | None = None
 
     def name(self, member: int) -> str:
@@ -48,12 +56,23 @@ class _Pending:
 
     @property
     def ready(self) -> bool:
-        return all(self.arrivals[member] >= count for member, count in self.expected.items())
+        """Whether no more gradients will come in this backward, as far as can be known."""
+        missing = [member for member, count in self.expected.items() if self.arrivals[member] < count]
+        if not missing:
+            return True
+        # Unused parameters of stage 3 must not hold up the queue, or whole gradients would pile up.
+        if self.unit is None:
+            return False
+        if not self.unit.ever_called:
+            return True
+        over = self.unit.backward_ended and not self.unit.calls
+        return over and self.ever.isdisjoint(missing)
 
     def learn(self) -> None:
         """Close a backward: remember how often gradients arrived."""
         for member, count in self.arrivals.items():
             self.expected[member] = max(self.expected[member], count)
+        self.ever.update(self.arrivals)
         self.arrivals.clear()
 
     def launch(self) -> None:
@@ -74,6 +93,7 @@ class GradientReducer:
         is_boundary: whether the running micro-batch is the last of its accumulation window.
         every_backward: reduce after each backward (sharded gradients), not only at boundaries.
         overlap: launch during backward; otherwise when it has ended.
+        gatherer: of the module groups of stage 3.
     """
 
     def __init__(
@@ -83,16 +103,23 @@ class GradientReducer:
         is_boundary: Callable[[], bool],
         every_backward: bool,
         overlap: bool,
+        gatherer: Gatherer | None = None,
     ) -> None:
         self.gradients = gradients
         self.is_boundary = is_boundary
         self.every_backward = every_backward
         self.overlap = overlap
+        self.gatherer = gatherer
+        units: dict[tuple[FlatGroup, int], Unit] = {}
+        if gatherer is not None:
+            units = {(group, b.start): unit for unit in gatherer.units for group, b in unit.parts}
+            assert gatherer.hooks is not None
+            gatherer.hooks.on_backward_end = self._launch_ready
         pending = []
         for held in gradients:
             for bucket in held.group.layout.buckets:
                 first = min(registration_order[held.group.members[member]] for member in bucket.members)
-                pending.append(_Pending(held, bucket, first))
+                pending.append(_Pending(held, bucket, first, units.get((held.group, bucket.start))))
         # Backward reaches the first registered parameter last.
         self.queue = sorted(pending, key=lambda item: -item.last_arrival)
         for position, item in enumerate(self.queue):
@@ -117,18 +144,34 @@ class GradientReducer:
 
     def _make_hook(self, item: _Pending, member: int) -> Callable[[torch.Tensor], None]:
         def on_gradient(_: torch.Tensor) -> None:
-            if item.position < self._next or self._reduced:
+            if item.position < self._next and self._launches_at_once and not self._learned:
+                item.again = True
+            elif item.position < self._next or self._reduced:
                 raise ConfigError(self._too_late(item.name(member)))
+            if item.unit is not None and not item.arrivals:
+                self._complete_until(self._next)  # one module group's whole gradients at a time
             item.gradients.absorb(member, item.bucket)
             item.seen.add(member)
             item.arrivals[member] += 1
             self._open = True
-            # The first backward only shows how often each gradient arrives.
-            if self._inside and self.overlap and self._learned and self._reducing():
-                while self._next < len(self.queue) and self.queue[self._next].ready:
-                    self._launch_next()
+            self._launch_ready()
 
         return on_gradient
+
+    @property
+    def _launches_at_once(self) -> bool:
+        """Whether the first backward, which shows how often each gradient arrives, may launch already.
+
+        Sharded gradients may: what comes late is reduced once more. In aligned mode they may not, because
+        sums in two parts have other bits.
+        """
+        return self.every_backward and not any(held.aligned for held in self.gradients)
+
+    def _launch_ready(self) -> None:
+        watched = self._learned or self._launches_at_once
+        if self._inside and self.overlap and watched and self._reducing():
+            while self._next < len(self.queue) and self.queue[self._next].ready:
+                self._launch_next()
 
     def _too_late(self, name: str) -> str:
         if self._reduced:
@@ -151,20 +194,35 @@ class GradientReducer:
         return self.every_backward or self.is_boundary()
 
     def _launch_next(self) -> None:
-        if self.every_backward and self._next - self._completed >= MAX_IN_FLIGHT:
-            self.queue[self._completed].complete()
-            self._completed += 1
+        if self.every_backward:
+            self._complete_until(self._next - MAX_IN_FLIGHT + 1)
         self.queue[self._next].launch()
         self._next += 1
+
+    def _complete_until(self, position: int) -> None:
+        while self._completed < position:
+            self.queue[self._completed].complete()
+            self._completed += 1
 
     def _reduce_all(self) -> None:
         """Reduce what has not been reduced (a missing gradient counts as zero) and wait for all of it."""
         while self._next < len(self.queue):
             self._launch_next()
-        for item in self.queue[self._completed :]:
-            item.complete()
+        self._complete_until(self._next)
         self._next = self._completed = 0
         self._reduced = not self.every_backward
+
+    def _reduce_again(self) -> None:
+        """Reduce what came late in the first backward, on any rank."""
+        held = self.gradients[0]
+        late = torch.tensor([float(item.again) for item in self.queue], device=held.group.device)
+        if held.world_size > 1:
+            comm.all_reduce(late, comm.ReduceOp.MAX, group=held.process_group)
+        for item, is_late in zip(self.queue, late.tolist(), strict=True):
+            item.again = False
+            if is_late:
+                item.launch()
+                item.complete()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -179,7 +237,6 @@ class GradientReducer:
             raise
         finally:
             self._inside = False
-        self._learned = True
         self._end_of_micro_batch()
 
     def _end_of_micro_batch(self) -> None:
@@ -188,9 +245,14 @@ class GradientReducer:
         self._open = False
         if self._reducing():
             self._reduce_all()
+            if self._launches_at_once and not self._learned and self.overlap:
+                self._reduce_again()
         else:
             for gradients in self.gradients:
                 gradients.close_micro_batch()
+        self._learned = True
+        if self.gatherer is not None:
+            self.gatherer.end_iteration()
 
     def close_micro_batch(self) -> None:
         """Called by every `step()`: ends a micro-batch whose backward was the script's own."""
@@ -219,11 +281,16 @@ class GradientReducer:
 
     def discard(self) -> None:
         """Give up a window and its gradients (zero_grad, a backward that raised, a checkpoint loaded)."""
+        self._inside = False
         for item in self.queue[self._completed : self._next]:
             item.complete()
         for item in self.queue:
             item.arrivals.clear()
             item.seen.clear()
+            item.again = False
+        if self.gatherer is not None and self.gatherer.hooks is not None:
+            self.gatherer.hooks.abandon()
+            self.gatherer.end_iteration()
         self._next = self._completed = 0
         self._reduced = self._open = False
         for gradients in self.gradients:

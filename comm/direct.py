@@ -1,0 +1,101 @@
+"""Reduce-scatter and all-gather in which every rank exchanges slices with every other one directly.
+
+The bytes are those of a ring. On gloo this is two to seven times faster than its own reduce-scatter and
+twice as fast as its own all-gather from a megabyte up (docs/measurements.md), because its transport moves
+several messages at once and nothing is copied between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xtrain.comm.canonical import tree_sum
+from xtrain.comm.collectives import Group, all_gather_into_tensor, count, reduce_scatter_tensor
+
+_LIBRARIES = frozenset({"gloo"})
+"""Process-group libraries whose own collectives are slower."""
+
+_TAG = 0x78747261
+"""Keeps these messages apart from the script's own."""
+
+
+def _is_direct(group: Group) -> bool:
+    return dist.get_world_size(group) > 1 and dist.get_backend(group) in _LIBRARIES
+
+
+def _exchange(
+    received: list[torch.Tensor | None], sent: list[torch.Tensor | None], group: Group
+) -> list[Any]:
+    """Start sending `sent[p]` to rank p of the group and receiving `received[p]` from it."""
+    works = [
+        dist.irecv(tensor, group=group, group_src=peer, tag=_TAG)
+        for peer, tensor in enumerate(received)
+        if tensor is not None
+    ]
+    works += [
+        dist.isend(tensor, group=group, group_dst=peer, tag=_TAG)
+        for peer, tensor in enumerate(sent)
+        if tensor is not None
+    ]
+    return works
+
+
+class SliceSum:
+    """A running reduce-scatter: `wait()` returns this rank's slice of the sum over the ranks.
+
+    Args:
+        tensor: (ranks x slice,) contiguous; may be overwritten.
+    """
+
+    def __init__(self, tensor: torch.Tensor, group: Group) -> None:
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        rows = list(tensor.view(ranks, -1).unbind())
+        self._works: list[Any]
+        if not _is_direct(group):
+            self._rows = [rows[rank]]
+            self._works = [reduce_scatter_tensor(rows[rank], tensor, group=group, async_op=True)]
+            return
+        count("reduce_scatter", tensor.nbytes, group)
+        space = torch.empty_like(tensor[: tensor.numel() // ranks * (ranks - 1)]).view(ranks - 1, -1)
+        received = list(space.unbind())
+        received.insert(rank, rows[rank])
+        self._rows = received
+        self._sent = tensor  # the transport reads from it
+        self._works = _exchange(
+            [None if peer == rank else row for peer, row in enumerate(received)],
+            [None if peer == rank else row for peer, row in enumerate(rows)],
+            group,
+        )
+
+    def wait(self) -> torch.Tensor:
+        """This rank's slice, added in the order of a fixed tree over rank numbers."""
+        for work in self._works:
+            work.wait()
+        return tree_sum(self._rows)
+
+
+class SliceGather:
+    """A running all-gather of every rank's slice into `full`, of which `mine` may be a view."""
+
+    def __init__(self, full: torch.Tensor, mine: torch.Tensor, group: Group) -> None:
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        if not _is_direct(group):
+            self._works: list[Any] = [all_gather_into_tensor(full, mine, group=group, async_op=True)]
+            return
+        count("all_gather", full.nbytes, group)
+        rows = list(full.view(ranks, -1).unbind())
+        if rows[rank].data_ptr() != mine.data_ptr():
+            rows[rank].copy_(mine)
+        self._works = _exchange(
+            [None if peer == rank else row for peer, row in enumerate(rows)],
+            [None if peer == rank else rows[rank] for peer in range(ranks)],
+            group,
+        )
+
+    def wait(self) -> None:
+        """Wait until `full` is complete."""
+        for work in self._works:
+            work.wait()

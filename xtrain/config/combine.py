@@ -1,0 +1,72 @@
+"""Keys that need or exclude each other. What a single key may hold is in schema.py."""
+
+from __future__ import annotations
+
+from xtrain.config.schema import Config
+from xtrain.errors import ConfigError
+
+
+def _gradient_sum(config: Config) -> None:
+    if config.gradient_allreduce_op == "mean":
+        return
+    if config.zero_optimization.stage == 3:
+        raise ConfigError(
+            "config key 'gradient_allreduce_op' is 'sum', which ZeRO stage 3 cannot do: use stage 2"
+        )
+    if config.prescale_gradients or config.gradient_predivide_factor != 1.0:
+        raise ConfigError(
+            "config key 'gradient_allreduce_op' is 'sum', and 'prescale_gradients' or 'gradient_predivide_factor' "
+            "divide the gradients: leave one of them out"
+        )
+
+
+def _norm(config: Config) -> None:
+    zero = config.zero_optimization
+    if zero.compute_grad_norm:
+        return
+    if zero.stage not in (1, 2):
+        raise ConfigError(
+            f"config key 'zero_optimization.compute_grad_norm' is false, which ZeRO stage {zero.stage} does not "
+            "support: use stage 1 or 2"
+        )
+    if config.gradient_clipping > 0:
+        raise ConfigError(
+            "config key 'zero_optimization.compute_grad_norm' is false, but gradient_clipping needs the norm: set "
+            "gradient_clipping to 0 (it is 1 when left out)"
+        )
+
+
+def _accumulation(config: Config) -> None:
+    if config.managed_gradient_accumulation:
+        return
+    if config.zero_optimization.overlap_comm and config.zero_optimization.stage < 2:
+        raise ConfigError(
+            "config key 'managed_gradient_accumulation' is false, so that step() alone knows when to reduce, and "
+            "'zero_optimization.overlap_comm' is true: leave one of them out, or use stage 2"
+        )
+    if config.xtrain.aligned:
+        raise ConfigError(
+            "config key 'managed_gradient_accumulation' is false, but aligned mode numbers the micro-batches of a "
+            "step: leave it out"
+        )
+
+
+def _module_dtype(config: Config) -> None:
+    wanted = config.data_types.param_dtype
+    actual = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
+    same = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+    if wanted is not None and same.get(wanted, wanted) != actual:
+        raise ConfigError(
+            f"config key 'data_types.param_dtype' is {wanted!r}, but parameters are {actual}: enable the section of "
+            "that dtype (fp16 or bf16), or leave the key out"
+        )
+
+
+def check_combinations(config: Config) -> None:
+    """Refuse contradictions.
+
+    Raises:
+        ConfigError: the first one found, with what to do.
+    """
+    for check in (_gradient_sum, _norm, _accumulation, _module_dtype):
+        check(config)

@@ -1,0 +1,240 @@
+"""When the module groups of ZeRO stage 3 are whole: gathered at first use, the next ones ahead, freed after.
+
+The order of uses in one iteration (forward and backward) is recorded, and predicts the next iteration's.
+Who uses a group when is found out in hooks.py; how bytes move is in shards.py.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from xtrain.errors import ConfigError
+from xtrain.zero.home import Home, set_home
+from xtrain.zero.layout import Bucket
+from xtrain.zero.shards import FormerHome, ShardedGroup
+
+if TYPE_CHECKING:
+    from xtrain.zero.hooks import ForwardCall, ModelHooks
+
+
+class Unit:
+    """One module group: the buckets that hold its parameters, and who needs them.
+
+    Attributes:
+        users: how many uses are going on; the parameters are whole while there is one.
+        calls: forward calls that used the unit and whose backward has not ended.
+        ever_called: whether any forward has used it.
+        backward_ended: whether the backward of some call has ended in the running backward.
+    """
+
+    def __init__(self, name: str, parts: Sequence[tuple[ShardedGroup, Bucket]]) -> None:
+        self.name = name
+        self.parts = list(parts)
+        self.elements = sum(bucket.stop - bucket.start for _, bucket in self.parts)
+        self.users = 0
+        self.whole = False
+        self.calls: weakref.WeakSet[ForwardCall] = weakref.WeakSet()
+        self.ever_called = False
+        self.backward_ended = False
+        self._works: list[Any] | None = None
+
+    @property
+    def launched(self) -> bool:
+        """Whether memory is in use for it."""
+        return self.whole or self._works is not None
+
+    def launch(self, process_group: dist.ProcessGroup | None) -> None:
+        """Start gathering, unless that has been done."""
+        if not self.launched:
+            self._works = [group.launch(bucket, process_group) for group, bucket in self.parts]
+
+    def wait(self) -> None:
+        """Wait for `launch`; afterwards the parameters are whole."""
+        if self._works is not None:
+            for work in self._works:
+                if work is not None:
+                    work.wait()
+            self._works = None
+            for group, bucket in self.parts:
+                group.attach(bucket)
+            self.whole = True
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.wait()
+        if self.whole:
+            for group, bucket in self.parts:
+                group.release(bucket)
+            self.whole = False
+
+
+@dataclass(frozen=True)
+class GatherPolicy:
+    """How much may be whole at a time, in elements.
+
+    Attributes:
+        prefetch: gathered ahead of use; None: the next group, whatever its size.
+        reuse_distance: a group is kept if no more than this is used before it is used again; None: never.
+        live: groups are kept only while no more than this is whole.
+    """
+
+    prefetch: int | None = None
+    reuse_distance: int | None = None
+    live: int = 2**63
+
+
+class UnitHome(Home):
+    """A parameter that belongs to a unit."""
+
+    def __init__(self, gatherer: Gatherer, unit: Unit, group: ShardedGroup, member: int) -> None:
+        self.gatherer = gatherer
+        self.unit = unit
+        self.group = group
+        self.member = member
+        self.shape = group.shapes[member]
+        self.process_group = group.process_group
+
+    def hold(self) -> None:
+        self.gatherer.hold(self.unit)
+
+    def drop(self) -> None:
+        self.gatherer.drop(self.unit)
+
+    def store(self, whole: torch.Tensor) -> None:
+        self.group.store(self.member, whole)
+
+
+class Gatherer:
+    """Gathers and frees units; every rank must make the same calls in the same order.
+
+    Args:
+        units: in order of registration.
+        process_group: for gathering alone, so that its order is independent of that of reductions.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], process_group: dist.ProcessGroup | None, policy: GatherPolicy
+    ) -> None:
+        self.units = list(units)
+        self.process_group = process_group
+        self.policy = policy
+        self.hooks: ModelHooks | None = None
+        self._expected: dict[bool, list[Unit]] = {}  # the last iteration's uses, by whether it was training
+        self._uses: list[Unit] = []
+        self._training = True
+        self._as_expected = True
+        for unit in self.units:
+            for group, bucket in unit.parts:
+                for member in bucket.members:
+                    set_home(group.members[member], UnitHome(self, unit, group, member))
+
+    # ---------------------------------------------------------------- uses by the model
+
+    def use(self, unit: Unit) -> None:
+        """`hold` by a module that runs: recorded, and the units expected next are gathered ahead."""
+        if unit.users == 0:
+            self._record(unit)
+            unit.launch(self.process_group)
+            self._prefetch(len(self._uses))
+        self.hold(unit)
+
+    def done(self, unit: Unit) -> None:
+        """Undo one `use`."""
+        if unit.users == 1 and self._used_again_soon(unit):
+            unit.users = 0
+        else:
+            self.drop(unit)
+
+    def _record(self, unit: Unit) -> None:
+        if not self._uses:
+            self._training = torch.is_grad_enabled()
+            self._as_expected = self._training in self._expected
+        expected = self._expected.get(self._training, [])
+        position = len(self._uses)
+        self._as_expected = self._as_expected and position < len(expected) and expected[position] is unit
+        self._uses.append(unit)
+
+    def _prefetch(self, position: int) -> None:
+        if not self._as_expected:
+            return
+        limit, ahead = self.policy.prefetch, 0
+        for unit in self._expected[self._training][position:]:
+            ahead += unit.elements
+            if limit is not None and ahead > limit:
+                return
+            unit.launch(self.process_group)
+            if limit is None:
+                return
+
+    def _used_again_soon(self, unit: Unit) -> bool:
+        if not self._as_expected:
+            return False
+        distance, expected = self.policy.reuse_distance, self._expected[self._training]
+        following = expected[len(self._uses) : len(self._uses) + 1]
+        if distance is None:
+            # A re-entrant checkpoint has just recomputed the unit's forward for its backward.
+            return following == [unit] and torch._C._current_graph_task_id() != -1
+        if sum(other.elements for other in self.units if other.launched) > self.policy.live:
+            return False
+        for other in expected[len(self._uses) :]:
+            if other is unit:
+                return True
+            distance -= other.elements
+            if distance < 0:
+                return False
+        return False
+
+    def end_iteration(self) -> None:
+        """Forward and backward are over: what was recorded is expected next time; free everything unused."""
+        if self._uses:
+            self._expected[self._training] = self._uses
+            self._uses = []
+        for unit in self.units:
+            unit.backward_ended = False
+            if unit.users == 0:
+                unit.release()
+
+    def check_idle(self) -> None:
+        """Before the weights change: nothing may be whole, for it would keep the old values.
+
+        Raises:
+            ConfigError: the script is inside `GatheredParameters`.
+        """
+        for unit in self.units:
+            if unit.users:
+                raise ConfigError(
+                    f"step() was called while the parameters of {unit.name or 'the model'!r} are gathered: "
+                    "leave the GatheredParameters context before it"
+                )
+
+    def detach(self) -> None:
+        """Let go of the model. Its parameters stay divided until another engine takes them over."""
+        if self.hooks is not None:
+            self.hooks.abandon()
+            self.hooks.detach()
+            self.hooks = None
+        self.end_iteration()
+        for unit in self.units:
+            for group, bucket in unit.parts:
+                for member in bucket.members:
+                    set_home(group.members[member], FormerHome(group, member))
+
+    # ---------------------------------------------------------------- anybody's uses
+
+    def hold(self, unit: Unit) -> None:
+        """Make a unit whole until `drop` was called as often."""
+        unit.users += 1
+        unit.launch(self.process_group)
+        unit.wait()
+
+    def drop(self, unit: Unit) -> None:
+        """Undo one `hold`."""
+        unit.users -= 1
+        if unit.users == 0:
+            unit.release()

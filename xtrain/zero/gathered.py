@@ -1,0 +1,131 @@
+"""`GatheredParameters` and external parameters: what a script says about parameters of ZeRO stage 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from xtrain import comm
+from xtrain.errors import ConfigError
+from xtrain.zero.gather import UnitHome
+from xtrain.zero.home import Home, home_of
+from xtrain.zero.hooks import external_parameters
+
+
+def _as_parameters(params: Any) -> list[nn.Parameter]:
+    if isinstance(params, nn.Module):
+        return list(params.parameters())
+    if isinstance(params, torch.Tensor):
+        params = [params]
+    if not isinstance(params, Iterable):
+        raise ConfigError(
+            f"GatheredParameters() takes a parameter, a list of them or a module, not {type(params).__name__}"
+        )
+    found = list(params)
+    for param in found:
+        if not isinstance(param, torch.Tensor):
+            raise ConfigError(f"GatheredParameters() was given a {type(param).__name__} among the parameters")
+    return list(dict.fromkeys(found))
+
+
+class GatheredParameters:
+    """Makes divided parameters whole inside a `with` block, as `deepspeed.zero.GatheredParameters` does.
+
+    Every rank must enter with the same parameters. With `modifier_rank`, that rank's changes are sent to
+    all and kept, master weights included; without, changes are lost. Ordinary tensors among the
+    parameters are left alone, so that the same code works in every stage.
+
+    Args:
+        params: a parameter, an iterable of parameters, or a module.
+        modifier_rank: rank (in the parameters' data-parallel group) whose changes are kept; None: none.
+        fwd_module: the parameters are used in this module's forward: see `register_external_parameter`.
+        enabled: False makes it do nothing.
+
+    Source: https://deepspeed.readthedocs.io/en/latest/zero3.html#deepspeed.zero.GatheredParameters
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        modifier_rank: int | None = None,
+        fwd_module: nn.Module | None = None,
+        enabled: bool = True,
+    ) -> None:
+        found = _as_parameters(params) if enabled else []
+        self._homes = [(param, home) for param in found if (home := home_of(param)) is not None]
+        self._modifier = modifier_rank
+        if fwd_module is not None:
+            for param, _ in self._homes:
+                register_external_parameter(fwd_module, param)
+
+    def __enter__(self) -> None:
+        for _, home in self._homes:
+            home.hold()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._modifier is not None and kind is None:
+            for param, home in self._homes:
+                self._keep(param, home, self._modifier)
+        for _, home in self._homes:
+            home.drop()
+
+    @staticmethod
+    @torch.no_grad()
+    def _keep(param: nn.Parameter, home: Home, modifier: int) -> None:
+        data = param.data
+        if data.shape != home.shape:
+            raise ConfigError(
+                f"a gathered parameter of shape {tuple(home.shape)} was replaced by one of shape "
+                f"{tuple(data.shape)}: change its values in place"
+            )
+        if data.numel():
+            group = home.process_group
+            source = modifier if group is None else dist.get_global_rank(group, modifier)
+            flat = data.contiguous()
+            if comm.get_world_size(group) > 1:
+                comm.broadcast(flat.reshape(-1).view(torch.uint8), source, group=group)
+            home.store(flat)
+
+
+def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Announce that `module`'s forward uses a parameter of another module.
+
+    xtrain finds such uses by itself when the parameter is read as an attribute of its module; this is
+    for the rest (a parameter kept in a list, say).
+
+    Raises:
+        ConfigError: the arguments are not a module and a parameter.
+    """
+    if not isinstance(module, nn.Module) or not isinstance(parameter, nn.Parameter):
+        raise ConfigError(
+            "register_external_parameter() takes a module and a parameter, not "
+            f"{type(module).__name__} and {type(parameter).__name__}"
+        )
+    announced = external_parameters(module)
+    if any(parameter is other for other in announced):
+        return
+    announced.append(parameter)
+    home = home_of(parameter)
+    if isinstance(home, UnitHome) and home.gatherer.hooks is not None:
+        home.gatherer.hooks.hook(module, [home.unit])
+
+
+def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Undo `register_external_parameter` for engines built from now on.
+
+    Raises:
+        ConfigError: it was not registered.
+    """
+    announced = external_parameters(module)
+    for position, other in enumerate(announced):
+        if other is parameter:
+            del announced[position]
+            return
+    raise ConfigError("unregister_external_parameter(): the parameter is not registered with this module")

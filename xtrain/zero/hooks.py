@@ -1,0 +1,183 @@
+"""Finding out which module groups a running model needs, in forward and in backward.
+
+Forward: a group is needed from the first use of one of its modules or parameters to the end of the
+module that used it. Backward: from the moment that gradients reach the outputs of a forward call until
+they reach the outputs of a call that had ended before. The autograd engine runs nodes in reverse order
+of creation, so everything of the first call is then behind it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from xtrain.zero.gather import Gatherer, Unit, UnitHome
+from xtrain.zero.home import home_of
+
+
+class _WatchedParameters(dict[str, Any]):
+    """`module._parameters` that makes an empty parameter whole when running code reads it."""
+
+    def __getitem__(self, name: str) -> Any:
+        param = super().__getitem__(name)
+        if param is not None and not param.numel():
+            home = home_of(param)
+            if isinstance(home, UnitHome) and home.gatherer.hooks is not None:
+                home.gatherer.hooks.borrow(home.unit)
+        return param
+
+
+def external_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of other modules that `register_external_parameter` announced for this one."""
+    return module.__dict__.setdefault("_xtrain_external", [])
+
+
+class _Frame:
+    """A module that is running: since when it uses which units."""
+
+    def __init__(self) -> None:
+        self.uses: dict[Unit, int] = {}
+
+
+class ForwardCall:
+    """Units that ended being used in forward at one moment: their backward needs them again."""
+
+    def __init__(self, hooks: ModelHooks, unit: Unit, started: int, ended: int) -> None:
+        self.hooks = hooks
+        self.unit = unit
+        self.started = started
+        self.ended = ended
+        self.entered = False
+        unit.calls.add(self)
+
+    def enter(self, _: torch.Tensor) -> None:
+        """A gradient has reached an output."""
+        self.hooks.leave_later_than(self.ended)
+        if not self.entered:
+            self.entered = True
+            self.hooks.running.append(self)
+            self.hooks.gatherer.use(self.unit)
+            # For the calls that nothing precedes, and for re-entrant checkpoints, whose backward is nested.
+            torch.autograd.Variable._execution_engine.queue_callback(self.leave)
+
+    def leave(self) -> None:
+        """Backward is done with it (or was given up)."""
+        if self.entered:
+            self.entered = False
+            self.hooks.running.remove(self)
+            self.unit.calls.discard(self)
+            self.unit.backward_ended = True
+            self.hooks.gatherer.done(self.unit)
+            self.hooks.on_backward_end()
+
+
+class ModelHooks:
+    """Forward and backward hooks on the modules of one model.
+
+    Args:
+        module: the model.
+        gatherer: of its units.
+        modules: the module of each unit.
+        on_backward_end: called when the backward of a unit has ended.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        gatherer: Gatherer,
+        modules: dict[nn.Module, list[Unit]],
+        on_backward_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.gatherer = gatherer
+        self.on_backward_end = on_backward_end
+        self.running: list[ForwardCall] = []
+        self._frames: list[_Frame] = []
+        self._clock = itertools.count()
+        self._handles: list[Any] = []
+        self._watched: list[nn.Module] = []
+        gatherer.hooks = self
+        for child in module.modules():
+            owned = [*child.parameters(recurse=False), *external_parameters(child)]
+            homes = [home for home in map(home_of, owned) if isinstance(home, UnitHome)]
+            units = [*modules.get(child, []), *(home.unit for home in homes)]
+            if any(True for _ in child.parameters(recurse=False)):
+                self._watch(child)
+            if units or child is module:
+                self.hook(child, list(dict.fromkeys(units)))
+
+    def _watch(self, module: nn.Module) -> None:
+        module._parameters = _WatchedParameters(module._parameters)
+        self._watched.append(module)
+
+    def hook(self, module: nn.Module, units: list[Unit]) -> None:
+        """Make `units` whole whenever `module` runs."""
+
+        def before(*_: Any) -> None:
+            self._frames.append(_Frame())
+            for unit in units:
+                self.borrow(unit)
+
+        def after(_: nn.Module, __: Any, outputs: Any) -> None:
+            self._end_frame(outputs)
+
+        self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+        # Called when forward raised, too.
+        self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def borrow(self, unit: Unit) -> None:
+        """Make a unit whole until the innermost running module ends (nothing without one)."""
+        if self._frames and not any(unit in frame.uses for frame in self._frames):
+            self._frames[-1].uses[unit] = next(self._clock)
+            unit.ever_called = True
+            self.gatherer.use(unit)
+
+    def _end_frame(self, outputs: Any) -> None:
+        frame = self._frames.pop()
+        leaves = tree_flatten(outputs)[0] if outputs is not None else []
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        ended = next(self._clock)
+        for unit, started in frame.uses.items():
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                call = ForwardCall(self, unit, started, ended)
+                for tensor in tensors:
+                    if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+                        tensor.register_hook(call.enter)
+            if self._frames and any(self._belongs(tensor, unit) for tensor in tensors):
+                # A module that returns its parameter (a bias to be added later) lends it to the caller.
+                self._frames[-1].uses[unit] = started
+                continue
+            self.gatherer.done(unit)
+        if not (self._frames or self.running or torch.is_grad_enabled()):
+            self.gatherer.end_iteration()  # an evaluation: no backward will end it
+
+    @staticmethod
+    def _belongs(tensor: torch.Tensor, unit: Unit) -> bool:
+        home = home_of(tensor)
+        return isinstance(home, UnitHome) and home.unit is unit
+
+    def leave_later_than(self, moment: int) -> None:
+        """Backward has come to a call that had ended at `moment`: it is done with what started after it."""
+        for call in [call for call in self.running if call.started > moment]:
+            call.leave()
+
+    def abandon(self) -> None:
+        """A forward or backward has raised: nothing is running any more."""
+        for frame in self._frames:
+            for unit in frame.uses:
+                self.gatherer.done(unit)
+        self._frames.clear()
+        for call in list(self.running):
+            call.leave()
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._watched:
+            module._parameters = dict(module._parameters)
+        self._handles, self._watched = [], []

@@ -1,0 +1,202 @@
+"""`zero.Init`: building a model of which no rank ever holds more than a module's own parameters whole.
+
+A module's parameters are divided when the module becomes part of another one, or when the context ends:
+its constructor has run by then. What code inside the context does to divided parameters afterwards
+(`self.apply(init)`, `self.layer.weight.data.normal_()`) makes them whole first and divides them again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from xtrain import comm
+from xtrain.backends import registry
+from xtrain.config import load_config
+from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.precision import make_policy
+from xtrain.zero.gathered import GatheredParameters
+from xtrain.zero.home import LooseShard, home_of
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class _Touches(TorchFunctionMode):
+    """Makes divided parameters whole that construction code changes in place or whose `.data` it takes."""
+
+    def __init__(self, touched: Callable[[nn.Parameter, LooseShard], None]) -> None:
+        super().__init__()
+        self._touched = touched
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.startswith("__")
+        if args and (in_place or func == _DATA) and isinstance(args[0], nn.Parameter):
+            home = home_of(args[0])
+            if isinstance(home, LooseShard) and not home.held:
+                self._touched(args[0], home)
+        return func(*args, **(kwargs or {}))
+
+
+class Init:
+    """Context in which modules are built divided over the data-parallel ranks; `deepspeed.zero.Init`.
+
+    All ranks must build the same model. Values are the first rank's.
+
+    Args:
+        module: divide this model's parameters at once; no context is needed then.
+        data_parallel_group: ranks to divide over; None: those of `mpu`, or all.
+        remote_device: not there yet, except None, "none" and "cpu" on backends whose memory is the host's.
+        config_dict_or_path, config: the DeepSpeed configuration; decides the dtype.
+        enabled: False makes it do nothing.
+        dtype: of floating-point parameters; None: what the configuration says, else as built.
+        mpu: the script's process grid.
+        mem_efficient_linear, pin_memory: accepted; parameters saved for backward are freed in any case.
+
+    Source: https://deepspeed.readthedocs.io/en/latest/zero3.html#deepspeed.zero.Init
+    """
+
+    _open: list[Init] = []
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: dist.ProcessGroup | None = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: str | Path | dict[str, Any] | None = None,
+        config: str | Path | dict[str, Any] | None = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+    ) -> None:
+        for feature, asked in (
+            ("zero_param_parallel_group", zero_param_parallel_group is not None),
+            ("zero_quantized_weights", zero_quantized_weights),
+            ("zero_quantized_nontrainable_weights", zero_quantized_nontrainable_weights),
+            ("sequence_data_parallel_group", sequence_data_parallel_group is not None),
+            ("param_swapper", param_swapper is not None),
+            (f"remote_device={remote_device!r}", remote_device not in (None, "none", "cpu")),
+        ):
+            if asked:
+                raise NotImplementedYetError(f"zero.Init({feature})", "leave it out")
+        self.enabled = enabled
+        if not enabled:
+            return
+        given = config_dict_or_path if config_dict_or_path is not None else config
+        checked = None if given is None else load_config(given)
+        self.dtype = dtype
+        if dtype is None and checked is not None:
+            self.dtype = make_policy(checked.values).module
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise ConfigError(f"zero.Init(dtype={self.dtype}) must be a floating-point dtype")
+        backend = registry.detect(checked.values.xtrain.backend if checked else None)
+        comm.init_distributed(dist_backend=backend.collectives.process_group_backend, verbose=False)
+        self.device = backend.runtime.device(comm.get_local_rank())
+        if data_parallel_group is None and mpu is not None:
+            data_parallel_group = mpu.get_data_parallel_group()
+        self.process_group = data_parallel_group
+        self.source = 0 if data_parallel_group is None else dist.get_global_rank(data_parallel_group, 0)
+        self._built: list[weakref.ref[nn.Module]] = []
+        self._whole: dict[nn.Parameter, LooseShard] = {}
+        self._mode = _Touches(self._touch)
+        if module is not None:
+            self._divide(module)
+
+    # ---------------------------------------------------------------- dividing
+
+    @torch.no_grad()
+    def _divide(self, module: nn.Module) -> None:
+        with torch._C.DisableTorchFunction():
+            self._divide_touched()
+            for param in module.parameters():
+                if home_of(param) is None:
+                    as_built = self.dtype is None or not param.is_floating_point()
+                    param.data = param.data.to(device=self.device, dtype=None if as_built else self.dtype)
+                    LooseShard(param, self.process_group, self.source)
+
+    def _touch(self, param: nn.Parameter, home: LooseShard) -> None:
+        home.hold()
+        self._whole[param] = home
+
+    def _divide_touched(self) -> None:
+        touched, self._whole = self._whole, {}
+        for param, home in touched.items():
+            with GatheredParameters(param, modifier_rank=0):
+                home.drop()
+
+    # ---------------------------------------------------------------- the context
+
+    def __enter__(self) -> Init:
+        if not self.enabled:
+            return self
+        if not Init._open:
+            _patch()
+        Init._open.append(self)
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if not self.enabled:
+            return
+        self._mode.__exit__(kind, error, trace)
+        Init._open.pop()
+        if not Init._open:
+            _unpatch()
+        if kind is None:
+            for reference in self._built:
+                if (module := reference()) is not None:
+                    self._divide(module)
+            self._divide_touched()
+
+
+_original: dict[str, Any] = {}
+
+
+def _patch() -> None:
+    """Let nn.Module tell the innermost open context what is built, attached and initialised."""
+    for name in ("__init__", "__setattr__", "add_module", "apply"):
+        _original[name] = getattr(nn.Module, name)
+
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        _original["__init__"](self, *args, **kwargs)
+        Init._open[-1]._built.append(weakref.ref(self))
+
+    def setattr_(self: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            Init._open[-1]._divide(value)
+        _original["__setattr__"](self, name, value)
+
+    def add_module(self: nn.Module, name: str, module: nn.Module | None) -> None:
+        if isinstance(module, nn.Module):
+            Init._open[-1]._divide(module)
+        _original["add_module"](self, name, module)
+
+    def apply(self: nn.Module, fn: Callable[[nn.Module], None]) -> nn.Module:
+        for child in self.children():
+            child.apply(fn)
+        with GatheredParameters(self.parameters(recurse=False), modifier_rank=0):
+            fn(self)
+        return self
+
+    for name, function in zip(_original, (init, setattr_, add_module, apply), strict=True):
+        setattr(nn.Module, name, function)
+
+
+def _unpatch() -> None:
+    for name, function in _original.items():
+        setattr(nn.Module, name, function)
+    _original.clear()

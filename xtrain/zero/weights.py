@@ -1,0 +1,77 @@
+"""The model's weights by name, when its parameters may be divided (ZeRO stage 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from xtrain.zero.gather import UnitHome
+from xtrain.zero.home import home_of
+
+
+def divided_parameters(module: nn.Module) -> dict[str, UnitHome]:
+    """Homes of the divided parameters by name; a tied one stands under each of its names."""
+    found = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if isinstance(home := home_of(param), UnitHome):
+            found[name] = home
+    return found
+
+
+@torch.no_grad()
+def whole_state_dict(module: nn.Module, keep: bool = True, exclude_frozen: bool = False) -> dict[str, Any]:
+    """`module.state_dict()` with divided parameters whole, in host memory. Collective in stage 3.
+
+    Args:
+        keep: False only takes part in the gathering: the dictionary lacks divided parameters.
+        exclude_frozen: leave parameters without gradient out.
+    """
+    divided = divided_parameters(module)
+    state = {name: value for name, value in module.state_dict().items() if name not in divided}
+    by_unit: dict[Any, list[str]] = {}
+    for name, home in divided.items():
+        by_unit.setdefault(home.unit, []).append(name)
+    copies: dict[nn.Parameter, torch.Tensor] = {}
+    for unit, names in by_unit.items():
+        home = divided[names[0]]
+        home.gatherer.hold(unit)
+        for name in names if keep else ():
+            param = divided[name].group.members[divided[name].member]
+            if param not in copies:
+                copies[param] = param.detach().cpu().clone()
+            state[name] = copies[param]
+        home.gatherer.drop(unit)
+    frozen: set[str] = set()
+    if exclude_frozen:
+        named = module.named_parameters(remove_duplicate=False)
+        frozen = {name for name, param in named if not param.requires_grad}
+    return {name: state[name] for name in module.state_dict() if name in state and name not in frozen}
+
+
+@torch.no_grad()
+def load_whole_state_dict(module: nn.Module, state: dict[str, Any], strict: bool) -> None:
+    """`module.load_state_dict` for whole tensors, each rank keeping its part; masters follow.
+
+    Raises:
+        RuntimeError: as `nn.Module.load_state_dict`, when names differ and `strict`, or shapes differ.
+    """
+    divided = divided_parameters(module)
+    mine = {name: value for name, value in state.items() if name in divided}
+    for name, value in mine.items():
+        if value.shape != divided[name].shape:
+            raise RuntimeError(
+                f"size mismatch for {name}: the state dictionary has {tuple(value.shape)}, "
+                f"the model {tuple(divided[name].shape)}"
+            )
+    missing, unexpected = module.load_state_dict(
+        {name: value for name, value in state.items() if name not in divided}, strict=False
+    )
+    missing = [name for name in missing if name not in mine]
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            f"the state dictionary lacks {missing} and has {unexpected}, which the model lacks"
+        )
+    for name, value in mine.items():
+        divided[name].store(value.to(divided[name].group.device))
