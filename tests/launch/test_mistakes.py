@@ -21,7 +21,7 @@ def _launch(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> t
     [
         (["model=glm_tin"], "unknown model 'glm_tin': did you mean 'glm_tiny'?"),
         (["cluster=frontier"], "unknown cluster 'frontier': choose one of local"),
-        (["parallel=zero3"], "unknown parallel 'zero3': did you mean 'zero"),
+        (["parallel=zero4"], "unknown parallel 'zero4': did you mean 'zero"),
         (["train.stepps=5"], "unknown key 'train.stepps': did you mean 'train.steps'?"),
         (["train.steps=many"], "train.steps is 'many'"),
         (["train.steps=0"], "train.steps is 0"),
