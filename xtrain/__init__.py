@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from xtrain.compat import missing
 from xtrain.version import __version__
 
 if TYPE_CHECKING:
     from xtrain import checkpoint, comm
+    from xtrain.accelerator import get_accelerator
     from xtrain.api import add_config_arguments, initialize
     from xtrain.comm import init_distributed
     from xtrain.dataloader import RepeatingLoader
@@ -27,10 +29,23 @@ _EXPORTS = {
     "XtrainEngine": "xtrain.engine",
     "DeepSpeedEngine": "xtrain.engine",
     "RepeatingLoader": "xtrain.dataloader",
+    "TORCH_DISTRIBUTED_DEFAULT_PORT": "xtrain.comm",
+    "get_accelerator": "xtrain.accelerator",
     "log_dist": "xtrain.log",
     "logger": "xtrain.log",
 }
-_SUBMODULES = ("backends", "checkpoint", "comm", "config", "ops", "optim", "schedulers", "zero")
+_SUBMODULES = (
+    "accelerator",
+    "backends",
+    "checkpoint",
+    "comm",
+    "config",
+    "ops",
+    "optim",
+    "runtime",
+    "schedulers",
+    "zero",
+)
 _ALIASES = {"DeepSpeedEngine": "XtrainEngine"}
 
 __all__ = [
@@ -41,6 +56,7 @@ __all__ = [
     "add_config_arguments",
     "checkpoint",
     "comm",
+    "get_accelerator",
     "init_distributed",
     "initialize",
     "log_dist",
@@ -56,8 +72,8 @@ def __getattr__(name: str) -> Any:
     elif name.startswith("_"):
         raise AttributeError(f"module 'xtrain' has no attribute {name!r}")
     else:
-        raise AttributeError(
-            f"xtrain has no {name!r} yet; if it is part of DeepSpeed's API, the script needs a later release of xtrain"
+        raise missing.name_error(name) or AttributeError(
+            f"xtrain has no {name!r}, and neither has deepspeed 0.19.8: docs/compat.md lists the names there are"
         )
     globals()[name] = value
     return value
@@ -65,3 +81,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*__all__, *_SUBMODULES})
+
+
+missing.install()

@@ -1,0 +1,1 @@
+"""DeepSpeed's import paths below `deepspeed.runtime`: names of xtrain's own modules, nothing else."""
