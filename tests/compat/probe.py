@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from xtrain.config.schema import Config, OptimizerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.optim import build_optimizer
 
+_DIFFERS = "differs: in xtrain this is a"
 IMPLEMENTED, DELEGATED = "implemented", "delegated to deepspeed"
 
 
@@ -110,7 +112,7 @@ def _compare(described: str, value: Any, path: str) -> Found:
         text = "implemented, but as a method" if inspect.ismethod(value) else IMPLEMENTED
         return Found(path, True, text)
     if not callable(value):
-        return Found(path, False, f"refused: in xtrain this is a {type(value).__name__}")
+        return Found(path, False, f"{_DIFFERS} {type(value).__name__}")
     if (getattr(value, "__module__", None) or "").startswith("deepspeed"):
         return Found(path, True, DELEGATED)
     function = value.__init__ if inspect.isclass(value) else value
@@ -317,12 +319,34 @@ def everything() -> Everything:
     )
 
 
+def unexplained(found: list[Found]) -> list[str]:
+    """Refused names whose message does not say what to do instead.
+
+    Modules that exist and are no packages are left out: there Python itself words the error of
+    `from module import NAME`, and it names the module and the name.
+    """
+    return [
+        item.path
+        for item in found
+        if not item.available
+        and not item.status.startswith(_DIFFERS)
+        and "is not there yet in xtrain: " not in item.status
+        and not _plain(item.path)
+    ]
+
+
+def _plain(path: str) -> bool:
+    holder = sys.modules.get(f"xtrain.{path.rpartition('.')[0]}")
+    return holder is not None and not hasattr(holder, "__path__")
+
+
 def stale(found: list[Found]) -> list[str]:
-    """Patterns of the missing-table that no longer stand for anything refused."""
-    refused = [item.path for item in found if not item.available]
+    """Patterns of the missing-table that no longer stand for anything that the table refuses."""
+    features = [f"({entry.feature})" for entry in missing.MISSING]
+    by_table = [item.path for item in found if any(feature in item.status for feature in features)]
     return [
         pattern
         for entry in missing.MISSING
         for pattern in entry.names
-        if not any(missing.find(path) is entry and missing.covers(pattern, path) for path in refused)
+        if not any(missing.find(path) is entry and missing.covers(pattern, path) for path in by_table)
     ]
