@@ -92,7 +92,7 @@ MISSING: tuple[Missing, ...] = (
     Missing(
         "offload to host or disk",
         "keep states on the device; ZeRO divides them by the number of ranks",
-        ("io", "nvme", "*zenflow*", "*ZenFlow*", "runtime.swap_tensor", "*offload*", "engine.reload_states",
+        ("io", "nvme", "*zenflow*", "runtime.swap_tensor", "*offload*", "engine.reload_states",
          "engine.swap_tensor_config", "engine.aio_config", "engine.cpuadam_cores_perc",
          "engine.zero_use_cpu_optimizer"),
     ),
@@ -130,7 +130,7 @@ MISSING: tuple[Missing, ...] = (
         "data efficiency",
         "sample and schedule in the script's own loader",
         ("runtime.data_pipeline", "ops.random_ltd", "engine.*random_ltd*", "engine.*curriculum*", "engine.data_*",
-         "engine.set_data_post_process_func", "DeepSpeedDataLoader", "runtime.dataloader.DeepSpeedDataLoader"),
+         "engine.set_data_post_process_func", "DeepSpeedDataLoader"),
     ),
     Missing(
         "DeepCompile",
@@ -166,8 +166,7 @@ MISSING: tuple[Missing, ...] = (
          "engine.gradient_predivide_factor",
          "engine.postscale_gradients", "engine.gradient_average", "engine.managed_gradient_accumulation",
          "engine.log_level", "engine.steps_per_print", "engine.update_interval",
-         "engine.use_node_local_storage", "engine.is_sanity_checks_enabled", "engine.get_optimizer_configuration",
-         "runtime.lr_schedules.*"),
+         "engine.use_node_local_storage", "engine.is_sanity_checks_enabled", "engine.get_optimizer_configuration"),
     ),
     Missing(
         "helpers on optimizer states and models",
@@ -182,7 +181,7 @@ MISSING: tuple[Missing, ...] = (
     Missing(
         "DeepSpeed's inner workings",
         "do without: no counterpart is planned unless a script needs it",
-        ("version", "git_*", "runtime.engine.*", "comm.get_*", "engine.get_data_parallel_rank",
+        ("git_*", "comm.get_*", "engine.get_data_parallel_rank",
          "engine.get_mom", "engine.get_type", "engine.is_*_style_dataset", "engine.set_train_micro_batch_size",
          "engine.client_*", "engine.collate_fn", "engine.clip_fp32_gradients", "engine.coalesce_grad_reduction",
          "engine.collect_python_gc", "engine.dist_backend", "engine.dont_change_device", "engine.*flatten",
