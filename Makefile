@@ -35,14 +35,16 @@ test: lint
 	$(BIN)/python -m pytest
 
 # Real DeepSpeed, next to xtrain: compares live with what tests/parity/golden.json has recorded.
-# `make parity RECORD=1` records it anew.
+# `make parity RECORD=1` records it anew, and the names for docs/compat.md with it.
 parity: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt ninja py-cpuinfo psutil
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[deepspeed]'
 	$(BIN)/python -m tests.parity.record $(if $(RECORD),,--check)
+	$(BIN)/python -m tests.compat.record $(if $(RECORD),,--check)
 
 docs: $(STAMP)
 	$(BIN)/python -m xtrain.config.document docs/config.md
+	$(BIN)/python -m tests.compat.document docs/compat.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

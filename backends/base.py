@@ -13,6 +13,8 @@ class RuntimeFacet:
     """Which device, and its memory, random numbers and determinism switch."""
 
     device_type = "cpu"
+    visible_devices_variables: tuple[str, ...] = ()
+    """Environment variables that limit the devices a process sees."""
 
     def unavailable_reason(self) -> str | None:
         """One sentence saying why the backend cannot be used here; None when it can."""

@@ -9,18 +9,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from xtrain.compat import missing
 from xtrain.version import __version__
 
 if TYPE_CHECKING:
     from xtrain import checkpoint, checkpointing, comm
+    from xtrain.accelerator import get_accelerator
     from xtrain.aligned_draws import aligned_init
     from xtrain.api import add_config_arguments, initialize
     from xtrain.comm import init_distributed
     from xtrain.dataloader import RepeatingLoader
     from xtrain.engine import XtrainEngine
     from xtrain.engine import XtrainEngine as DeepSpeedEngine
+    from xtrain.errors import ConfigError as DeepSpeedConfigError
     from xtrain.log import log_dist, logger
     from xtrain.runtime.config import DeepSpeedConfig
+    from xtrain.utils import OnDevice
 
 _EXPORTS = {
     "aligned_init": "xtrain.aligned_draws",
@@ -29,12 +33,17 @@ _EXPORTS = {
     "init_distributed": "xtrain.comm",
     "XtrainEngine": "xtrain.engine",
     "DeepSpeedConfig": "xtrain.runtime.config",
+    "DeepSpeedConfigError": "xtrain.errors",
     "DeepSpeedEngine": "xtrain.engine",
+    "OnDevice": "xtrain.utils",
     "RepeatingLoader": "xtrain.dataloader",
+    "TORCH_DISTRIBUTED_DEFAULT_PORT": "xtrain.comm",
+    "get_accelerator": "xtrain.accelerator",
     "log_dist": "xtrain.log",
     "logger": "xtrain.log",
 }
 _SUBMODULES = (
+    "accelerator",
     "backends",
     "checkpoint",
     "checkpointing",
@@ -47,11 +56,13 @@ _SUBMODULES = (
     "utils",
     "zero",
 )
-_ALIASES = {"DeepSpeedEngine": "XtrainEngine"}
+_ALIASES = {"DeepSpeedConfigError": "ConfigError", "DeepSpeedEngine": "XtrainEngine"}
 
 __all__ = [
     "DeepSpeedConfig",
+    "DeepSpeedConfigError",
     "DeepSpeedEngine",
+    "OnDevice",
     "RepeatingLoader",
     "XtrainEngine",
     "__version__",
@@ -60,6 +71,7 @@ __all__ = [
     "checkpoint",
     "checkpointing",
     "comm",
+    "get_accelerator",
     "init_distributed",
     "initialize",
     "log_dist",
@@ -75,8 +87,8 @@ def __getattr__(name: str) -> Any:
     elif name.startswith("_"):
         raise AttributeError(f"module 'xtrain' has no attribute {name!r}")
     else:
-        raise AttributeError(
-            f"xtrain has no {name!r} yet; if it is part of DeepSpeed's API, the script needs a later release of xtrain"
+        raise missing.name_error(name) or AttributeError(
+            f"xtrain has no {name!r}, and neither has deepspeed 0.19.8: docs/compat.md lists the names there are"
         )
     globals()[name] = value
     return value
@@ -84,3 +96,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*__all__, *_SUBMODULES})
+
+
+missing.install()

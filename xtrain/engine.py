@@ -19,6 +19,7 @@ from xtrain import comm, garbage, setup
 from xtrain.aligned_random import AlignedRandom
 from xtrain.backends import Backend
 from xtrain.checkpoint import read, write
+from xtrain.compat import missing
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
 from xtrain.dataloader import make_dataloader
 from xtrain.errors import ConfigError, TrainingError
@@ -371,6 +372,9 @@ class XtrainEngine(Inquiries, Settings, Extras, nn.Module):
             module = self.__dict__.get("_modules", {}).get("module")
             if module is not None and hasattr(module, name):
                 return getattr(module, name)
+            explained = missing.name_error(f"engine.{name}")
+            if explained is not None:
+                raise explained from None
             raise
 
     # ---------------------------------------------------------------- weights and checkpoints

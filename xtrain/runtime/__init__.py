@@ -1,4 +1,4 @@
-"""DeepSpeed's import paths below `deepspeed.runtime` that scripts use; the code is elsewhere."""
+"""DeepSpeed's import paths below `deepspeed.runtime`: names of xtrain's own modules, nothing else."""
 
 from xtrain.runtime import config
 

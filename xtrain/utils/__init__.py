@@ -1,7 +1,5 @@
 """DeepSpeed's `deepspeed.utils`: logging, parameters' divided states, groups, meta-device construction."""
 
-from typing import Any
-
 from xtrain.dataloader import RepeatingLoader
 from xtrain.log import log_dist, logger
 from xtrain.utils import groups, logging
@@ -64,11 +62,3 @@ __all__ = [
     "z3_leaf_module",
     "z3_leaf_parameter",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(f"module 'xtrain.utils' has no attribute {name!r}")
-    raise AttributeError(
-        f"xtrain.utils has no {name!r} yet; if it is part of DeepSpeed's API, the script needs a later release"
-    )

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
         register_external_parameter,
         unregister_external_parameter,
     )
+    from xtrain.zero.home import ZeroParamStatus
     from xtrain.zero.init import Init
 
 _EXPORTS = {
     "GatheredParameters": "xtrain.zero.gathered",
     "Init": "xtrain.zero.init",
+    "ZeroParamStatus": "xtrain.zero.home",
     "estimate_zero2_model_states_mem_needs": "xtrain.zero.estimate",
     "estimate_zero2_model_states_mem_needs_all_cold": "xtrain.zero.estimate",
     "estimate_zero2_model_states_mem_needs_all_live": "xtrain.zero.estimate",
@@ -40,6 +42,7 @@ _EXPORTS = {
 __all__ = [
     "GatheredParameters",
     "Init",
+    "ZeroParamStatus",
     "estimate_zero2_model_states_mem_needs",
     "estimate_zero2_model_states_mem_needs_all_cold",
     "estimate_zero2_model_states_mem_needs_all_live",

@@ -1,12 +1,14 @@
-"""`deepspeed.runtime.zero.stage3`: the memory estimates of stage 3."""
+"""`deepspeed.runtime.zero.stage3`: the optimizer under DeepSpeed's name, and memory estimates."""
 
 from xtrain.zero.estimate import (
     estimate_zero3_model_states_mem_needs,
     estimate_zero3_model_states_mem_needs_all_cold,
     estimate_zero3_model_states_mem_needs_all_live,
 )
+from xtrain.zero.optimizer import ZeroOptimizer as DeepSpeedZeroOptimizer_Stage3
 
 __all__ = [
+    "DeepSpeedZeroOptimizer_Stage3",
     "estimate_zero3_model_states_mem_needs",
     "estimate_zero3_model_states_mem_needs_all_cold",
     "estimate_zero3_model_states_mem_needs_all_live",

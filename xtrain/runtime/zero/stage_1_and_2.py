@@ -1,12 +1,14 @@
-"""`deepspeed.runtime.zero.stage_1_and_2`: the memory estimates of stage 2."""
+"""`deepspeed.runtime.zero.stage_1_and_2`: the optimizer under DeepSpeed's name, and memory estimates."""
 
 from xtrain.zero.estimate import (
     estimate_zero2_model_states_mem_needs,
     estimate_zero2_model_states_mem_needs_all_cold,
     estimate_zero2_model_states_mem_needs_all_live,
 )
+from xtrain.zero.optimizer import ZeroOptimizer as DeepSpeedZeroOptimizer
 
 __all__ = [
+    "DeepSpeedZeroOptimizer",
     "estimate_zero2_model_states_mem_needs",
     "estimate_zero2_model_states_mem_needs_all_cold",
     "estimate_zero2_model_states_mem_needs_all_live",
