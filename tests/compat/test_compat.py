@@ -93,17 +93,17 @@ def test_attributes_that_are_missing_answer_hasattr() -> None:
 def _ask_engine() -> tuple[bool, str, str]:
     engine = probe.engine()
     messages = []
-    for name in ("random_ltd_initialize", "no_such_name"):
+    for name in ("moe_layers", "no_such_name"):
         with pytest.raises(AttributeError) as caught:
             getattr(engine, name)
         messages.append(str(caught.value))
-    return hasattr(engine, "random_ltd_initialize"), messages[0], messages[1]
+    return hasattr(engine, "moe_layers"), messages[0], messages[1]
 
 
 def test_the_engine_names_the_feature_too(ranks: Callable[..., list[Any]]) -> None:
     ((there, known, unknown),) = ranks(1, _ask_engine)
     assert not there
-    assert known.startswith("engine.random_ltd_initialize (data efficiency) is not there yet in xtrain: ")
+    assert known.startswith("engine.moe_layers (mixture of experts) is not there yet in xtrain: ")
     assert "no_such_name" in unknown
     assert "not there yet" not in unknown
 
