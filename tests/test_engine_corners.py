@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,32 @@ def _again() -> list[float]:
 
 def test_a_model_can_be_given_to_a_second_engine(ranks: Any) -> None:
     assert ranks(2, _again)[0] == [-4.0] * 4
+
+
+def _dropped(stage: int, destroy: bool) -> list[bool]:
+    model = Weight()
+    engine, optimizer, _, _ = xtrain.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": training.zero(stage, 0),
+            "optimizer": SGD,
+        },
+    )
+    engine.backward(engine(3.0))
+    engine.step()
+    states = [weakref.ref(item) for item in (engine, optimizer, engine.partition.trained[0], model)]
+    if destroy:
+        engine.destroy()
+    del engine, optimizer, model
+    gc.collect()
+    return [state() is None for state in states]
+
+
+@pytest.mark.parametrize("destroy", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_a_script_drops_is_freed(ranks: Any, stage: int, destroy: bool) -> None:
+    assert ranks(2, _dropped, stage, destroy)[0] == [True] * 4
 
 
 def _optimizers() -> list[float]:

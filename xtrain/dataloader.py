@@ -19,13 +19,12 @@ def make_dataloader(
     collate_fn: Callable[..., Any] | None,
     workers: int,
     sampler: Any,
+    pin_memory: bool = False,
 ) -> DataLoader[Any]:
     """A DataLoader over this rank's share of a map-style dataset, or over an iterable one as it is."""
     if isinstance(dataset, IterableDataset):
-        return DataLoader(
-            dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate_fn, drop_last=drop_last
-        )
-    if sampler is None:
+        sampler = None
+    elif sampler is None:
         sampler = DistributedSampler(dataset, grid.size, grid.rank, shuffle=shuffle, drop_last=drop_last)
     return DataLoader(
         dataset,
@@ -34,6 +33,7 @@ def make_dataloader(
         num_workers=workers,
         collate_fn=collate_fn,
         drop_last=drop_last,
+        pin_memory=pin_memory,
     )
 
 

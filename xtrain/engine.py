@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from xtrain import comm, garbage, setup
 from xtrain.aligned_random import AlignedRandom
 from xtrain.backends import Backend
-from xtrain.checkpoint import read, write
 from xtrain.compat import missing
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
 from xtrain.dataloader import make_dataloader
@@ -29,6 +28,7 @@ from xtrain.log import log_dist
 from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import autocast_region, make_loss_scale, make_policy
+from xtrain.saving import Saving
 from xtrain.schedulers import build_scheduler
 from xtrain.settings import Settings
 from xtrain.utils import groups as process_groups
@@ -37,10 +37,9 @@ from xtrain.zero.offload import OffloadDeviceEnum, offload_states, reload_states
 from xtrain.zero.optimizer import ZeroOptimizer
 from xtrain.zero.partition import Partitioner
 from xtrain.zero.reducer import GradientReducer
-from xtrain.zero.weights import load_whole_state_dict, whole_state_dict
 
 
-class XtrainEngine(Inquiries, Settings, Extras, nn.Module):
+class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
     """A model with its optimizer, schedule and data-parallel training step.
 
     Built by `xtrain.initialize`. Methods behave as DeepSpeed documents those of `DeepSpeedEngine`
@@ -190,11 +189,15 @@ class XtrainEngine(Inquiries, Settings, Extras, nn.Module):
         dataset: Dataset[Any],
         batch_size: int | None = None,
         route: str = "train",
-        collate_fn: Callable[..., Any] | None = None,
-        num_local_io_workers: int = 0,
+        pin_memory: bool = True,
         data_sampler: Any = None,
+        collate_fn: Callable[..., Any] | None = None,
+        num_local_io_workers: int | None = None,
     ) -> DataLoader[Any]:
-        """A loader of this rank's micro-batches; shuffled for `route="train"`."""
+        """A loader of this rank's micro-batches; shuffled for `route="train"`.
+
+        Memory is page-locked where the device is not the host itself.
+        """
         return make_dataloader(
             dataset,
             batch_size or self.batch_sizes.micro,
@@ -202,8 +205,9 @@ class XtrainEngine(Inquiries, Settings, Extras, nn.Module):
             shuffle=route == "train",
             drop_last=self.xtrain_config.values.dataloader_drop_last,
             collate_fn=collate_fn,
-            workers=num_local_io_workers,
+            workers=num_local_io_workers or 0,
             sampler=data_sampler,
+            pin_memory=pin_memory and self.device.type != "cpu",
         )
 
     # ---------------------------------------------------------------- the training step
@@ -377,70 +381,7 @@ class XtrainEngine(Inquiries, Settings, Extras, nn.Module):
                 raise explained from None
             raise
 
-    # ---------------------------------------------------------------- weights and checkpoints
-
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """The module's state dictionary, whole on every rank; in stage 3 every rank must call it."""
-        return whole_state_dict(self.module, exclude_frozen=exclude_frozen_parameters)
-
-    def load_module_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Load the module's weights; the masters follow."""
-        load_whole_state_dict(self.module, state_dict, strict)
-        for group in self.partition.trained:
-            group.refresh_masters()
-
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Write a checkpoint under `save_dir/tag`; every rank must call it.
-
-        The directory appears complete or not at all; see xtrain.checkpoint for what is in it.
-
-        Args:
-            tag: name of the checkpoint; None means `global_step{N}`.
-            client_state: what the script wants back from `load_checkpoint`: numbers, strings, lists,
-                dictionaries and tensors.
-            save_latest: let `save_dir/latest` name this checkpoint.
-            exclude_frozen_parameters: leave parameters without gradient out.
-        """
-        name = f"global_step{self.global_steps}" if tag is None else str(tag)
-        write.save(self, save_dir, name, client_state or {}, save_latest, exclude_frozen_parameters)
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Callable[..., None] | None = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Load a checkpoint that any number of ranks and ZeRO stage has written.
-
-        Returns:
-            (path, client state); (None, None) with a warning when `tag` is None and `load_dir` does not
-            exist or is empty, so that scripts may always pass the folder they save to.
-
-        Raises:
-            CheckpointError: the folder holds no checkpoint, is damaged, or does not fit the model.
-        """
-        return read.load(
-            self,
-            load_dir,
-            tag,
-            strict=load_module_strict,
-            optimizer_states=load_optimizer_states and not load_module_only,
-            scheduler_states=load_lr_scheduler_states and not load_module_only,
-            counters=not load_module_only,
-            custom_load_fn=custom_load_fn,
-        )
+    # ---------------------------------------------------------------- elsewhere, and nowhere
 
     def offload_states(
         self,

@@ -407,6 +407,18 @@ def _state_dicts() -> bool:
     with pytest.raises(RuntimeError, match=r"embed\.weight"):
         engine.load_module_state_dict(state)
     engine.load_module_state_dict(state, strict=False)
+    engine.load_module_state_dict({"module": state}, allowed_missing_keys=["embed.weight", "head.weight"])
+
+    def fill(src: dict[str, Any], dst: torch.nn.Module) -> None:
+        for name, param in dst.named_parameters():
+            param.data.fill_(src["value"] + (name == "embed.weight"))
+
+    engine.load_module_state_dict({"value": 2.0}, custom_load_fn=fill)
+    prefixed = engine.module_state_dict(destination={"other": 1}, prefix="model.")
+    assert prefixed.pop("other") == 1
+    filled = {name: value.unique().tolist() for name, value in prefixed.items() if name.endswith("weight")}
+    assert filled.pop("model.embed.weight") == filled.pop("model.head.weight") == [3.0]  # they are tied
+    assert all(value == [2.0] for value in filled.values())
     state["embed.weight"] = torch.ones(2, 2)
     with pytest.raises(RuntimeError, match=r"size mismatch for embed\.weight"):
         engine.load_module_state_dict(state, strict=False)

@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from xtrain.agree import together
 from xtrain.checkpoint import layout
 from xtrain.checkpoint.safe import safe_load
-from xtrain.errors import CheckpointError, NotImplementedYetError
+from xtrain.errors import CheckpointError
 from xtrain.log import log_dist, logger
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.home import full_shape, home_of
 from xtrain.zero.shards import ShardedGroup
-from xtrain.zero.weights import divided_parameters
+from xtrain.zero.weights import custom_load, divided_parameters
 
 if TYPE_CHECKING:
     from xtrain.engine import XtrainEngine
@@ -129,9 +129,7 @@ def _load_module(
     """Load weights, buffers, and `extra`: entries of the state dictionary that are not tensors."""
     weights, divided = _Weights(directory, manifest), divided_parameters(engine.module)
     if custom is not None:
-        if divided:
-            raise NotImplementedYetError("custom_load_fn in ZeRO stage 3", "load in stage 2, or by name")
-        custom(src={**{name: weights.whole(name) for name in weights.names}, **extra}, dst=engine.module)
+        custom_load(engine.module, {**{name: weights.whole(name) for name in weights.names}, **extra}, custom)
         return
     for name in weights.names & divided.keys():
         weights.load_piece(name, divided[name].group, divided[name].member)

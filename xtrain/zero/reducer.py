@@ -8,6 +8,7 @@ another engine's backward through shared parameters) wait for `step`.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,20 +144,29 @@ class GradientReducer:
                 param._xtrain_hook = handle  # type: ignore[attr-defined]
 
     def _make_hook(self, item: _Pending, member: int) -> Callable[[torch.Tensor], None]:
+        # torch keeps hooks where Python's garbage collector does not look: a strong reference would keep an
+        # engine that a script has dropped, and its states, for ever.
+        owner, position = weakref.ref(self), item.position
+
         def on_gradient(_: torch.Tensor) -> None:
-            if item.position < self._next and self._launches_at_once and not self._learned:
-                item.again = True
-            elif item.position < self._next or self._reduced:
-                raise ConfigError(self._too_late(item.name(member)))
-            if item.unit is not None and not item.arrivals:
-                self._complete_until(self._next)  # one module group's whole gradients at a time
-            item.gradients.absorb(member, item.bucket)
-            item.seen.add(member)
-            item.arrivals[member] += 1
-            self._open = True
-            self._launch_ready()
+            if (reducer := owner()) is not None:
+                reducer._arrived(reducer.queue[position], member)
 
         return on_gradient
+
+    def _arrived(self, item: _Pending, member: int) -> None:
+        """The gradient of a member of the bucket is there."""
+        if item.position < self._next and self._launches_at_once and not self._learned:
+            item.again = True
+        elif item.position < self._next or self._reduced:
+            raise ConfigError(self._too_late(item.name(member)))
+        if item.unit is not None and not item.arrivals:
+            self._complete_until(self._next)  # one module group's whole gradients at a time
+        item.gradients.absorb(member, item.bucket)
+        item.seen.add(member)
+        item.arrivals[member] += 1
+        self._open = True
+        self._launch_ready()
 
     @property
     def _launches_at_once(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from xtrain.zero.gather import UnitHome
+from xtrain.zero.gathered import GatheredParameters
 from xtrain.zero.home import home_of
 
 
@@ -21,15 +23,19 @@ def divided_parameters(module: nn.Module) -> dict[str, UnitHome]:
 
 
 @torch.no_grad()
-def whole_state_dict(module: nn.Module, keep: bool = True, exclude_frozen: bool = False) -> dict[str, Any]:
+def whole_state_dict(
+    module: nn.Module, keep: bool = True, exclude_frozen: bool = False, keep_vars: bool = False
+) -> dict[str, Any]:
     """`module.state_dict()` with divided parameters whole, in host memory. Collective in stage 3.
 
     Args:
         keep: False only takes part in the gathering: the dictionary lacks divided parameters.
         exclude_frozen: leave parameters without gradient out.
+        keep_vars: do not detach what is not divided.
     """
     divided = divided_parameters(module)
-    state = {name: value for name, value in module.state_dict().items() if name not in divided}
+    every = module.state_dict(keep_vars=keep_vars)
+    state = {name: value for name, value in every.items() if name not in divided}
     by_unit: dict[Any, list[str]] = {}
     for name, home in divided.items():
         by_unit.setdefault(home.unit, []).append(name)
@@ -47,12 +53,17 @@ def whole_state_dict(module: nn.Module, keep: bool = True, exclude_frozen: bool 
     if exclude_frozen:
         named = module.named_parameters(remove_duplicate=False)
         frozen = {name for name, param in named if not param.requires_grad}
-    return {name: state[name] for name in module.state_dict() if name in state and name not in frozen}
+    return {name: state[name] for name in every if name in state and name not in frozen}
 
 
 @torch.no_grad()
-def load_whole_state_dict(module: nn.Module, state: dict[str, Any], strict: bool) -> None:
-    """`module.load_state_dict` for whole tensors, each rank keeping its part; masters follow.
+def load_whole_state_dict(
+    module: nn.Module, state: dict[str, Any], strict: bool, may_lack: Collection[str] = ()
+) -> None:
+    """`module.load_state_dict` for whole tensors, each rank keeping its part.
+
+    Args:
+        may_lack: names that may be absent even when `strict`.
 
     Raises:
         RuntimeError: as `nn.Module.load_state_dict`, when names differ and `strict`, or shapes differ.
@@ -68,10 +79,20 @@ def load_whole_state_dict(module: nn.Module, state: dict[str, Any], strict: bool
     missing, unexpected = module.load_state_dict(
         {name: value for name, value in state.items() if name not in divided}, strict=False
     )
-    missing = [name for name in missing if name not in mine]
+    missing = [name for name in missing if name not in mine and name not in may_lack]
     if strict and (missing or unexpected):
         raise RuntimeError(
             f"the state dictionary lacks {missing} and has {unexpected}, which the model lacks"
         )
     for name, value in mine.items():
         divided[name].store(value.to(divided[name].group.device))
+
+
+def custom_load(module: nn.Module, state: dict[str, Any], load: Callable[..., None]) -> None:
+    """Let a script's function fill the module: `load(src=state, dst=module)`, divided parameters whole.
+
+    Collective in stage 3, where what the first rank has written is kept.
+    """
+    divided = [home.group.members[home.member] for home in divided_parameters(module).values()]
+    with GatheredParameters(divided, modifier_rank=0 if divided else None):
+        load(src=state, dst=module)

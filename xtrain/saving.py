@@ -1,0 +1,138 @@
+"""What goes out of an engine and back in: the module's weights by name, and checkpoints.
+
+A mixin of XtrainEngine. Files are xtrain.checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from xtrain.checkpoint import read, write
+from xtrain.zero.weights import custom_load, load_whole_state_dict, whole_state_dict
+
+if TYPE_CHECKING:
+    from xtrain.engine import XtrainEngine
+    from xtrain.zero.partition import Partition
+
+
+class Saving:
+    """Weights and checkpoints of XtrainEngine; the attributes below are the engine's."""
+
+    module: nn.Module
+    global_steps: int
+    partition: Partition
+
+    def module_state_dict(
+        self,
+        destination: dict[str, Any] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> dict[str, Any]:
+        """The module's state dictionary, whole on every rank; in stage 3 every rank must call it.
+
+        Args:
+            destination: a dictionary to add to, and to return.
+            prefix: put before every name.
+            keep_vars: give the parameters themselves, not detached; those divided in stage 3 are copies anyway.
+            exclude_frozen_parameters: leave parameters without gradient out.
+        """
+        state = whole_state_dict(self.module, exclude_frozen=exclude_frozen_parameters, keep_vars=keep_vars)
+        result: dict[str, Any] = {} if destination is None else destination
+        result.update((prefix + name, value) for name, value in state.items())
+        return result
+
+    def load_module_state_dict(
+        self,
+        checkpoint: Mapping[str, Any],
+        strict: bool = True,
+        custom_load_fn: Callable[..., None] | None = None,
+        fetch_z3_params: bool = False,
+        z3_params_to_fetch: Collection[nn.Parameter] | None = None,
+        allowed_missing_keys: Collection[str] | None = None,
+    ) -> None:
+        """Load the module's weights; the masters follow. In stage 3 every rank gives whole tensors.
+
+        Args:
+            checkpoint: a dictionary whose `"module"` is the state dictionary, as DeepSpeed has it, or the
+                state dictionary itself.
+            strict: names must be the same.
+            custom_load_fn: called with `src=` the state dictionary and `dst=` the module, instead of loading.
+            fetch_z3_params, z3_params_to_fetch: accepted; whole tensors are cut for each rank without being
+                gathered first.
+            allowed_missing_keys: names that may be absent even when `strict`.
+
+        Raises:
+            RuntimeError: names or shapes differ.
+        """
+        inner = checkpoint.get("module")
+        state = dict(inner if isinstance(inner, Mapping) else checkpoint)
+        if custom_load_fn is not None:
+            custom_load(self.module, state, custom_load_fn)
+        else:
+            load_whole_state_dict(self.module, state, strict, allowed_missing_keys or ())
+        for group in self.partition.trained:
+            group.refresh_masters()
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write a checkpoint under `save_dir/tag`; every rank must call it.
+
+        The directory appears complete or not at all; see xtrain.checkpoint for what is in it.
+
+        Args:
+            tag: name of the checkpoint; None means `global_step{N}`.
+            client_state: what the script wants back from `load_checkpoint`: numbers, strings, lists,
+                dictionaries and tensors.
+            save_latest: let `save_dir/latest` name this checkpoint.
+            exclude_frozen_parameters: leave parameters without gradient out.
+        """
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
+        write.save(
+            cast("XtrainEngine", self),
+            save_dir,
+            name,
+            client_state or {},
+            save_latest,
+            exclude_frozen_parameters,
+        )
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., None] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Load a checkpoint that any number of ranks and ZeRO stage has written.
+
+        Returns:
+            (path, client state); (None, None) with a warning when `tag` is None and `load_dir` does not
+            exist or is empty, so that scripts may always pass the folder they save to.
+
+        Raises:
+            CheckpointError: the folder holds no checkpoint, is damaged, or does not fit the model.
+        """
+        return read.load(
+            cast("XtrainEngine", self),
+            load_dir,
+            tag,
+            strict=load_module_strict,
+            optimizer_states=load_optimizer_states and not load_module_only,
+            scheduler_states=load_lr_scheduler_states and not load_module_only,
+            counters=not load_module_only,
+            custom_load_fn=custom_load_fn,
+        )
