@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test lint parity docs clean
+.PHONY: install train test test-slow lint parity docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -33,6 +33,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 # Real DeepSpeed, next to xtrain: compares live with what tests/parity/golden.json has recorded.
 # `make parity RECORD=1` records it anew, and the names for docs/compat.md with it.

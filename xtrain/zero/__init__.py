@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from xtrain.compat import missing
+
 if TYPE_CHECKING:
     from xtrain.zero.estimate import (
         estimate_zero2_model_states_mem_needs,
@@ -56,7 +58,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
-        raise AttributeError(f"module 'xtrain.zero' has no attribute {name!r}")
+        raise missing.name_error(f"zero.{name}") or AttributeError(
+            f"module 'xtrain.zero' has no attribute {name!r}"
+        )
     value = getattr(importlib.import_module(_EXPORTS[name]), name)
     globals()[name] = value
     return value
