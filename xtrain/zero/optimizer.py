@@ -132,6 +132,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     cur_scale = loss_scale
 
     @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale adapts to overflows."""
+        return self.loss_scaler.dynamic
+
+    @property
     def _unscale(self) -> float:
         """Undoes the loss scale."""
         return 1.0 / self.loss_scale
