@@ -20,7 +20,7 @@ from xtrain.comm.collectives import (
     reduce_scatter_tensor,
     send,
 )
-from xtrain.comm.direct import SliceGather, SliceSum
+from xtrain.comm.direct import SliceAllReduce, SliceGather, SliceSum
 from xtrain.comm.groups import (
     TORCH_DISTRIBUTED_DEFAULT_PORT,
     companion,
@@ -43,6 +43,7 @@ __all__ = [
     "CanonicalReduceScatter",
     "Ledger",
     "ReduceOp",
+    "SliceAllReduce",
     "SliceGather",
     "SliceSum",
     "all_gather",

@@ -1,4 +1,4 @@
-"""Reduce-scatter and all-gather in which every rank exchanges slices with every other one directly.
+"""Reduce-scatter, all-gather and both together, in which every rank exchanges slices with every other one directly.
 
 The bytes are those of a ring. On gloo this is two to seven times faster than its own reduce-scatter and
 twice as fast as its own all-gather from a megabyte up (docs/measurements.md), because its transport moves
@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 
 from xtrain.comm.canonical import tree_sum
-from xtrain.comm.collectives import Group, all_gather_into_tensor, count, reduce_scatter_tensor
+from xtrain.comm.collectives import (
+    Group,
+    all_gather_into_tensor,
+    all_reduce,
+    count,
+    reduce_scatter_tensor,
+)
 
 _LIBRARIES = frozenset({"gloo"})
 """Process-group libraries whose own collectives are slower."""
@@ -99,3 +105,30 @@ class SliceGather:
         """Wait until `full` is complete."""
         for work in self._works:
             work.wait()
+
+
+class SliceAllReduce:
+    """A running all-reduce in place whose bits are those of `SliceSum`: the two together, where that is direct.
+
+    Two ranks need it not: a sum of two has one order only, and the library's own call is faster.
+    """
+
+    def __init__(self, tensor: torch.Tensor, group: Group) -> None:
+        ranks = dist.get_world_size(group)
+        self._tensor, self._group, self._work = tensor, group, None
+        if ranks == 2 or not _is_direct(group):
+            self._work = all_reduce(tensor, group=group, async_op=True)
+            return
+        missing = -tensor.numel() % ranks
+        self._padded = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+        self._sum = SliceSum(self._padded, group)
+
+    def wait(self) -> torch.Tensor:
+        """The sum over ranks: the tensor itself."""
+        if self._work is not None:
+            self._work.wait()
+            return self._tensor
+        SliceGather(self._padded, self._sum.wait(), self._group).wait()
+        if self._padded is not self._tensor:
+            self._tensor.copy_(self._padded[: self._tensor.numel()])
+        return self._tensor

@@ -34,11 +34,12 @@ def test_bf16_with_fp32_masters_stays_near_float64(ranks: Any, stage: int) -> No
     assert result["losses"] == pytest.approx(expected["losses"], rel=2e-2)
 
 
+@pytest.mark.parametrize("ranks_", [2, 4])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_stages_give_the_same_bits(ranks: Any, dtype: str) -> None:
+def test_stages_give_the_same_bits(ranks: Any, dtype: str, ranks_: int) -> None:
     more = {"fp16": {"enabled": True, "initial_scale_power": 8}} if dtype == "fp16" else {}
     results = [
-        ranks(2, training.train, training.config(stage, 8, bf16=dtype == "bf16", **more))[0]
+        ranks(ranks_, training.train, training.config(stage, 16 // ranks_, bf16=dtype == "bf16", **more))[0]
         for stage in (0, 1, 2, 3)
     ]
     for result in results[1:]:

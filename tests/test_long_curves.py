@@ -16,7 +16,7 @@ from tests.parity.record import largest_difference
 
 pytestmark = pytest.mark.slow
 
-STEPS, SLOTS, MICRO = 100, 4, 2
+STEPS, BATCH, SLOTS = 100, 8, 4
 STAGES = (0, 1, 2, 3)
 
 
@@ -26,15 +26,15 @@ def _script(folder: str, *more: str) -> tuple[Any, Any, Any]:
     return script, args, script.build_model(args)
 
 
-def _curve(folder: str, stage: int, dtype: str, aligned: bool) -> list[str]:
-    """Exact losses of 100 steps over four micro-batches of two samples, divided over the ranks."""
+def _curve(folder: str, stage: int, dtype: str, aligned: bool, slots: int = SLOTS) -> list[str]:
+    """Exact losses of 100 steps over `slots` micro-batches, divided over the ranks."""
     script, args, model = _script(folder, *(("--dropout=0.1", "--aligned-init") if aligned else ()))
     engine, _, _, _ = xtrain.initialize(
         model=model,
         model_parameters=script.build_param_groups(model, args.weight_decay),
         config={
-            "train_batch_size": SLOTS * MICRO,
-            "train_micro_batch_size_per_gpu": MICRO,
+            "train_batch_size": BATCH,
+            "train_micro_batch_size_per_gpu": BATCH // slots,
             "gradient_clipping": CLIP,
             "bf16": {"enabled": dtype == "bf16"},
             "zero_optimization": training.zero(stage, 1000, reduce_bucket_size=100_000),
@@ -59,7 +59,9 @@ def _float64_curve(folder: str) -> list[float]:
         optimizer.zero_grad()
         total = 0.0
         for slot in range(SLOTS):
-            batch = {n: torch.from_numpy(array) for n, array in sampler.batch(step, slot, MICRO).items()}
+            batch = {
+                n: torch.from_numpy(array) for n, array in sampler.batch(step, slot, BATCH // SLOTS).items()
+            }
             loss = model(**batch) / SLOTS
             loss.backward()
             total += loss.item()
@@ -84,8 +86,11 @@ def test_aligned_stages_and_splits_give_the_same_bits(ranks: Any, tmp_path: Path
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_bf16_stages_agree_without_aligned_mode(ranks: Any, tmp_path: Path, world: int) -> None:
+    """One micro-batch a step: with more, stages 0 and 1 add them up before the ranks do and 2 and 3 after."""
     write_corpus(tmp_path)
-    curves = [_floats(ranks(world, _curve, str(tmp_path), stage, "bf16", False)[0]) for stage in STAGES]
+    curves = [
+        _floats(ranks(world, _curve, str(tmp_path), stage, "bf16", False, world)[0]) for stage in STAGES
+    ]
     for curve in curves[1:]:
         assert largest_difference(curve, curves[0]) < 1e-3
 

@@ -27,17 +27,14 @@ class Summing(Protocol):
         """Wait for the ranks."""
 
 
-class _Sum:
-    """A library collective (or none, on one rank) that leaves the sum in `result`."""
+class _Alone:
+    """The sum over one rank."""
 
-    def __init__(self, work: Any, result: torch.Tensor) -> None:
-        self._work = work
-        self.result = result
+    def __init__(self, result: torch.Tensor) -> None:
+        self._result = result
 
     def wait(self) -> torch.Tensor:
-        if self._work is not None:
-            self._work.wait()
-        return self.result
+        return self._result
 
 
 class Gradients(ABC):
@@ -79,7 +76,7 @@ class Gradients(ABC):
     def _sum(self, whole: torch.Tensor) -> Summing:
         """Start summing a bucket; the result is this rank's slice of it (all of it in stage 0)."""
         if self.world_size == 1:
-            return _Sum(None, whole)
+            return _Alone(whole)
         sent = whole.to(self.communication_dtype)
         if self.predivide != 1.0:
             sent.div_(self.predivide)
@@ -88,7 +85,7 @@ class Gradients(ABC):
             kind = comm.CanonicalAllReduce if whole_sum else comm.CanonicalReduceScatter
             return kind(sent, self.process_group)
         if self.group.layout.partitions == 1:
-            return _Sum(comm.all_reduce(sent, group=self.process_group, async_op=True), sent)
+            return comm.SliceAllReduce(sent, self.process_group)
         return comm.SliceSum(sent, self.process_group)
 
     @abstractmethod
