@@ -18,6 +18,9 @@ from xtrain.errors import ConfigError
 DEFAULT_PORT = 29500
 LOOPBACK = "127.0.0.1"
 _ALL_FIVE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SET_ALL = f"set {', '.join(_ALL_FIVE)} on every rank"
+
+Ask = Callable[[str, str], "MpiWorld"]
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,12 @@ def _own_address() -> str:
         return socket.gethostname()
 
 
-def ask_mpi(why: str) -> MpiWorld:
+def ask_mpi(why: str, instead: str) -> MpiWorld:
     """Ask MPI through mpi4py. Collective over all ranks that mpiexec started.
 
     Args:
         why: what the environment lacks; begins the error when mpi4py cannot answer.
+        instead: what else helps; ends that error.
 
     Raises:
         ConfigError: mpi4py is absent or finds no MPI library.
@@ -91,8 +95,8 @@ def ask_mpi(why: str) -> MpiWorld:
     except (ImportError, RuntimeError, OSError) as error:  # RuntimeError: a wheel without an MPI library
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{why}, and mpi4py cannot be asked ({reason}): install mpi4py for the MPI whose mpiexec starts this, "
-            f"or set {', '.join(_ALL_FIVE)} on every rank"
+            f"{why}, and mpi4py cannot be asked ({reason}): install mpi4py for the MPI whose mpiexec starts "
+            f"this, or {instead}"
         ) from error
     world = MPI.COMM_WORLD
     rank = world.Get_rank()
@@ -104,7 +108,7 @@ def ask_mpi(why: str) -> MpiWorld:
 def _other_mpi(by: str, world: MpiWorld) -> ConfigError:
     return ConfigError(
         f"mpi4py finds rank {world.rank} of {world.size} where {by}: it was built for another MPI than the one "
-        f"whose mpiexec started this; install mpi4py for that one, or set {', '.join(_ALL_FIVE)} on every rank"
+        f"whose mpiexec started this; install mpi4py for that one, or {_SET_ALL}"
     )
 
 
@@ -136,7 +140,7 @@ def _who(env: Environment, told: Launched | None, rank: int, world_size: int) ->
     if told is not None and told.size > 1 and not by_argument and _contradicts(env, told, named, size):
         raise ConfigError(
             f"{by} contradicts {told.launcher}, which started this process with {told.said}: unset "
-            f"RANK and WORLD_SIZE, or set {', '.join(_ALL_FIVE)} for each rank"
+            f"RANK and WORLD_SIZE, or {_SET_ALL}"
         )
     if told is not None and (named in (None, told.rank)) and (size in (None, told.size)):
         named, size = told.rank, told.size
@@ -196,9 +200,7 @@ def _address(env: Environment, who: _Who, one_host: bool) -> str | None:
     return None if who.told is None else who.told.find_address()
 
 
-def _located(
-    env: Environment, who: _Who, port: int, address_needed: bool, ask: Callable[[str], MpiWorld]
-) -> Place:
+def _located(env: Environment, who: _Who, port: int, address_needed: bool, ask: Ask) -> Place:
     """Add local rank, address and port to a known rank and world size."""
     told = who.told
     one_host = who.size == 1 or integer(env, "LOCAL_WORLD_SIZE") == who.size
@@ -207,10 +209,9 @@ def _located(
     address = _address(env, who, one_host) if address_needed else env.get("MASTER_ADDR")
     no_address = address_needed and address is None
     if told is not None and told.is_mpi and (local_rank is None or no_address):
-        lacking = (
-            "where rank 0 is (MASTER_ADDR is not set)" if no_address else "which rank of its host this is"
-        )
-        world = ask(f"{who.said} does not say {lacking}")
+        missing = ["MASTER_ADDR"] * no_address + ["LOCAL_RANK"] * (local_rank is None)
+        names = " and ".join(missing)
+        world = ask(f"{told.launcher} ({who.said}) does not say {names}", f"set {names} on every rank")
         if (world.rank, world.size) != (who.rank, who.size):
             raise _other_mpi(who.said, world)
         local_rank = world.local_rank if local_rank is None else local_rank
@@ -237,7 +238,7 @@ def discover(
     port: int = DEFAULT_PORT,
     foreign: bool = True,
     address_needed: bool = True,
-    ask: Callable[[str], MpiWorld] = ask_mpi,
+    ask: Ask = ask_mpi,
 ) -> Place | None:
     """The place of this process; None for a process that nothing started as one of several.
 
@@ -275,10 +276,10 @@ def discover(
     return None
 
 
-def _pmix(env: Environment, port: int, ask: Callable[[str], MpiWorld]) -> Place:
+def _pmix(env: Environment, port: int, ask: Ask) -> Place:
     """PMIx names the rank in the environment and nothing else."""
     by = said(env, "PMIX_RANK")
-    world = ask(f"{by} does not say how many ranks there are")
+    world = ask(f"{by} does not say how many ranks there are", _SET_ALL)
     if world.rank != integer(env, "PMIX_RANK"):
         raise _other_mpi(by, world)
     address = env.get("MASTER_ADDR") or world.address

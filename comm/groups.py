@@ -167,7 +167,7 @@ def mpi_discovery(distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT, verbos
         ConfigError: mpi4py is absent or finds no MPI library, or a running process group numbers the ranks
             differently.
     """
-    world = discovery.ask_mpi("mpi_discovery() was called")
+    world = discovery.ask_mpi("mpi_discovery() was called", "start with torchrun")
     place = discovery.Place(
         world.rank, world.size, world.local_rank, world.address, distributed_port, "mpi_discovery()"
     )
