@@ -107,8 +107,8 @@ def ask_mpi(why: str, instead: str) -> MpiWorld:
 
 def _other_mpi(by: str, world: MpiWorld) -> ConfigError:
     return ConfigError(
-        f"mpi4py finds rank {world.rank} of {world.size} where {by}: it was built for another MPI than the one "
-        f"whose mpiexec started this; install mpi4py for that one, or {_SET_ALL}"
+        f"mpi4py finds rank {world.rank} of {world.size} where {by}: it was built for another MPI than the one whose "
+        f"mpiexec started this, or no mpiexec did; install mpi4py for that MPI, or {_SET_ALL}"
     )
 
 

@@ -97,7 +97,7 @@ def init_distributed(
         distributed_port: port of rank 0 when the environment has no MASTER_PORT.
         verbose: whether rank 0 logs what was found.
         timeout: how long a collective may wait for the other ranks; None: see `default_timeout`.
-        init_method: as in torch.distributed; None means `env://`, or no network for a lone process.
+        init_method: as in torch.distributed; None means `env://`, or no network for a world of one.
         dist_init_required: False asserts that the process group exists already.
         rank, world_size: override the environment.
 
@@ -127,7 +127,7 @@ def init_distributed(
             foreign=auto_mpi_discovery,
             address_needed=by_env,
         )
-    alone = by_env and (place is None or (place.world_size == 1 and "WORLD_SIZE" not in os.environ))
+    alone = by_env and (place is None or place.world_size == 1)
     if place is not None:
         os.environ.update(place.environment())
         rank, world_size = place.rank, place.world_size

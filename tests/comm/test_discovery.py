@@ -93,6 +93,8 @@ def test_ranks_of_a_launcher_inside_another_are_not_the_outer_ones() -> None:
     outer = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
     assert _found(outer | TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}) == (3, 8, 1, "head", 4321)
     assert _found(OPEN_MPI | TORCHRUN) == (3, 8, 1, "head", 4321)
+    of_a_sweep = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    assert _found(SRUN | of_a_sweep) == (0, 1, 0, "head", 4321)
 
 
 def test_a_lone_process_is_nobodys() -> None:
