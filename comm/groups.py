@@ -116,7 +116,7 @@ def init_distributed(
     if not isinstance(timeout, timedelta):
         raise ConfigError(f"init_distributed(timeout={timeout!r}) must be a datetime.timedelta")
     library = dist_backend or registry.detect().collectives.process_group_backend
-    by_env = init_method is None or init_method.startswith("env://")
+    by_env = init_method in (None, "env://")
     place = None
     if init_method is None or "rank" not in parse_qs(urlsplit(init_method).query):
         place = discovery.discover(
@@ -127,29 +127,34 @@ def init_distributed(
             foreign=auto_mpi_discovery,
             address_needed=by_env,
         )
-    alone = by_env and (place is None or place.world_size == 1)
     if place is not None:
         os.environ.update(place.environment())
         rank, world_size = place.rank, place.world_size
+    elif by_env:
+        rank, world_size = 0, 1
+    _start(library, None if by_env else init_method, rank, world_size, timeout)
+    atexit.register(_settle)
+    if verbose:
+        if place is not None:
+            log_dist(_found(place), ranks=[0])
+        log_dist(f"torch {torch.__version__} distributed: {library}, {get_world_size()} ranks", ranks=[0])
+
+
+def _start(library: str, init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Make the process group; init_method None: at MASTER_ADDR and MASTER_PORT, or, alone, without a port."""
+    alone = init_method is None and world_size == 1
     try:
-        if alone:  # an in-memory store, so that no port is opened
+        if alone:
             dist.init_process_group(library, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(
                 library, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
             )
     except (RuntimeError, ValueError, AssertionError) as error:
-        who = "a lone process" if place is None else f"rank {rank} of {world_size}"
-        address = (
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if by_env else init_method
-        )
+        who = "a lone process" if alone or rank < 0 else f"rank {rank} of {world_size}"
+        address = init_method or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         where = "" if alone else f" at {address}"
         raise BackendError(f"{who} could not start {library}{where}: {error}") from error
-    atexit.register(_settle)
-    if verbose:
-        if place is not None:
-            log_dist(_found(place), ranks=[0])
-        log_dist(f"torch {torch.__version__} distributed: {library}, {get_world_size()} ranks", ranks=[0])
 
 
 def _found(place: discovery.Place) -> str:
