@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.comm.test_discovery import ONE_OF_OPEN_MPI, SALLOC_SHELL, SBATCH, VARIABLES
+from tests.comm.test_discovery import ONE_OF_OPEN_MPI, SALLOC_SHELL, SBATCH, TORCHRUN, VARIABLES
 from xtrain import comm
 from xtrain.comm import groups, launchers
 from xtrain.errors import BackendError, ConfigError
@@ -34,9 +34,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def _under(
-    env: dict[str, str], by_rank: dict[str, list[str]]
-) -> tuple[float, dict[str, str | None], timedelta]:
+def _under(env: dict[str, str], by_rank: dict[str, list[str]]) -> tuple[float, dict[str, str | None]]:
     """Start a process group as a rank of a launcher would."""
     dist.destroy_process_group()
     rank = int(os.environ["RANK"])
@@ -49,15 +47,7 @@ def _under(
         total = torch.tensor([float(comm.get_rank() + 1)])
         comm.all_reduce(total)
         assert comm.get_local_rank() == rank
-        timeout = dist.distributed_c10d._get_default_timeout(dist.Backend("gloo"))
-        return (
-            total.item(),
-            {
-                name: os.environ.get(name)
-                for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-            },
-            timeout,
-        )
+        return total.item(), {name: os.environ.get(name) for name in TORCHRUN}
     finally:
         os.environ.clear()
         os.environ.update(saved)
@@ -83,7 +73,7 @@ def test_ranks_of_a_slurm_step_meet(ranks: Any) -> None:
     }
     nodes = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "localhost,n[1-2]", "SLURM_NTASKS": "64"}
     results = ranks(2, _under, env | nodes, {"SLURM_PROCID": ["0", "1"], "SLURM_LOCALID": ["0", "1"]})
-    for rank, (total, after, _) in enumerate(results):
+    for rank, (total, after) in enumerate(results):
         assert total == 3.0
         assert after == {
             "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
@@ -129,8 +119,10 @@ def test_timeouts_are_deepspeeds(environment: pytest.MonkeyPatch) -> None:
         comm.init_distributed(timeout=30)  # type: ignore[arg-type]
 
 
-def test_the_names_are_deepspeeds() -> None:
-    deepspeed = pytest.importorskip("deepspeed.comm.comm")
+@pytest.mark.deepspeed
+def test_the_signatures_are_deepspeeds() -> None:
+    """The timeout's default apart, which is read from the environment when it is needed."""
+    deepspeed = pytest.importorskip("deepspeed.comm.comm", reason="needs the extra deepspeed")
     for name in ("init_distributed", "mpi_discovery"):
         ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (comm, deepspeed))
         assert list(ours) == list(theirs)
