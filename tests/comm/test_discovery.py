@@ -1,4 +1,4 @@
-"""Who a process is, by the environment that each launcher leaves. The Slurm ones were seen on real clusters."""
+"""Who a process is, by the environment that each launcher leaves. Those of sbatch and salloc are cut from ones that users posted."""
 
 from __future__ import annotations
 
@@ -72,16 +72,16 @@ def _without(env: dict[str, str], *names: str) -> dict[str, str]:
 # ---------------------------------------------------------------- torchrun's variables
 
 
-@pytest.mark.parametrize("outer", [{}, OPEN_MPI, MPICH, SRUN, {"PMI_RANK": "1"}], ids=str)
+@pytest.mark.parametrize("outer", [{}, OPEN_MPI, MPICH, SBATCH, SALLOC_SHELL, {"PMI_RANK": "1"}], ids=str)
 def test_a_complete_environment_counts_first(outer: dict[str, str]) -> None:
-    elastic = {"TORCHELASTIC_RUN_ID": "x"}
-    assert _found(outer | TORCHRUN | elastic) == (3, 8, 1, "head", 4321)
+    assert _found(outer | TORCHRUN) == (3, 8, 1, "head", 4321)
 
 
 def test_ranks_of_a_launcher_inside_another_are_not_the_outer_ones() -> None:
     """srun -n 2 torchrun --nproc-per-node 4, and a wrapper that starts four processes per MPI rank."""
+    elastic = TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}
     outer = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
-    assert _found(outer | TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}) == (3, 8, 1, "head", 4321)
+    assert _found(outer | elastic) == _found(SRUN | elastic) == (3, 8, 1, "head", 4321)
     assert _found(OPEN_MPI | TORCHRUN) == (3, 8, 1, "head", 4321)
     of_a_sweep = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     assert _found(SRUN | of_a_sweep) == (0, 1, 0, "head", 4321)
