@@ -1,4 +1,4 @@
-"""Who a process is, by the environment that each launcher leaves. Those of sbatch and salloc are cut from ones that users posted."""
+"""Who a process is, by the environment of each launcher; those of sbatch and salloc are cut from posted ones."""
 
 from __future__ import annotations
 
