@@ -33,6 +33,7 @@ from xtrain.comm.groups import (
     init_distributed,
     is_available,
     is_initialized,
+    mpi_discovery,
     new_group,
 )
 from xtrain.comm.ledger import Ledger, ledger, log_summary
@@ -66,6 +67,7 @@ __all__ = [
     "is_initialized",
     "ledger",
     "log_summary",
+    "mpi_discovery",
     "new_group",
     "recv",
     "reduce",

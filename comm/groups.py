@@ -8,23 +8,17 @@ import time
 import weakref
 from datetime import timedelta
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 import torch.distributed as dist
 
 from xtrain.backends import registry
-from xtrain.errors import BackendError, ConfigError, NotImplementedYetError
+from xtrain.comm import discovery
+from xtrain.errors import BackendError, ConfigError
 from xtrain.log import log_dist
 
-TORCH_DISTRIBUTED_DEFAULT_PORT = 29500
-DEFAULT_TIMEOUT = timedelta(minutes=30)
-
-_FOREIGN_LAUNCHERS = {
-    # variable that holds the number of ranks: who sets it
-    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
-    "PMI_SIZE": "mpiexec",
-    "SLURM_NTASKS": "srun",
-}
+TORCH_DISTRIBUTED_DEFAULT_PORT = discovery.DEFAULT_PORT
 
 _SETTLE_SECONDS = 0.1
 
@@ -47,7 +41,7 @@ def get_world_size(group: dist.ProcessGroup | None = None) -> int:
 
 
 def get_local_rank() -> int:
-    """Number of this process on its host, from the launcher's LOCAL_RANK."""
+    """Number of this process on its host, from LOCAL_RANK, which init_distributed sets if the launcher did not."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -71,19 +65,12 @@ def companion(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return _companions[parent]
 
 
-def _environment_rank(rank: int, world_size: int) -> tuple[int, int] | None:
-    """(rank, world size) from the arguments or the launcher's environment; None for a lone process."""
-    if rank >= 0 and world_size > 0:
-        return rank, world_size
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    for variable, launcher in _FOREIGN_LAUNCHERS.items():
-        if int(os.environ.get(variable, "1")) > 1:
-            raise NotImplementedYetError(
-                f"discovery of ranks under {launcher} ({variable} is set)",
-                "start with `xtrain launch` or torchrun, which set RANK and WORLD_SIZE",
-            )
-    return None
+def default_timeout() -> timedelta:
+    """How long a collective may wait: DEEPSPEED_TIMEOUT in minutes, or 10 minutes, as in DeepSpeed."""
+    text = os.environ.get("DEEPSPEED_TIMEOUT", "10")
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+        raise ConfigError(f"DEEPSPEED_TIMEOUT={text!r} is not a whole number of minutes of at least 1")
+    return timedelta(minutes=int(text))
 
 
 def init_distributed(
@@ -91,7 +78,7 @@ def init_distributed(
     auto_mpi_discovery: bool = True,
     distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
     verbose: bool = True,
-    timeout: timedelta = DEFAULT_TIMEOUT,
+    timeout: timedelta | None = None,
     init_method: str | None = None,
     dist_init_required: bool | None = None,
     config: Any = None,
@@ -100,17 +87,23 @@ def init_distributed(
 ) -> None:
     """Start torch.distributed unless it is running, with `deepspeed.init_distributed`'s signature.
 
+    Who this process is comes from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, else from
+    mpiexec or srun (docs/launchers.md); those five variables are set afterwards. A lone process is rank
+    0 of 1.
+
     Args:
         dist_backend: process-group library; None takes the one of the detected backend.
-        auto_mpi_discovery: accepted for compatibility; ranks come from the launcher's environment.
+        auto_mpi_discovery: whether MPI's and Slurm's variables count where the five are not set.
         distributed_port: port of rank 0 when the environment has no MASTER_PORT.
-        timeout: how long a collective may wait for the other ranks.
-        init_method: as in torch.distributed; None means `env://`, or no network for a lone process.
+        verbose: whether rank 0 logs what was found.
+        timeout: how long a collective may wait for the other ranks; None: see `default_timeout`.
+        init_method: as in torch.distributed; None means `env://`, or no network for a world of one.
         dist_init_required: False asserts that the process group exists already.
-        rank, world_size: override the environment when both are given.
+        rank, world_size: override the environment.
 
     Raises:
-        ConfigError: `dist_init_required` is False and no process group exists.
+        ConfigError: `dist_init_required` is False and no process group exists; the environment contradicts
+            itself or is incomplete.
         BackendError: the process group cannot be made; says with which library, rank and address.
     """
     if dist.is_initialized():
@@ -119,26 +112,78 @@ def init_distributed(
         raise ConfigError(
             "dist_init_required=False but torch.distributed is not initialized: call init_distributed() first"
         )
+    timeout = default_timeout() if timeout is None else timeout
+    if not isinstance(timeout, timedelta):
+        raise ConfigError(f"init_distributed(timeout={timeout!r}) must be a datetime.timedelta")
     library = dist_backend or registry.detect().collectives.process_group_backend
-    place = _environment_rank(rank, world_size)
-    if place is None:
-        # A lone process: an in-memory store, so that no port is opened.
-        dist.init_process_group(library, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(distributed_port))
-        address = init_method or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        try:
-            dist.init_process_group(
-                library, init_method=init_method, rank=place[0], world_size=place[1], timeout=timeout
-            )
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise BackendError(
-                f"rank {place[0]} of {place[1]} could not start {library} at {address}: {error}"
-            ) from error
+    by_env = init_method in (None, "env://")
+    place = None
+    if init_method is None or "rank" not in parse_qs(urlsplit(init_method).query):
+        place = discovery.discover(
+            os.environ,
+            rank=rank,
+            world_size=world_size,
+            port=distributed_port,
+            foreign=auto_mpi_discovery,
+            address_needed=by_env,
+        )
+    if place is not None:
+        os.environ.update(place.environment())
+        rank, world_size = place.rank, place.world_size
+    elif by_env:
+        rank, world_size = 0, 1
+    _start(library, None if by_env else init_method, rank, world_size, timeout)
     atexit.register(_settle)
     if verbose:
+        if place is not None:
+            log_dist(_found(place), ranks=[0])
         log_dist(f"torch {torch.__version__} distributed: {library}, {get_world_size()} ranks", ranks=[0])
+
+
+def _start(library: str, init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Make the process group; init_method None: at MASTER_ADDR and MASTER_PORT, or, alone, without a port."""
+    alone = init_method is None and world_size == 1
+    try:
+        if alone:
+            dist.init_process_group(library, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(
+                library, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
+            )
+    except (RuntimeError, ValueError, AssertionError) as error:
+        who = "a lone process" if alone or rank < 0 else f"rank {rank} of {world_size}"
+        address = init_method or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        where = "" if alone else f" at {address}"
+        raise BackendError(f"{who} could not start {library}{where}: {error}") from error
+
+
+def _found(place: discovery.Place) -> str:
+    environment = ", ".join(f"{name}={value}" for name, value in place.environment().items())
+    return f"ranks found through {place.source}: {environment}"
+
+
+def mpi_discovery(distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT, verbose: bool = True) -> None:
+    """Ask MPI, through mpi4py, for everything, and set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+
+    Collective over all ranks that mpiexec started. `init_distributed` needs it only under an mpiexec whose
+    variables it does not know.
+
+    Raises:
+        ConfigError: mpi4py is absent or finds no MPI library, or a running process group numbers the ranks
+            differently.
+    """
+    world = discovery.ask_mpi("mpi_discovery() was called", "start with torchrun")
+    place = discovery.Place(
+        world.rank, world.size, world.local_rank, world.address, distributed_port, "mpi_discovery()"
+    )
+    if dist.is_initialized() and (get_rank(), get_world_size()) != (world.rank, world.size):
+        raise ConfigError(
+            f"MPI says rank {world.rank} of {world.size}, but the process group that runs says "
+            f"rank {get_rank()} of {get_world_size()}: call mpi_discovery() before init_distributed(), or not at all"
+        )
+    os.environ.update(place.environment())
+    if verbose:
+        log_dist(_found(place), ranks=[0])
 
 
 def _settle() -> None:
