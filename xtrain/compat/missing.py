@@ -142,8 +142,8 @@ MISSING: tuple[Missing, ...] = (
     ),
     Missing(
         "launchers' environments inside comm",
-        "start ranks with `xtrain launch` or torchrun, which set RANK, WORLD_SIZE and LOCAL_RANK",
-        ("comm.*_from_launcher", "comm.in_*", "comm.mpi_discovery", "comm.patch_*", "comm.set_backend",
+        "call init_distributed, which reads every launcher it knows (docs/launchers.md)",
+        ("comm.*_from_launcher", "comm.in_*", "comm.patch_*", "comm.set_backend",
          "comm.init_deepspeed_backend", "comm.*Backend"),
     ),
     Missing(
