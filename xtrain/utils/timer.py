@@ -75,7 +75,9 @@ class Timer:
             raise ConfigError(f"timer {self.name_!r} was stopped, but it is not running")
         self._synchronize()
         interval = 1000 * (time.perf_counter() - self._start)
-        self._records = [interval] if reset else [*self._records, interval]
+        if reset:
+            self._records = []
+        self._records.append(interval)
         self.started_ = False
 
     def reset(self) -> None:
@@ -154,9 +156,7 @@ class SynchronizedWallClockTimer:
         memory = self.memory_usage() if memory_breakdown else ""
         print_dist("time (ms)" + "".join(parts) + memory, ranks=ranks or [0])
 
-    def get_mean(
-        self, names: Iterable[str], normalizer: float = 1.0, reset: bool = True
-    ) -> dict[str, float]:
+    def get_mean(self, names: Iterable[str], normalizer: float = 1.0, reset: bool = True) -> dict[str, float]:
         """Mean interval of the named timers that exist, in microseconds as in DeepSpeed, divided by `normalizer`.
 
         Args:
