@@ -62,7 +62,7 @@ class ThroughputConfig(Section):
 
     enabled: bool = True
     synchronized: bool = True
-    """Wait for the device before reading the clock; only done where the `timers` section or steps_per_print is given."""
+    """Wait for the device before reading the clock; done only if `timers` or steps_per_print is in the config."""
 
 
 class TimersConfig(Section):

@@ -27,6 +27,7 @@ class Monitor(ABC):
 
     def close(self) -> None:
         """Finish; nothing is written afterwards."""
+        self.enabled = False
 
 
 def require(package: str, section: str, install: str | None = None) -> Any:

@@ -54,4 +54,5 @@ class CometMonitor(Monitor):
                 self.experiment.log_metric(tag, value, step=step)
 
     def close(self) -> None:
+        super().close()
         self.experiment.end()

@@ -18,7 +18,7 @@ class TensorBoardMonitor(Monitor):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = job_folder(self.output_path, self.job_name)
-        self.summary_writer: Any = SummaryWriter(log_dir=str(folder))  # type: ignore[no-untyped-call]
+        self.summary_writer: Any = SummaryWriter(log_dir=str(folder))
 
     def write_events(self, event_list: Sequence[Event], flush: bool = True) -> None:
         for tag, value, step in event_list:
@@ -31,4 +31,5 @@ class TensorBoardMonitor(Monitor):
         self.summary_writer.flush()
 
     def close(self) -> None:
+        super().close()
         self.summary_writer.close()

@@ -27,5 +27,6 @@ class WandbMonitor(Monitor):
             self.log({tag: value}, step=step)
 
     def close(self) -> None:
+        super().close()
         if self._own:
             self._wandb.finish()

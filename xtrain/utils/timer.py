@@ -41,7 +41,7 @@ def trim_mean(data: Sequence[float], trim_percent: float) -> float:
     return sum(kept) / len(kept) if kept else 0.0
 
 
-class Timer:
+class _Timer:
     """Adds up the time between `start` and `stop`; milliseconds.
 
     Args:
@@ -109,19 +109,19 @@ class SynchronizedWallClockTimer:
         runtime: of the device to wait for; None: that of the backend in use.
     """
 
-    Timer = Timer
+    Timer = _Timer
 
     def __init__(self, runtime: RuntimeFacet | None = None) -> None:
         self._runtime = runtime
-        self.timers: dict[str, Timer] = {}
+        self.timers: dict[str, _Timer] = {}
 
-    def get_timers(self) -> dict[str, Timer]:
+    def get_timers(self) -> dict[str, _Timer]:
         """Every timer by its name."""
         return self.timers
 
-    def __call__(self, name: str) -> Timer:
+    def __call__(self, name: str) -> _Timer:
         if name not in self.timers:
-            self.timers[name] = Timer(name, (self._runtime or random_states.runtime()).synchronize)
+            self.timers[name] = _Timer(name, (self._runtime or random_states.runtime()).synchronize)
         return self.timers[name]
 
     @staticmethod
