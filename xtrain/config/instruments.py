@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from xtrain.config.rules import Section
 
@@ -50,7 +50,8 @@ class CometConfig(Section):
     """Samples between two submitted values of a tag."""
     project: str | None = None
     workspace: str | None = None
-    api_key: str | None = None
+    api_key: SecretStr | None = None
+    """Better left out and set in the environment: the config file keeps it."""
     experiment_name: str | None = None
     experiment_key: str | None = None
     online: bool | None = None

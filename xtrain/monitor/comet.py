@@ -35,8 +35,9 @@ class CometMonitor(Monitor):
                 f"config key 'comet.enabled' is true, but comet_ml {comet_ml.__version__} has no start(): "
                 "pip install 'comet_ml>=3.41.0', or set the key to false"
             )
+        key = comet_config.api_key
         self.experiment: Any = comet_ml.start(
-            api_key=comet_config.api_key,
+            api_key=None if key is None else key.get_secret_value(),
             project=comet_config.project,
             workspace=comet_config.workspace,
             experiment_key=comet_config.experiment_key,
