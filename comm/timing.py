@@ -132,8 +132,7 @@ class CommsLogger:
     ) -> Running | None:
         """Start the clock of one operation, if it is to be timed. Called only while `enabled`."""
         name = log_name or operation
-        chosen = {name, operation}
-        if not (prof or self.prof_all or chosen & {_ALIASES.get(op, op) for op in self.prof_ops}):
+        if not (prof or self.prof_all or name in {_ALIASES.get(op, op) for op in self.prof_ops}):
             return None
         shown = f"{name} | [Caller Func: {_caller()}]" if self.debug else name
         return Running(self, operation, shown, size, ranks)
