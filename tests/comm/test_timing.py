@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xtrain
@@ -34,6 +34,7 @@ def _logging(**switches: Any) -> Any:
 
 
 @pytest.mark.deepspeed
+@settings(deadline=None)  # the first example imports DeepSpeed
 @given(st.sampled_from(OPERATIONS), st.integers(1, 10**10), st.integers(1, 512), st.floats(1e-3, 1e5))
 def test_bandwidths_are_deepspeeds(operation: str, size: int, ranks: int, milliseconds: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -192,10 +193,10 @@ def test_the_rank_that_waits_is_told_how_long(ranks: Any) -> None:
 
 
 def _ledger(stage: int, section: dict[str, Any]) -> tuple[dict[Any, Any], list[float], int]:
-    settings = training.config(stage, 4, zero_optimization=training.zero(stage, 0), comms_logger=section)
+    config = training.config(stage, 4, zero_optimization=training.zero(stage, 0), comms_logger=section)
     with _logging() as log:
         log.enabled = False  # the config alone turns it on
-        engine = xtrain.initialize(model=training.build_model(), config=settings)[0]
+        engine = xtrain.initialize(model=training.build_model(), config=config)[0]
         losses = [training.engine_step(engine, step) for step in range(3)]
         # Sizes of pickled objects and group names differ between two engines.
         entries = {

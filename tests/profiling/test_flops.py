@@ -156,6 +156,7 @@ def test_mistakes_are_told() -> None:
 
 
 @pytest.mark.deepspeed
+@settings(deadline=None)  # the first example imports DeepSpeed
 @given(st.floats(0, 1e15), st.sampled_from([None, "T", "G", "M", "K", "", "m", "u"]), st.integers(0, 4))
 def test_numbers_are_written_as_deepspeed_does(number: float, units: str | None, precision: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -183,10 +184,10 @@ def test_deepspeed_counts_the_same_matrix_products(monkeypatch: pytest.MonkeyPat
 
 def _engine(stage: int, section: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     model, out = training.build_model(), io.StringIO()
-    settings = training.config(
+    config = training.config(
         stage, 4, zero_optimization=training.zero(stage, 0), flops_profiler=section, **more
     )
-    engine = xtrain.initialize(model=model, config=settings)[0]
+    engine = xtrain.initialize(model=model, config=config)[0]
     with redirect_stdout(out):
         losses = [training.engine_step(engine, step) for step in range(4)]
     figures = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -97,6 +97,7 @@ def test_a_timer_that_does_nothing_has_the_methods_of_one_that_does() -> None:
 
 
 @pytest.mark.deepspeed
+@settings(deadline=None)  # the first example imports DeepSpeed
 @given(st.lists(st.floats(0, 1e6), max_size=40), st.sampled_from([0.0, 0.1, 0.2, 0.4]))
 def test_trimmed_means_are_deepspeeds(values: list[float], part: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -207,7 +208,7 @@ def test_phases_of_a_step(ranks: Any, stage: int) -> None:
             batches = index % 2 + 1  # since the last update
             assert times["fwd"] >= 29 * batches
             assert times["bwd_inner"] >= 59 * batches
-            assert 29 <= times["fwd_microstep"] <= times["fwd"] + 1e-6
+            assert 29 <= times["fwd_microstep"] <= times["fwd"] + 5  # two readings of the clock
             assert times["bwd"] >= times["bwd_inner"] + times["bwd_allreduce"] - 1e-6
         lines = printed.splitlines()
         assert len(lines) == (6 if rank == 0 else 0)
