@@ -120,8 +120,10 @@ class Instruments:
             profiler.start_profile()
             try:
                 yield
-            finally:
-                profiler.stop_profile()
+            except BaseException:
+                profiler.end_profile()  # the next forward is profiled instead
+                raise
+            profiler.stop_profile()
 
     def backward(self, loss: torch.Tensor) -> AbstractContextManager[Any]:
         """The backward pass of a micro-batch and the reduction of its gradients."""
@@ -186,6 +188,9 @@ class Instruments:
         Args:
             boundary: it was an update.
         """
+        engine = self._engine()
+        assert engine is not None
+        self.tput_timer.batch_size = engine.train_batch_size()  # the script may have changed it
         self.tput_timer.stop(global_step=boundary)
         if self._timing:
             self.last_times = {
@@ -194,17 +199,14 @@ class Instruments:
                 for name in (micro, whole)
             }
         if boundary:
-            self._after_step()
+            self._after_step(engine)
         if self._timing:
             micro = [names[0] for names in _PHASES.values()]
             self.timers.log(micro, memory_breakdown=self._memory)
             if boundary:
                 self.timers.log([names[1] for names in _PHASES.values()])
 
-    def _after_step(self) -> None:
-        engine = self._engine()
-        assert engine is not None
-        self.tput_timer.batch_size = engine.train_batch_size()
+    def _after_step(self, engine: XtrainEngine) -> None:
         if self.monitor.enabled and self._first:
             self.monitor.write_events(self._events(engine))
             self._losses.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -307,8 +308,13 @@ def test_values_submitted_are_an_interval_apart(interval: int, gaps: list[int]) 
     assert all(b - a < interval + 30 for a, b in pairwise(submitted))
 
 
-def test_a_key_to_comet_is_not_written_anywhere() -> None:
-    checked = load_config({"train_batch_size": 8, "comet": {"enabled": True, "api_key": "secret"}})
+def test_a_key_to_comet_is_not_written_anywhere(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"train_batch_size": 8, "comet": {"enabled": True, "api_key": "secret"}}
+    caplog.set_level(logging.INFO, logger="xtrain")
+    xtrain.DeepSpeedConfig(config).print("config")
+    assert "comet" in caplog.text
+    assert "secret" not in caplog.text
+    checked = load_config(config)
     assert "secret" not in json.dumps(checked.public())
     assert "secret" not in checked.values.model_dump_json()
     assert checked.raw["comet"]["api_key"] == "secret"

@@ -228,3 +228,38 @@ def test_a_profile_is_printed_once(ranks: Any) -> None:
     assert first["out"].count("Profile of step 1") == 1
     assert "Detailed" not in first["out"]
     assert second["out"] == ""
+
+
+class Failing(Shared):
+    """Raises when told to."""
+
+    def forward(self, x: torch.Tensor, fail: bool = False) -> torch.Tensor:
+        if fail:
+            self.layer(x)
+            raise RuntimeError("failed")
+        return super().forward(x).sum()
+
+
+def _failing(compiled: bool) -> tuple[int, float]:
+    config = {
+        "train_batch_size": 2,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "flops_profiler": {"enabled": True, "profile_step": 0, "detailed": False},
+    }
+    engine = xtrain.initialize(model=Failing(), config=config)[0]
+    if compiled:
+        engine.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="failed"):
+        engine(torch.ones(2, 4), fail=True)
+    with redirect_stdout(io.StringIO()):
+        for _ in range(2):
+            engine.backward(engine(torch.ones(2, 4)))
+            engine.step()
+    return engine.flops_profiler.get_total_flops(), engine.flops_profiler.get_total_duration()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_that_fails_is_not_the_profiled_one(ranks: Any, compiled: bool) -> None:
+    flops, seconds = ranks(1, _failing, compiled)[0]
+    assert flops == 192
+    assert seconds > 0

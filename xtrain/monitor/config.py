@@ -29,6 +29,9 @@ class DeepSpeedMonitorConfig:
         self.csv_monitor, self.comet = values.csv_monitor, values.comet
         self.enabled = any(getattr(self, name).enabled for name in SECTIONS)
 
+    def __repr__(self) -> str:
+        return ", ".join(repr(getattr(self, name)) for name in SECTIONS)
+
 
 def get_monitor_config(param_dict: Mapping[str, Any]) -> DeepSpeedMonitorConfig:
     """The monitors' sections of a DeepSpeed config; its other keys are not read.

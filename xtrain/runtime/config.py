@@ -34,6 +34,9 @@ class CommsConfig:
         self.comms_logger = values.comms_logger
         self.comms_logger_enabled = values.comms_logger.enabled
 
+    def __repr__(self) -> str:
+        return repr(self.comms_logger)
+
 
 def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
@@ -67,6 +70,7 @@ class DeepSpeedConfig:
         checked = load_config(config)
         values = checked.values
         self._param_dict = checked.raw
+        self._public = checked.public()
         self.global_rank = comm.get_rank()
         self.world_size: int = comm.get_world_size() if mpu is None else mpu.get_data_parallel_world_size()
         sizes = solve_batch_sizes(
@@ -120,7 +124,7 @@ class DeepSpeedConfig:
 
     def print_user_config(self) -> None:
         """Log the config as it was given."""
-        logger.info("config: %s", json.dumps(self._param_dict, indent=2, sort_keys=True, default=str))
+        logger.info("config: %s", json.dumps(self._public, indent=2, sort_keys=True, default=str))
 
     def print(self, name: str) -> None:
         """Log every attribute under a heading."""
