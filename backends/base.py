@@ -6,7 +6,20 @@ Nothing here knows of engines, optimizers or launchers.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+from xtrain.backends import host
+
+
+class MemoryUse(NamedTuple):
+    """Bytes on the device: held by tensors, the peak of that, held by the allocator, the peak of that."""
+
+    allocated: int
+    peak_allocated: int
+    reserved: int
+    peak_reserved: int
 
 
 class RuntimeFacet:
@@ -38,6 +51,15 @@ class RuntimeFacet:
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given; the host has at once."""
+
+    def memory(self) -> MemoryUse:
+        """Memory of this process on the device. On the host: what is resident, which no allocator divides."""
+        used, peak = host.resident()
+        return MemoryUse(used, peak, used, peak)
+
+    def reset_peak_memory(self) -> None:
+        """Let the peaks begin again at what is in use now."""
+        host.reset_peak()
 
 
 class CollectivesFacet:

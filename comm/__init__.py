@@ -36,12 +36,22 @@ from xtrain.comm.groups import (
     mpi_discovery,
     new_group,
 )
-from xtrain.comm.ledger import Ledger, ledger, log_summary
+from xtrain.comm.ledger import (
+    Ledger,
+    get_comm_operation_count,
+    get_logged_comm_ops,
+    has_comm_data,
+    ledger,
+    log_summary,
+    reset_log,
+)
+from xtrain.comm.timing import CommsLogger, comms_logger, configure
 
 __all__ = [
     "TORCH_DISTRIBUTED_DEFAULT_PORT",
     "CanonicalAllReduce",
     "CanonicalReduceScatter",
+    "CommsLogger",
     "Ledger",
     "ReduceOp",
     "SliceAllReduce",
@@ -55,13 +65,18 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_object_list",
+    "comms_logger",
     "companion",
+    "configure",
     "destroy_process_group",
+    "get_comm_operation_count",
     "get_global_rank",
     "get_local_rank",
+    "get_logged_comm_ops",
     "get_rank",
     "get_world_group",
     "get_world_size",
+    "has_comm_data",
     "init_distributed",
     "is_available",
     "is_initialized",
@@ -72,6 +87,7 @@ __all__ = [
     "recv",
     "reduce",
     "reduce_scatter_tensor",
+    "reset_log",
     "send",
     "tree_sum",
 ]

@@ -20,6 +20,7 @@ from xtrain.comm.collectives import (
     count,
     reduce_scatter_tensor,
 )
+from xtrain.comm.timing import Running, finish
 
 _LIBRARIES = frozenset({"gloo"})
 """Process-group libraries whose own collectives are slower."""
@@ -60,11 +61,12 @@ class SliceSum:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         rows = list(tensor.view(ranks, -1).unbind())
         self._works: list[Any]
+        self._clock: Running | None = None
         if not _is_direct(group):
             self._rows = [rows[rank]]
             self._works = [reduce_scatter_tensor(rows[rank], tensor, group=group, async_op=True)]
             return
-        count("reduce_scatter", tensor.nbytes, group)
+        self._clock = count("reduce_scatter", tensor.nbytes, group)
         space = torch.empty_like(tensor[: tensor.numel() // ranks * (ranks - 1)]).view(ranks - 1, -1)
         received = list(space.unbind())
         received.insert(rank, rows[rank])
@@ -80,6 +82,7 @@ class SliceSum:
         """This rank's slice, added in the order of a fixed tree over rank numbers."""
         for work in self._works:
             work.wait()
+        finish(self._clock, None)
         return tree_sum(self._rows)
 
 
@@ -88,10 +91,11 @@ class SliceGather:
 
     def __init__(self, full: torch.Tensor, mine: torch.Tensor, group: Group) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        self._clock: Running | None = None
         if not _is_direct(group):
             self._works: list[Any] = [all_gather_into_tensor(full, mine, group=group, async_op=True)]
             return
-        count("all_gather", full.nbytes, group)
+        self._clock = count("all_gather", full.nbytes, group)
         rows = list(full.view(ranks, -1).unbind())
         if rows[rank].data_ptr() != mine.data_ptr():
             rows[rank].copy_(mine)
@@ -105,6 +109,7 @@ class SliceGather:
         """Wait until `full` is complete."""
         for work in self._works:
             work.wait()
+        finish(self._clock, None)
 
 
 class SliceAllReduce:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
+from xtrain.comm.timing import comms_logger
+from xtrain.errors import ConfigError
 from xtrain.log import log_dist
 
 _FACTOR = {
@@ -88,12 +91,40 @@ ledger = Ledger()
 """The ledger of this process."""
 
 
-def log_summary(show_straggler: bool = False) -> None:
-    """Log the ledger on rank 0, as `deepspeed.comm.log_summary` does.
+def log_summary(show_straggler: bool = False, return_dict: bool = False) -> dict[str, Any] | None:
+    """Log the ledger on rank 0, and latencies and bandwidths if the communication log is or was on.
+
+    Args:
+        show_straggler: and how long rank 0 waited for slower ranks; all ranks must call.
+        return_dict: return the tables of latencies as `deepspeed.comm.log_summary` does, on every rank.
 
     Raises:
-        ValueError: `show_straggler`, which needs timings that the ledger does not take.
+        ConfigError: stragglers are asked for, and nothing was timed.
     """
-    if show_straggler:
-        raise ValueError("log_summary(show_straggler=True) needs timings, which the ledger does not take yet")
+    if show_straggler and not (comms_logger.enabled or comms_logger.has_data()):
+        raise ConfigError(
+            "log_summary(show_straggler=True) needs timings: set comms_logger.enabled in the config, or call "
+            "comm.configure(enabled=True) before"
+        )
     log_dist("communication since start (rank 0)\n" + ledger.summary(), ranks=[0])
+    return comms_logger.log_all(show_straggler=show_straggler, return_dict=return_dict)
+
+
+def reset_log() -> None:
+    """Forget all timings; the ledger's totals are forgotten by `ledger.reset()`."""
+    comms_logger.reset_data()
+
+
+def has_comm_data() -> bool:
+    """Whether any operation was timed."""
+    return comms_logger.has_data()
+
+
+def get_comm_operation_count() -> int:
+    """How many operations were timed."""
+    return comms_logger.get_total_operations()
+
+
+def get_logged_comm_ops() -> list[str]:
+    """The names under which timed operations were summed up."""
+    return comms_logger.get_operation_names()

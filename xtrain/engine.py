@@ -24,6 +24,7 @@ from xtrain.dataloader import make_dataloader
 from xtrain.errors import ConfigError, TrainingError
 from xtrain.extras import Extras
 from xtrain.inquiries import Inquiries
+from xtrain.instruments import Instruments
 from xtrain.log import log_dist
 from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
@@ -93,6 +94,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self._random = AlignedRandom(values.xtrain.seed, self._place) if values.xtrain.aligned else None
         setup.place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
         self.module = module
+        self.instruments = Instruments(self)
 
         self.optimizer: ZeroOptimizer | None = None
         self.basic_optimizer = self._basic_optimizer(optimizer, model_parameters)
@@ -170,6 +172,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
     def _discard(self) -> None:
         self._reducer.discard()
         self._watch.clear()
+        self.instruments.discard()
         self._backwards = 0
 
     def _scheduler(self, given: Any) -> Any:
@@ -215,7 +218,8 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model."""
         aligned = self._random if self._random is not None and self.module.training else nullcontext()
-        with aligned, autocast_region(self.xtrain_config.values.torch_autocast, self.device.type):
+        autocast = autocast_region(self.xtrain_config.values.torch_autocast, self.device.type)
+        with self.instruments.forward(), aligned, autocast:
             return self.module(*inputs, **kwargs)
 
     def _place(self) -> tuple[int, int]:
@@ -246,7 +250,8 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self._backwards += 1
         divided = loss / self.batch_sizes.accumulation if scale_wrt_gas else loss
         scaled = self.scale(divided)
-        with self._reducer.backward():
+        measure = self.instruments
+        with measure.backward(loss), self._reducer.backward(), measure.differentiation():
             scaled.backward(self._watch.seed(loss, scaled), retain_graph=retain_graph)
         return divided
 
@@ -271,12 +276,14 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self._step_applied = False
         self._stepping = True
         try:
-            self._reducer.close_micro_batch()
-            boundary = self.is_gradient_accumulation_boundary()
-            if boundary:
-                self._update(lr_kwargs or {})
+            with self.instruments.step():
+                self._reducer.close_micro_batch()
+                boundary = self.is_gradient_accumulation_boundary()
+                if boundary:
+                    self._update(lr_kwargs or {})
         finally:
             self._stepping = False
+        self.instruments.after_micro_batch(boundary)
         self.micro_steps += 1
         if boundary:
             overflow, norm = self.optimizer.overflow, self.optimizer.grad_norm
@@ -313,7 +320,8 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self._backwards = 0
         every = self.xtrain_config.values.steps_per_print
         if every and self.global_steps % every == 0:
-            log_dist(f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}", ranks=[0])
+            rates = f"lr={self.get_lr()}, mom={self.get_mom()}"
+            log_dist(f"step={self.global_steps}, skipped={self.skipped_steps}, {rates}", ranks=[0])
 
     def _samples_of_step(self) -> int:
         """Samples of the step over all ranks; without managed accumulation, backwards are counted."""
@@ -413,6 +421,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         In stage 3 they stay divided until then; `zero.GatheredParameters` makes them whole.
         """
         garbage.release(id(self))
+        self.instruments.close()
         if self.optimizer is not None:
             self._reducer.detach()
         if self.partition.gatherer is not None:

@@ -220,9 +220,6 @@ class Extras:
         "set_custom_curriculum_learning_schedule", "sample in the script"
     )
     random_ltd_initialize = _not_yet("random_ltd_initialize", "drop tokens in the model")
-    get_wall_clock_timers = _not_yet(
-        "get_wall_clock_timers", 'use "xtrain": {"record": "PATH"}, which writes the time of each step'
-    )
     load_moe_state_dict = _not_yet("load_moe_state_dict", "use load_checkpoint")
     register_compile_pass = _not_yet("register_compile_pass", "pass a backend function to engine.compile()")
     get_compile_time = _not_yet("get_compile_time", "use torch._dynamo.utils.compile_times()")

@@ -6,7 +6,7 @@ the engine. Configuration keys are in settings.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
@@ -15,6 +15,12 @@ from xtrain import comm
 from xtrain.config import BatchSizes, XtrainConfig
 from xtrain.parallel import DataParallelGrid
 from xtrain.zero.optimizer import ZeroOptimizer
+
+if TYPE_CHECKING:
+    from xtrain.instruments import Instruments
+    from xtrain.monitor.monitor import MonitorMaster
+    from xtrain.profiling.flops_profiler import FlopsProfiler
+    from xtrain.utils.timer import SynchronizedWallClockTimer, ThroughputTimer
 
 
 class Inquiries:
@@ -28,6 +34,7 @@ class Inquiries:
     client_optimizer: Any
     module: nn.Module
     mpu: Any
+    instruments: Instruments
 
     # Batches
 
@@ -115,6 +122,41 @@ class Inquiries:
     def get_sequence_parallel_group(self) -> dist.ProcessGroup | None:
         """None: sequences are not divided."""
         return None
+
+    # Instruments
+
+    @property
+    def monitor(self) -> MonitorMaster:
+        """Where scalars go; a script may write its own with `engine.monitor.write_events`."""
+        return self.instruments.monitor
+
+    @property
+    def timers(self) -> SynchronizedWallClockTimer:
+        """Timers by name; those of `wall_clock_breakdown`, and the script's own."""
+        return self.instruments.timers
+
+    @property
+    def tput_timer(self) -> ThroughputTimer:
+        """Samples per second."""
+        return self.instruments.tput_timer
+
+    @property
+    def flops_profiler(self) -> FlopsProfiler:
+        """The profiler of the section `flops_profiler`.
+
+        Raises:
+            AttributeError: the section is not enabled.
+        """
+        if self.instruments.flops_profiler is None:
+            raise AttributeError("the engine has no flops_profiler: set flops_profiler.enabled in the config")
+        return self.instruments.flops_profiler
+
+    def get_wall_clock_timers(self) -> dict[str, float]:
+        """Milliseconds of each timer of `wall_clock_breakdown` at the end of the last `step()`; else nothing.
+
+        Those ending in `_microstep` are of the last micro-batch, the others of the window that it ended or is in.
+        """
+        return dict(self.instruments.last_times)
 
     # The rest
 

@@ -45,7 +45,7 @@ def attach(engine: XtrainEngine) -> None:
         return
     recorder = Recorder(
         path,
-        header={"engine": "native", "backend": engine.backend.name, "config": engine.xtrain_config.raw},
+        header={"engine": "native", "backend": engine.backend.name, "config": engine.xtrain_config.public()},
         tokens_per_sample=section.tokens_per_sample,
         flag=(run_dir / STOP).exists if run_dir else None,
     )

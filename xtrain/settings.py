@@ -111,7 +111,13 @@ class Settings:
     tensor_parallel_config = _key("tensor_parallel")
 
     # Features with a section of their own
-    flops_profiler_enabled = _enabled("flops_profiler")
+    flops_profiler_enabled = _key("flops_profiler.enabled")
+    flops_profiler_recompute_fwd_factor = _key("flops_profiler.recompute_fwd_factor")
+    flops_profiler_profile_step = _key("flops_profiler.profile_step")
+    flops_profiler_module_depth = _key("flops_profiler.module_depth")
+    flops_profiler_top_modules = _key("flops_profiler.top_modules")
+    flops_profiler_detailed = _key("flops_profiler.detailed")
+    flops_profiler_output_file = _key("flops_profiler.output_file")
     autotuning_enabled = _enabled("autotuning")
     data_efficiency_enabled = _enabled("data_efficiency")
     data_efficiency_config = _key("data_efficiency")

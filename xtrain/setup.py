@@ -94,7 +94,7 @@ def check_agreement(module: nn.Module, config: XtrainConfig, grid: DataParallelG
     """
     description = {
         "parameters": _describe_parameters(module),
-        "config": json.dumps(config.raw, sort_keys=True, default=repr),
+        "config": json.dumps(config.public(), sort_keys=True, default=repr),
     }
     text = json.dumps(description, sort_keys=True)
     fingerprints = [""] * grid.size

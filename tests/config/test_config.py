@@ -49,7 +49,7 @@ def test_mistakes_name_the_key_and_what_to_do(config: dict[str, Any], said: str)
     [
         {"fp16": {"enabled": True, "auto_cast": True}},
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
-        {"flops_profiler": {"enabled": True}},
+        {"data_efficiency": {"enabled": True}},
         {"autotuning": {"enabled": True}},
         {"xtrain": {"engine": "deepspeed"}},
     ],

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xtrain.accelerator import host_memory
+from xtrain.backends import host
 from xtrain.errors import ConfigError
 
 
@@ -33,12 +33,12 @@ class MemoryStatistics:
 
     def memory_allocated(self, device_index: int | None = None) -> int:
         """Bytes in tensors now; on a host, resident memory of the process."""
-        return host_memory.resident() if self._is_host else self._module.memory_allocated(device_index)
+        return host.resident()[0] if self._is_host else self._module.memory_allocated(device_index)
 
     def max_memory_allocated(self, device_index: int | None = None) -> int:
         """The largest `memory_allocated` since the start or the last reset."""
         if self._is_host:
-            return host_memory.peak_resident()
+            return host.resident()[1]
         return self._module.max_memory_allocated(device_index)
 
     def reset_max_memory_allocated(self, device_index: int | None = None) -> None:
@@ -47,12 +47,12 @@ class MemoryStatistics:
 
     def memory_reserved(self, device_index: int | None = None) -> int:
         """Bytes that torch holds, in tensors or cached; on a host, resident memory of the process."""
-        return host_memory.resident() if self._is_host else self._module.memory_reserved(device_index)
+        return host.resident()[0] if self._is_host else self._module.memory_reserved(device_index)
 
     def max_memory_reserved(self, device_index: int | None = None) -> int:
         """The largest `memory_reserved` since the start or the last reset."""
         if self._is_host:
-            return host_memory.peak_resident()
+            return host.resident()[1]
         return self._module.max_memory_reserved(device_index)
 
     def memory_cached(self, device_index: int | None = None) -> int:
@@ -70,7 +70,7 @@ class MemoryStatistics:
     def reset_peak_memory_stats(self, device_index: int | None = None) -> None:
         """Start new peaks."""
         if self._is_host:
-            host_memory.reset_peak()
+            host.reset_peak()
         else:
             self._module.reset_peak_memory_stats(device_index)
 
@@ -79,17 +79,20 @@ class MemoryStatistics:
         if not self._is_host:
             return dict(self._module.memory_stats(device_index))
         return {
-            "allocated_bytes.all.current": host_memory.resident(),
-            "allocated_bytes.all.peak": host_memory.peak_resident(),
+            "allocated_bytes.all.current": host.resident()[0],
+            "allocated_bytes.all.peak": host.resident()[1],
         }
 
     def total_memory(self, device_index: int | None = None) -> int:
         """Bytes that the device has."""
-        return host_memory.total() if self._is_host else int(self._module.mem_get_info(device_index)[1])
+        return host.in_use()[1] if self._is_host else int(self._module.mem_get_info(device_index)[1])
 
     def available_memory(self, device_index: int | None = None) -> int:
         """Bytes that nobody uses."""
-        return host_memory.free() if self._is_host else int(self._module.mem_get_info(device_index)[0])
+        if self._is_host:
+            used, everything = host.in_use()
+            return everything - used
+        return int(self._module.mem_get_info(device_index)[0])
 
     # ---------------------------------------------------------------- pinned host memory
 

@@ -47,7 +47,10 @@ def _default(info: FieldInfo) -> str:
     if info.is_required():
         return "required"
     value: Any = info.get_default(call_default_factory=True)
-    return "left out" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    if value is None:
+        return "left out"
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{shown}`" if shown else '`""`'
 
 
 def _table(model: type[Section]) -> list[str]:
@@ -64,7 +67,7 @@ def _sections(model: type[Section], path: str) -> list[str]:
         nested = _nested(info)
         if nested is not None:
             dotted = f"{path}{info.alias or name}"
-            text = (nested.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
+            text = " ".join((nested.__doc__ or "").split("\n\n")[0].split())
             parts += [f"\n## `{dotted}`\n", f"{text}\n", *_table(nested), *_sections(nested, f"{dotted}.")]
     return parts
 

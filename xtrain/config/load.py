@@ -35,6 +35,13 @@ class XtrainConfig:
         self.source = source
         self.notices = notices
 
+    def public(self) -> dict[str, Any]:
+        """The dictionary as the user wrote it, without the keys that are secret: for records and messages."""
+        comet = self.raw.get("comet")
+        if not isinstance(comet, dict) or not comet.get("api_key"):
+            return self.raw
+        return {**self.raw, "comet": {**comet, "api_key": "**********"}}
+
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}

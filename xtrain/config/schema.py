@@ -10,6 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from xtrain.config.instruments import (
+    CometConfig,
+    CommsLoggerConfig,
+    CsvConfig,
+    FlopsProfilerConfig,
+    TensorBoardConfig,
+    TimersConfig,
+    WandbConfig,
+)
 from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
 
 FeatureDict = dict[str, Any]  # a section of a feature that is not there yet: checked for "enabled" only
@@ -332,9 +341,6 @@ class XtrainSection(Section):
     """Tokens in one sample; with it the record and the progress display count tokens."""
 
 
-_MONITOR = NotYet('use "xtrain": {"record": "PATH"}, which writes loss, norm and learning rate per step')
-
-
 class Config(Section):
     """The whole configuration."""
 
@@ -368,6 +374,18 @@ class Config(Section):
     disable_python_gc: bool = False
     """Switch Python's automatic garbage collection off; engine.collect_python_gc() collects."""
     steps_per_print: int | None = Field(None, ge=0)
+    """Steps between two lines of progress with samples per second; 0 or left out: none."""
+    wall_clock_breakdown: bool = False
+    """Time forward, backward, reduction and step, waiting for the device before each reading; see engine.timers."""
+    memory_breakdown: bool = False
+    """Print the memory in use around forward, backward and step."""
+    tensorboard: TensorBoardConfig = TensorBoardConfig()
+    wandb: WandbConfig = WandbConfig()
+    csv_monitor: CsvConfig = CsvConfig()
+    comet: CometConfig = CometConfig()
+    timers: TimersConfig = TimersConfig()
+    flops_profiler: FlopsProfilerConfig = FlopsProfilerConfig()
+    comms_logger: CommsLoggerConfig = CommsLoggerConfig()
     dump_state: bool = False
     dataloader_drop_last: bool = False
     log_level: str | None = None
@@ -377,17 +395,6 @@ class Config(Section):
         str | None, NotYet("sequence parallelism is not there yet")
     ] = None
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
-    wall_clock_breakdown: Annotated[bool, _MONITOR] = False
-    memory_breakdown: Annotated[bool, NotYet("use the backend's memory statistics in the script")] = False
-    timers: Annotated[FeatureDict | None, _MONITOR] = None
-    tensorboard: Annotated[FeatureDict | None, _MONITOR] = None
-    wandb: Annotated[FeatureDict | None, _MONITOR] = None
-    csv_monitor: Annotated[FeatureDict | None, _MONITOR] = None
-    comet: Annotated[FeatureDict | None, _MONITOR] = None
-    flops_profiler: Annotated[FeatureDict | None, NotYet("use torch.profiler in the script")] = None
-    comms_logger: Annotated[
-        FeatureDict | None, NotYet("call xtrain.comm.log_summary(), which needs no key")
-    ] = None
     amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
     pipeline: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     tensor_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from xtrain import comm
-from xtrain.config import load_config, solve_batch_sizes
+from xtrain.config import Config, load_config, solve_batch_sizes
 from xtrain.errors import NotImplementedYetError
 from xtrain.log import logger
+from xtrain.monitor.config import DeepSpeedMonitorConfig
 from xtrain.precision.policy import DTYPES
 
 _COPIED = (
@@ -24,6 +25,17 @@ _COPIED = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown",
     "dataloader_drop_last", "log_level",
 )  # fmt: skip
+
+
+class CommsConfig:
+    """`comms_logger`: the section; `comms_logger_enabled`: whether it is enabled."""
+
+    def __init__(self, values: Config) -> None:
+        self.comms_logger = values.comms_logger
+        self.comms_logger_enabled = values.comms_logger.enabled
+
+    def __repr__(self) -> str:
+        return repr(self.comms_logger)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -41,7 +53,8 @@ class DeepSpeedConfig:
     Attributes are DeepSpeed's: `train_batch_size`, `train_micro_batch_size_per_gpu`,
     `gradient_accumulation_steps`, `zero_enabled`, `zero_optimization_stage`, `zero_config` (with `stage` and the
     other keys of the section), `fp16_enabled`, `bfloat16_enabled`, `loss_scale`, `gradient_clipping`,
-    `optimizer_name`, `optimizer_params`, `scheduler_name`, `scheduler_params`, and the keys of the top level.
+    `optimizer_name`, `optimizer_params`, `scheduler_name`, `scheduler_params`, `monitor_config`, `timers_config`,
+    `flops_profiler_config`, `comms_config`, and the keys of the top level.
 
     Raises:
         ConfigError: a mistake in the config, in one sentence.
@@ -57,6 +70,7 @@ class DeepSpeedConfig:
         checked = load_config(config)
         values = checked.values
         self._param_dict = checked.raw
+        self._public = checked.public()
         self.global_rank = comm.get_rank()
         self.world_size: int = comm.get_world_size() if mpu is None else mpu.get_data_parallel_world_size()
         sizes = solve_batch_sizes(
@@ -74,6 +88,10 @@ class DeepSpeedConfig:
         self.zero_enabled = self.zero_optimization_stage > 0
         self.activation_checkpointing_config = values.activation_checkpointing
         self.checkpoint_config = values.checkpoint
+        self.monitor_config = DeepSpeedMonitorConfig(values)
+        self.timers_config = values.timers.throughput
+        self.flops_profiler_config = values.flops_profiler
+        self.comms_config = CommsConfig(values)
 
         self.float16_config, self.bfloat16_config = values.fp16, values.bf16
         self.fp16_enabled, self.bfloat16_enabled = values.fp16.enabled, values.bf16.enabled
@@ -106,7 +124,7 @@ class DeepSpeedConfig:
 
     def print_user_config(self) -> None:
         """Log the config as it was given."""
-        logger.info("config: %s", json.dumps(self._param_dict, indent=2, sort_keys=True, default=str))
+        logger.info("config: %s", json.dumps(self._public, indent=2, sort_keys=True, default=str))
 
     def print(self, name: str) -> None:
         """Log every attribute under a heading."""

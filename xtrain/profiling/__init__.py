@@ -1,0 +1,1 @@
+"""Profilers, under DeepSpeed's import paths."""
