@@ -1,12 +1,15 @@
 """The collectives, with torch.distributed's signatures, each recorded in the ledger.
 
 As in DeepSpeed, `prof` times a call while the communication log is on but not for every operation, and
-`log_name` is the name it is summed up under.
+`log_name` is the name it is summed up under; `debug` is the name of the caller, which the log shows in its debug
+mode (None: it is found out). Messages between two ranks and lists of tensors are in point_to_point.py and
+tensor_lists.py.
 """
 
 from __future__ import annotations
 
 import pickle
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ def count(
     sent_bytes: int | None = None,
     prof: bool = False,
     log_name: str | None = None,
+    debug: str | None = None,
 ) -> Running | None:
     """Record one call in the ledger, and start its clock if it is to be timed.
 
@@ -39,7 +43,7 @@ def count(
     ledger.record(operation, name, ranks, message_bytes, sent_bytes)
     if not comms_logger.enabled:
         return None
-    return comms_logger.begin(operation, message_bytes, ranks, log_name, prof)
+    return comms_logger.begin(operation, message_bytes, ranks, log_name, prof, debug)
 
 
 def all_reduce(
@@ -49,50 +53,64 @@ def all_reduce(
     async_op: bool = False,
     prof: bool = False,
     log_name: str | None = None,
+    debug: str | None = None,
 ) -> Any:
     """Reduce `tensor` over the group, in place."""
-    clock = count("all_reduce", tensor.nbytes, group, None, prof, log_name)
+    clock = count("all_reduce", tensor.nbytes, group, None, prof, log_name, debug)
     return finish(clock, dist.all_reduce(tensor, op=op, group=group, async_op=async_op))
 
 
 def reduce_scatter_tensor(
-    output: torch.Tensor,
+    output_tensor: torch.Tensor,
     tensor: torch.Tensor,
     op: Any = dist.ReduceOp.SUM,
     group: Group = None,
     async_op: bool = False,
     prof: bool = False,
     log_name: str | None = None,
+    debug: str | None = None,
 ) -> Any:
-    """Reduce `tensor` (n x output elements) and leave the r-th slice in `output` on rank r."""
-    clock = count("reduce_scatter", tensor.nbytes, group, None, prof, log_name)
-    return finish(clock, _reduce_scatter(output, tensor, op=op, group=group, async_op=async_op))
+    """Reduce `tensor` (n x output elements) and leave the r-th slice in `output_tensor` on rank r."""
+    clock = count("reduce_scatter", tensor.nbytes, group, None, prof, log_name, debug)
+    return finish(clock, _reduce_scatter(output_tensor, tensor, op=op, group=group, async_op=async_op))
 
 
 def all_gather_into_tensor(
     output_tensor: torch.Tensor,
-    input_tensor: torch.Tensor,
-    group: Group = None,
-    async_op: bool = False,
-    prof: bool = False,
-    log_name: str | None = None,
-) -> Any:
-    """Concatenate every rank's `input_tensor` in `output_tensor` (n x input elements)."""
-    clock = count("all_gather", output_tensor.nbytes, group, None, prof, log_name)
-    return finish(clock, _all_gather(output_tensor, input_tensor, group=group, async_op=async_op))
-
-
-def all_gather(
-    tensor_list: list[torch.Tensor],
     tensor: torch.Tensor,
     group: Group = None,
     async_op: bool = False,
     prof: bool = False,
     log_name: str | None = None,
+    debug: str | None = None,
 ) -> Any:
-    """Gather every rank's `tensor` into the list."""
-    clock = count("all_gather", sum(item.nbytes for item in tensor_list), group, None, prof, log_name)
-    return finish(clock, dist.all_gather(tensor_list, tensor, group=group, async_op=async_op))
+    """Concatenate every rank's `tensor` in `output_tensor` (n x its elements)."""
+    clock = count("all_gather", output_tensor.nbytes, group, None, prof, log_name, debug)
+    return finish(clock, _all_gather(output_tensor, tensor, group=group, async_op=async_op))
+
+
+def reduce_scatter_fn(
+    output_tensor: torch.Tensor,
+    tensor: torch.Tensor,
+    op: Any = dist.ReduceOp.SUM,
+    group: Group = None,
+    async_op: bool = False,
+    prof: bool = False,
+    debug: str | None = None,
+) -> Any:
+    """DeepSpeed's other name of `reduce_scatter_tensor`."""
+    return reduce_scatter_tensor(output_tensor, tensor, op, group, async_op, prof, None, debug)
+
+
+def allgather_fn(
+    output_tensor: torch.Tensor,
+    input_tensor: torch.Tensor,
+    group: Group = None,
+    async_op: bool = False,
+    debug: str | None = None,
+) -> Any:
+    """DeepSpeed's other name of `all_gather_into_tensor`."""
+    return all_gather_into_tensor(output_tensor, input_tensor, group, async_op, debug=debug)
 
 
 def all_to_all_single(
@@ -104,13 +122,14 @@ def all_to_all_single(
     async_op: bool = False,
     prof: bool = False,
     log_name: str | None = None,
+    debug: str | None = None,
 ) -> Any:
     """Send the r-th slice of `tensor` to rank r; the slices are equal unless sizes are given."""
     sent = None
     if input_split_sizes is not None:
         row = tensor.nbytes // len(tensor) if len(tensor) else 0
         sent = tensor.nbytes - input_split_sizes[dist.get_rank(group)] * row
-    clock = count("all_to_all", tensor.nbytes, group, sent, prof, log_name)
+    clock = count("all_to_all", tensor.nbytes, group, sent, prof, log_name, debug)
     return finish(
         clock, dist.all_to_all_single(output, tensor, output_split_sizes, input_split_sizes, group, async_op)
     )
@@ -123,9 +142,10 @@ def broadcast(
     async_op: bool = False,
     prof: bool = False,
     log_name: str | None = None,
+    debug: str | None = None,
 ) -> Any:
     """Copy `tensor` from global rank `src` to the whole group."""
-    clock = count("broadcast", tensor.nbytes, group, None, prof, log_name)
+    clock = count("broadcast", tensor.nbytes, group, None, prof, log_name, debug)
     return finish(clock, dist.broadcast(tensor, src, group=group, async_op=async_op))
 
 
@@ -137,59 +157,70 @@ def reduce(
     async_op: bool = False,
     prof: bool = False,
     log_name: str | None = None,
+    debug: str | None = None,
 ) -> Any:
     """Reduce `tensor` into global rank `dst`."""
-    clock = count("reduce", tensor.nbytes, group, None, prof, log_name)
+    clock = count("reduce", tensor.nbytes, group, None, prof, log_name, debug)
     return finish(clock, dist.reduce(tensor, dst, op=op, group=group, async_op=async_op))
 
 
-def send(
-    tensor: torch.Tensor,
-    dst: int,
+def barrier(
     group: Group = None,
-    tag: int = 0,
+    async_op: bool = False,
+    device_ids: list[int] | None = None,
     prof: bool = False,
     log_name: str | None = None,
+    debug: str | None = None,
+) -> Any:
+    """Wait for all ranks of the group."""
+    clock = count("barrier", 0, group, None, prof, log_name, debug)
+    return finish(clock, dist.barrier(group, async_op=async_op, device_ids=device_ids))
+
+
+def monitored_barrier(
+    group: Group = None,
+    timeout: timedelta | None = None,
+    wait_all_ranks: bool = False,
+    prof: bool = False,
+    log_name: str | None = None,
+    debug: str | None = None,
 ) -> None:
-    """Send `tensor` to global rank `dst`."""
-    clock = count("send", tensor.nbytes, group, None, prof, log_name)
-    dist.send(tensor, dst, group, tag)
+    """A barrier that names the ranks that do not arrive in time.
+
+    Raises:
+        RuntimeError: ranks are missing, or the group's library has no such barrier (gloo has).
+    """
+    clock = count("barrier", 0, group, None, prof, log_name, debug)
+    dist.monitored_barrier(group, timeout, wait_all_ranks)
     finish(clock, None)
 
 
-def recv(
-    tensor: torch.Tensor,
-    src: int | None = None,
+def all_gather_object(
+    object_list: list[Any],
+    obj: Any,
     group: Group = None,
-    tag: int = 0,
     prof: bool = False,
     log_name: str | None = None,
-) -> int:
-    """Receive into `tensor`; returns the sender's rank."""
-    clock = count("recv", tensor.nbytes, group, None, prof, log_name)
-    sender: int = finish(clock, dist.recv(tensor, src, group, tag))
-    return sender
-
-
-def barrier(
-    group: Group = None, async_op: bool = False, prof: bool = False, log_name: str | None = None
-) -> Any:
-    """Wait for all ranks of the group."""
-    clock = count("barrier", 0, group, None, prof, log_name)
-    return finish(clock, dist.barrier(group, async_op=async_op))
-
-
-def all_gather_object(object_list: list[Any], obj: Any, group: Group = None) -> None:
+    debug: str | None = None,
+) -> None:
     """Gather every rank's picklable object (counted as n times this rank's pickled size)."""
     size = len(pickle.dumps(obj)) * dist.get_world_size(group)
-    clock = count("all_gather", size, group, log_name="all_gather_object")
+    clock = count("all_gather", size, group, None, prof, log_name or "all_gather_object", debug)
     dist.all_gather_object(object_list, obj, group=group)
     finish(clock, None)
 
 
-def broadcast_object_list(object_list: list[Any], src: int, group: Group = None) -> None:
+def broadcast_object_list(
+    object_list: list[Any],
+    src: int,
+    group: Group = None,
+    device: torch.device | None = None,
+    prof: bool = False,
+    log_name: str | None = None,
+    debug: str | None = None,
+) -> None:
     """Copy the list from global rank `src`. The pickled size is counted on the sender."""
     size = len(pickle.dumps(object_list)) if dist.get_rank() == src else 0
-    clock = count("broadcast", size, group, log_name="broadcast_object_list")
-    dist.broadcast_object_list(object_list, src, group=group)
+    clock = count("broadcast", size, group, None, prof, log_name or "broadcast_object_list", debug)
+    dist.broadcast_object_list(object_list, src, group=group, device=device)
     finish(clock, None)

@@ -20,34 +20,16 @@ from xtrain.comm.collectives import (
     count,
     reduce_scatter_tensor,
 )
+from xtrain.comm.point_to_point import exchange
 from xtrain.comm.timing import Running, finish
 
 _LIBRARIES = frozenset({"gloo"})
 """Process-group libraries whose own collectives are slower."""
 
-_TAG = 0x78747261
-"""Keeps these messages apart from the script's own."""
 
-
-def _is_direct(group: Group) -> bool:
+def is_direct(group: Group) -> bool:
+    """Whether messages between its ranks are faster, or can do more, than the library's own exchanges."""
     return dist.get_world_size(group) > 1 and dist.get_backend(group) in _LIBRARIES
-
-
-def _exchange(
-    received: list[torch.Tensor | None], sent: list[torch.Tensor | None], group: Group
-) -> list[Any]:
-    """Start sending `sent[p]` to rank p of the group and receiving `received[p]` from it."""
-    works = [
-        dist.irecv(tensor, group=group, group_src=peer, tag=_TAG)
-        for peer, tensor in enumerate(received)
-        if tensor is not None
-    ]
-    works += [
-        dist.isend(tensor, group=group, group_dst=peer, tag=_TAG)
-        for peer, tensor in enumerate(sent)
-        if tensor is not None
-    ]
-    return works
 
 
 class SliceSum:
@@ -62,7 +44,7 @@ class SliceSum:
         rows = list(tensor.view(ranks, -1).unbind())
         self._works: list[Any]
         self._clock: Running | None = None
-        if not _is_direct(group):
+        if not is_direct(group):
             self._rows = [rows[rank]]
             self._works = [reduce_scatter_tensor(rows[rank], tensor, group=group, async_op=True)]
             return
@@ -72,7 +54,7 @@ class SliceSum:
         received.insert(rank, rows[rank])
         self._rows = received
         self._sent = tensor  # the transport reads from it
-        self._works = _exchange(
+        self._works = exchange(
             [None if peer == rank else row for peer, row in enumerate(received)],
             [None if peer == rank else row for peer, row in enumerate(rows)],
             group,
@@ -92,14 +74,14 @@ class SliceGather:
     def __init__(self, full: torch.Tensor, mine: torch.Tensor, group: Group) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         self._clock: Running | None = None
-        if not _is_direct(group):
+        if not is_direct(group):
             self._works: list[Any] = [all_gather_into_tensor(full, mine, group=group, async_op=True)]
             return
         self._clock = count("all_gather", full.nbytes, group)
         rows = list(full.view(ranks, -1).unbind())
         if rows[rank].data_ptr() != mine.data_ptr():
             rows[rank].copy_(mine)
-        self._works = _exchange(
+        self._works = exchange(
             [None if peer == rank else row for peer, row in enumerate(rows)],
             [None if peer == rank else rows[rank] for peer in range(ranks)],
             group,
@@ -121,7 +103,7 @@ class SliceAllReduce:
     def __init__(self, tensor: torch.Tensor, group: Group) -> None:
         ranks = dist.get_world_size(group)
         self._tensor, self._group, self._work = tensor, group, None
-        if ranks == 2 or not _is_direct(group):
+        if ranks == 2 or not is_direct(group):
             self._work = all_reduce(tensor, group=group, async_op=True)
             return
         missing = -tensor.numel() % ranks

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtrain.backends import registry
 from xtrain.comm import discovery
@@ -48,6 +49,24 @@ def get_local_rank() -> int:
 def get_world_group() -> dist.ProcessGroup | None:
     """The group of all ranks; None before it exists."""
     return dist.group.WORLD
+
+
+def get_all_ranks_from_group(group: dist.ProcessGroup | None = None) -> list[int]:
+    """Global ranks of the group's members, in the order of their ranks in it."""
+    return dist.get_process_group_ranks(group)
+
+
+def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh of all ranks on the detected backend's device, with a process group for each dimension."""
+    return init_device_mesh(registry.detect().runtime.device_type, mesh_shape, mesh_dim_names=mesh_dim_names)
+
+
+def has_reduce_scatter_tensor() -> bool:
+    """Always: every library that xtrain starts has it, like the three others that scripts ask for."""
+    return True
+
+
+has_all_gather_into_tensor = has_all_reduce_coalesced = has_coalescing_manager = has_reduce_scatter_tensor
 
 
 def companion(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -23,6 +23,8 @@ _FACTOR = {
     "all_to_all": lambda n: Fraction(n - 1, n),
     "broadcast": lambda n: Fraction(n - 1, n),  # averaged over the ranks of the tree
     "reduce": lambda n: Fraction(n - 1, n),  # likewise
+    "gather": lambda n: Fraction(n - 1, n),  # callers know who sends
+    "scatter": lambda n: Fraction(n - 1, n),  # likewise
     "send": lambda n: Fraction(1),
     "recv": lambda n: Fraction(0),
     "barrier": lambda n: Fraction(0),

@@ -128,13 +128,19 @@ class CommsLogger:
         self.comms_dict: Records = {}
 
     def begin(
-        self, operation: str, size: int, ranks: int, log_name: str | None, prof: bool
+        self,
+        operation: str,
+        size: int,
+        ranks: int,
+        log_name: str | None,
+        prof: bool,
+        caller: str | None = None,
     ) -> Running | None:
         """Start the clock of one operation, if it is to be timed. Called only while `enabled`."""
         name = log_name or operation
         if not (prof or self.prof_all or name in {_ALIASES.get(op, op) for op in self.prof_ops}):
             return None
-        shown = f"{name} | [Caller Func: {_caller()}]" if self.debug else name
+        shown = f"{name} | [Caller Func: {caller or _caller()}]" if self.debug else name
         return Running(self, operation, shown, size, ranks)
 
     def append(

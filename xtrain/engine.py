@@ -389,7 +389,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
                 raise explained from None
             raise
 
-    # ---------------------------------------------------------------- elsewhere, and nowhere
+    # ---------------------------------------------------------------- moved elsewhere, and gone
 
     def offload_states(
         self,

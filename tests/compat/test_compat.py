@@ -69,7 +69,7 @@ def test_the_record_is_the_installed_deepspeeds(monkeypatch: pytest.MonkeyPatch)
         ("from xtrain import PipelineModule", "PipelineModule (pipeline parallelism)"),
         ("from xtrain.moe.layer import MoE", "moe (mixture of experts)"),
         ("import xtrain.inference.engine", "inference (inference and generation)"),
-        ("from xtrain.comm import all_to_all", "comm.all_to_all (collectives"),
+        ("from xtrain.comm import inference_all_reduce", "comm.inference_all_reduce (inference"),
     ],
 )
 def test_an_import_that_fails_names_the_feature(statement: str, feature: str) -> None:

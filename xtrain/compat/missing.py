@@ -132,12 +132,9 @@ MISSING: tuple[Missing, ...] = (
         ("compile", "runtime.compiler", "engine.*compile*", "engine.get_autosp_backend"),
     ),
     Missing(
-        "collectives that nothing in xtrain needs",
-        "call torch.distributed with the same group: its process groups are xtrain's",
-        ("comm.*gather*", "comm.*reduce*", "comm.all_to_all", "comm.*isend*", "comm.irecv", "comm.scatter",
-         "comm.monitored_barrier", "comm.P2POp", "comm.ProcessGroup", "comm.get_all_ranks_from_group",
-         "comm.initialize_mesh_device", "comm.enable_symm_mem_for_group", "comm.has_coalescing_manager",
-         "engine.all_gather_scalar", "engine.*allreduce*", "engine.sparse_*"),
+        "inner functions of gradient reduction",
+        "let the engine reduce, or call xtrain.comm with the same group",
+        ("engine.all_gather_scalar", "engine.*allreduce*", "engine.sparse_*", "comm.enable_symm_mem_for_group"),
     ),
     Missing(
         "launchers' environments inside comm",

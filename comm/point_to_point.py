@@ -1,0 +1,120 @@
+"""Messages between two ranks, with torch.distributed's signatures, each recorded in the ledger.
+
+`prof`, `log_name` and `debug` as in collectives.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xtrain.comm.collectives import Group, count
+from xtrain.comm.timing import finish
+
+_TAG = 0x78747261
+"""Keeps the messages of `exchange` apart from the script's own."""
+
+
+def exchange(received: list[torch.Tensor | None], sent: list[torch.Tensor | None], group: Group) -> list[Any]:
+    """Start sending `sent[p]` to rank p of the group and receiving `received[p]` from it. Callers count the bytes."""
+    works = [
+        dist.irecv(tensor, group=group, group_src=peer, tag=_TAG)
+        for peer, tensor in enumerate(received)
+        if tensor is not None
+    ]
+    works += [
+        dist.isend(tensor, group=group, group_dst=peer, tag=_TAG)
+        for peer, tensor in enumerate(sent)
+        if tensor is not None
+    ]
+    return works
+
+
+def send(
+    tensor: torch.Tensor,
+    dst: int,
+    group: Group = None,
+    tag: int = 0,
+    prof: bool = False,
+    log_name: str | None = None,
+    debug: str | None = None,
+) -> None:
+    """Send `tensor` to global rank `dst`."""
+    clock = count("send", tensor.nbytes, group, None, prof, log_name, debug)
+    dist.send(tensor, dst, group, tag)
+    finish(clock, None)
+
+
+def recv(
+    tensor: torch.Tensor,
+    src: int | None = None,
+    group: Group = None,
+    tag: int = 0,
+    prof: bool = False,
+    log_name: str | None = None,
+    debug: str | None = None,
+) -> int:
+    """Receive into `tensor`; returns the sender's rank."""
+    clock = count("recv", tensor.nbytes, group, None, prof, log_name, debug)
+    sender: int = finish(clock, dist.recv(tensor, src, group, tag))
+    return sender
+
+
+def isend(
+    tensor: torch.Tensor,
+    dst: int,
+    group: Group = None,
+    tag: int = 0,
+    prof: bool = False,
+    log_name: str | None = None,
+    debug: str | None = None,
+) -> Any:
+    """Start sending `tensor` to global rank `dst`; returns what to wait for."""
+    clock = count("send", tensor.nbytes, group, None, prof, log_name or "isend", debug)
+    return finish(clock, dist.isend(tensor, dst, group, tag))
+
+
+def irecv(
+    tensor: torch.Tensor,
+    src: int | None = None,
+    group: Group = None,
+    tag: int = 0,
+    prof: bool = False,
+    log_name: str | None = None,
+    debug: str | None = None,
+) -> Any:
+    """Start receiving into `tensor`; returns what to wait for."""
+    clock = count("recv", tensor.nbytes, group, None, prof, log_name or "irecv", debug)
+    return finish(clock, dist.irecv(tensor, src, group, tag))
+
+
+@dataclass(frozen=True)
+class P2POp:
+    """One message of `batch_isend_irecv`: `op` is `isend` or `irecv`, this module's or torch's."""
+
+    op: Callable[..., Any]
+    tensor: torch.Tensor
+    peer: int
+    group: Group = None
+    tag: int = 0
+
+
+def batch_isend_irecv(
+    p2p_op_list: list[P2POp], prof: bool = False, log_name: str | None = None, debug: str | None = None
+) -> list[Any]:
+    """Start many messages together; returns what to wait for. torch's own P2POp is taken too."""
+    plain, clocks = [], []
+    name = log_name or "batch_isend_irecv"
+    for item in p2p_op_list:
+        sends = item.op in (isend, dist.isend)
+        operation = "send" if sends else "recv"
+        clocks.append(count(operation, item.tensor.nbytes, item.group, None, prof, name, debug))
+        op = dist.isend if sends else dist.irecv
+        plain.append(dist.P2POp(op, item.tensor, item.peer, item.group, item.tag))
+    works = dist.batch_isend_irecv(plain)
+    # A library may answer with one object for all: then the first clock measures it.
+    return [finish(clock, work) for clock, work in zip(clocks, works, strict=False)]
