@@ -290,7 +290,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         if self.partition.offloaded:
             raise ConfigError("step() was called while states are offloaded: call reload_states() before it")
         if self.partition.gatherer is not None:
-            self.partition.gatherer.check_idle()
+            self.partition.gatherer.make_idle()
         try:
             self.optimizer.step()
         except TrainingError as error:

@@ -258,6 +258,8 @@ def load(
     directory = Path(load_dir) / found
 
     state: dict[str, Any] = {}
+    if engine.partition.gatherer is not None:
+        engine.partition.gatherer.release_unused()
 
     def read() -> None:
         manifest = layout.read_manifest(directory)
