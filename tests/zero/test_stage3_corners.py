@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,8 +64,8 @@ def _square(model: Any, _: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x).square().mean()
 
 
-def _reference(block: Callable[[], nn.Module] = Block, loss: Loss = _square) -> dict[str, torch.Tensor]:
-    model = _build(block).double()
+def _reference(build: Callable[[], nn.Module] = _build, loss: Loss = _square) -> dict[str, torch.Tensor]:
+    model = build().double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -77,6 +79,14 @@ def _compare(engine: Any, wanted: dict[str, torch.Tensor]) -> None:
     found = engine.module_state_dict()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name].double(), value, rtol=0, atol=1e-6)
+
+
+def _train_and_compare(build: Callable[[], nn.Module], loss: Loss) -> None:
+    engine = _engine(build())
+    for step in range(STEPS):
+        engine.backward(loss(engine, engine.module, _inputs(step, engine.grid.rank)))
+        engine.step()
+    _compare(engine, _reference(build, loss))
 
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -122,3 +132,76 @@ def _forward_before_set(how: str) -> None:
 @pytest.mark.parametrize("how", ["load", "set"])
 def test_what_was_gathered_ahead_does_not_survive_new_weights(ranks: Any, how: str) -> None:
     ranks(2, _forward_before_set, how)
+
+
+@dataclass
+class Result:
+    """A class that torch's pytree does not know."""
+
+    hidden: Any
+
+
+class OwnMapping(dict[str, Any]):
+    """Nor this one."""
+
+
+class Returns(nn.Module):
+    """Uses its parameter itself and returns a class of its own."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], Any], unwrap: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH)
+        self.wrap, self.unwrap = wrap, unwrap
+
+    def forward(self, x: Any) -> Any:
+        x = x if torch.is_tensor(x) else self.unwrap(x)
+        return self.wrap(x + torch.tanh(x @ self.weight))
+
+
+WRAPPERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], torch.Tensor]]] = {
+    "dataclass": (lambda x: Result((x, None)), lambda y: y.hidden[0]),
+    "mapping": (lambda x: OwnMapping(hidden=Result([x])), lambda y: y["hidden"].hidden[0]),
+    "namespace": (lambda x: SimpleNamespace(hidden=x), lambda y: y.hidden),
+}
+
+
+class Unwrapping(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.blocks[0].unwrap(x))
+
+
+def _returns(kind: str) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Unwrapping(lambda: Returns(*WRAPPERS[kind]))
+
+    _train_and_compare(build, _square)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_outputs_in_classes_of_the_scripts_own(ranks: Any, kind: str) -> None:
+    ranks(2, _returns, kind)
+
+
+class Aside(Block):
+    """Keeps a loss of its own in an attribute, as routers of experts do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.up(x))
+        y = x + self.down(hidden)
+        self.aside = self.up(hidden).square().mean()
+        return y
+
+
+def _with_asides(model: Any, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean() + sum(block.aside for block in module.blocks)
+
+
+def _asides() -> None:
+    _train_and_compare(lambda: _build(Aside), _with_asides)
+
+
+def test_losses_that_modules_keep_in_attributes(ranks: Any) -> None:
+    ranks(2, _asides)
