@@ -215,7 +215,9 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model."""
         aligned = self._random if self._random is not None and self.module.training else nullcontext()
-        with aligned, autocast_region(self.xtrain_config.values.torch_autocast, self.device.type):
+        gatherer = self.partition.gatherer
+        running = nullcontext() if gatherer is None or gatherer.hooks is None else gatherer.hooks.forward()
+        with aligned, running, autocast_region(self.xtrain_config.values.torch_autocast, self.device.type):
             return self.module(*inputs, **kwargs)
 
     def _place(self) -> tuple[int, int]:

@@ -205,3 +205,24 @@ def _asides() -> None:
 
 def test_losses_that_modules_keep_in_attributes(ranks: Any) -> None:
     ranks(2, _asides)
+
+
+def _interrupted() -> None:
+    engine = _engine(_build())
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for step in range(STEPS):
+        x = _inputs(step, engine.grid.rank)
+        handle = engine.module.blocks[1].down.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine(x)
+        handle.remove()
+        engine.backward(engine(x).square().mean())
+        engine.step()
+    _compare(engine, _reference())
+
+
+def test_training_goes_on_after_ctrl_c_in_a_forward(ranks: Any) -> None:
+    ranks(2, _interrupted)

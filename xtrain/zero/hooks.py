@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -192,6 +193,17 @@ class ModelHooks:
             self.gatherer.done(unit)
         if not (self._frames or self.running or torch.is_grad_enabled()):
             self.gatherer.end_iteration()  # an evaluation: no backward will end it
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the engine's forward. torch calls no hooks when Ctrl-C interrupts a module: it ends here."""
+        outside = len(self._frames)
+        try:
+            yield
+        except BaseException:
+            while len(self._frames) > outside:
+                self._end_frame(None)
+            raise
 
     @staticmethod
     def _belongs(tensor: torch.Tensor, unit: Unit) -> bool:
