@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import xtrain
 from tests import training
 from xtrain import managed
-from xtrain.errors import RunInterrupted
+from xtrain.errors import ConfigError, NotImplementedYetError, RunInterrupted
 
 SGD = {"type": "SGD", "params": {"lr": 1.0}}
 
@@ -337,3 +337,72 @@ def test_two_engines_in_a_run_folder(ranks: Any, tmp_path: Path) -> None:
     for name, steps in (("metrics.jsonl", 2), ("metrics-1.jsonl", 3)):
         lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         assert [line["step"] for line in lines if line["type"] == "step"] == list(range(1, steps + 1))
+
+
+def _put_back(stage: int, bf16: bool) -> torch.Tensor:
+    """An adversarial attack as scripts have it: change in place, run, put a copy back by `.data =`."""
+    model = Weight()
+    engine = _engine(model, stage, bf16={"enabled": bf16})
+    for _ in range(3):
+        kept = {name: param.data.clone() for name, param in model.named_parameters()}
+        for param in model.parameters():
+            param.data.add_(8.0)
+        engine(1.0)
+        for name, param in model.named_parameters():
+            param.data = kept[name]
+        engine.backward(engine(1.0 + engine.grid.rank))
+        engine.step()
+    return model.weight.detach().float()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_weights_put_back_by_assignment_go_on_learning(ranks: Any, stage: int, bf16: bool) -> None:
+    for weight in ranks(2, _put_back, stage, bf16):
+        torch.testing.assert_close(weight, torch.full((4,), -4.5))
+
+
+def _converted() -> None:
+    model = Weight()
+    engine = _engine(model, stage=2)
+    model.double()
+    engine.backward(engine(1.0).float())
+    engine.step()
+
+
+def test_a_model_converted_after_initialize_is_refused(ranks: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"parameter 'weight' was replaced by torch\.float64 of shape \(4,\)"
+    ):
+        ranks(2, _converted)
+
+
+def _optimizer_steps(stage: int, own_backward: bool, zero_grad: bool) -> torch.Tensor:
+    model = Weight()
+    engine = _engine(model, stage)
+    for _ in range(3):
+        loss = engine(1.0 + engine.grid.rank)
+        if own_backward:
+            loss.backward()
+        else:
+            engine.backward(loss)
+        engine.optimizer.step()
+        if zero_grad:
+            engine.optimizer.zero_grad()
+    return _weight(engine)
+
+
+@pytest.mark.parametrize(("own_backward", "zero_grad"), [(True, True), (False, False)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_optimizers_own_step_reduces(ranks: Any, stage: int, own_backward: bool, zero_grad: bool) -> None:
+    for weight in ranks(2, _optimizer_steps, stage, own_backward, zero_grad):
+        torch.testing.assert_close(weight, torch.full((4,), -4.5))
+
+
+def _adds_a_group() -> None:
+    with pytest.raises(NotImplementedYetError, match="add_param_group"):
+        _engine(Weight()).optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_param_groups_cannot_be_added_later(ranks: Any) -> None:
+    ranks(2, _adds_a_group)

@@ -218,8 +218,10 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model."""
         aligned = self._random if self._random is not None and self.module.training else nullcontext()
+        gatherer = self.partition.gatherer
+        running = nullcontext() if gatherer is None or gatherer.hooks is None else gatherer.hooks.forward()
         autocast = autocast_region(self.xtrain_config.values.torch_autocast, self.device.type)
-        with self.instruments.forward(), aligned, autocast:
+        with self.instruments.forward(), aligned, running, autocast:
             return self.module(*inputs, **kwargs)
 
     def _place(self) -> tuple[int, int]:
@@ -297,7 +299,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         if self.partition.offloaded:
             raise ConfigError("step() was called while states are offloaded: call reload_states() before it")
         if self.partition.gatherer is not None:
-            self.partition.gatherer.check_idle()
+            self.partition.gatherer.make_idle()
         try:
             self.optimizer.step()
         except TrainingError as error:

@@ -427,3 +427,19 @@ def _state_dicts() -> bool:
 
 def test_state_dicts_in_stage_3(ranks: Any) -> None:
     assert all(ranks(2, _state_dicts))
+
+
+def _back_to_the_start(folder: str, stage: int) -> tuple[list[float], list[float]]:
+    engine = _engine(stage, 4, bf16=False)
+    engine.save_checkpoint(folder)
+    first = [training.engine_step(engine, step) for step in range(4)]
+    engine.load_checkpoint(folder)
+    return first, [training.engine_step(engine, step) for step in range(4)]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_from_before_the_first_step_has_no_optimizer_states(
+    ranks: Any, tmp_path: Path, stage: int
+) -> None:
+    first, again = ranks(2, _back_to_the_start, str(tmp_path), stage)[0]
+    assert again == first

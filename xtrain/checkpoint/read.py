@@ -166,6 +166,9 @@ def _load_group(
     kinds = dict.fromkeys(kind for name in group.names for kind in runs.kinds(name))
     kinds.pop(layout.WEIGHT, None)
     elements = sum(master.numel() for master in group.masters)
+    if len(kinds) == 1:  # written before the first step: what has come since is of another run
+        for master in group.masters:
+            optimizer.state.pop(master, None)
     for kind in kinds:
         shard = torch.zeros(elements, dtype=group.masters[0].dtype)  # padding stays zero
         for piece in group.layout.pieces(group.partition):
@@ -258,6 +261,8 @@ def load(
     directory = Path(load_dir) / found
 
     state: dict[str, Any] = {}
+    if engine.partition.gatherer is not None:
+        engine.partition.gatherer.release_unused()
 
     def read() -> None:
         manifest = layout.read_manifest(directory)

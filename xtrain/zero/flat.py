@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain import comm
+from xtrain.errors import ConfigError
 from xtrain.zero.home import Home, full_shape, set_home, whole
 from xtrain.zero.layout import Bucket, Layout, Piece, cut
 
@@ -147,8 +148,31 @@ class FlatGroup:
         for number in numbers:
             self.masters[number].data = self.slice_of(self.layout.buckets[number])
 
+    def readopt(self) -> None:
+        """Take back parameters whose `.data` a script has replaced (weights put back after an attack, say).
+
+        What the script has set is the value from now on; separate masters keep theirs, as they do when it
+        changes a parameter in place.
+
+        Raises:
+            ConfigError: the new data has another shape or dtype.
+        """
+        for member, param in enumerate(self.members):
+            view = self.member_view(self.params, member)
+            if param.data_ptr() == view.data_ptr() or not view.numel():
+                continue
+            if param.shape != view.shape or param.dtype != view.dtype:
+                raise ConfigError(
+                    f"the data of parameter {self.names[member]!r} was replaced by {param.dtype} of shape "
+                    f"{tuple(param.shape)}, the engine trains {view.dtype} of shape {tuple(view.shape)}: do not "
+                    "convert the model after initialize()"
+                )
+            view.copy_(param.data)
+            param.data = view
+
     def refresh_masters(self) -> None:
         """Set the masters from the parameters (after the module's weights were loaded or broadcast)."""
+        self.readopt()
         for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
             if master.data_ptr() != (mine := self.slice_of(bucket)).data_ptr():
                 master.data.copy_(mine)

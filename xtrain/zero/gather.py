@@ -107,6 +107,8 @@ class UnitHome(Home):
         self.gatherer.drop(self.unit)
 
     def store(self, whole: torch.Tensor) -> None:
+        if self.unit.users == 0:
+            self.unit.release()  # what is being gathered ahead would arrive with the old value
         self.group.store(self.member, whole)
 
 
@@ -200,8 +202,8 @@ class Gatherer:
             if unit.users == 0:
                 unit.release()
 
-    def check_idle(self) -> None:
-        """Before the weights change: nothing may be whole, for it would keep the old values.
+    def make_idle(self) -> None:
+        """Before the weights change: nothing may stay whole, for it would keep the old values.
 
         Raises:
             ConfigError: the script is inside `GatheredParameters`.
@@ -212,6 +214,18 @@ class Gatherer:
                     f"step() was called while the parameters of {unit.name or 'the model'!r} are gathered: "
                     "leave the GatheredParameters context before it"
                 )
+        self.release_unused()
+
+    def release_unused(self) -> None:
+        """Free what is whole, or on its way, and not in use.
+
+        A forward pass without a backward leaves units that were gathered ahead of it; what it used is no
+        guide to the next iteration.
+        """
+        self._uses = []
+        for unit in self.units:
+            if unit.users == 0:
+                unit.release()
 
     def detach(self) -> None:
         """Let go of the model. Its parameters stay divided until another engine takes them over."""

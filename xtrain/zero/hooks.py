@@ -8,13 +8,16 @@ of creation, so everything of the first call is then behind it.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from xtrain.zero.gather import Gatherer, Unit, UnitHome
 from xtrain.zero.home import home_of
@@ -37,23 +40,37 @@ def external_parameters(module: nn.Module) -> list[nn.Parameter]:
     return module.__dict__.setdefault("_xtrain_external", [])
 
 
-class _Frame:
-    """A module that is running: since when it uses which units."""
-
-    def __init__(self) -> None:
-        self.uses: dict[Unit, int] = {}
+def _tensors_in(outputs: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    """Tensors in what a module returned: containers, and classes of the script's own down to `depth`."""
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif depth and not isinstance(leaf, (str, bytes, type, nn.Module)):
+            if isinstance(leaf, Mapping):
+                inside: list[Any] = list(leaf.values())
+            elif isinstance(leaf, (list, tuple)):  # a subclass
+                inside = list(leaf)
+            elif dataclasses.is_dataclass(leaf):
+                inside = [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
+            else:
+                inside = list(getattr(leaf, "__dict__", {}).values())
+            for value in inside:
+                yield from _tensors_in(value, depth - 1)
 
 
 class ForwardCall:
-    """Units that ended being used in forward at one moment: their backward needs them again."""
+    """A use of a unit in forward, by a module that runs: the backward of what it computed needs the unit again.
 
-    def __init__(self, hooks: ModelHooks, unit: Unit, started: int, ended: int) -> None:
+    Args:
+        started: when the module began to use it.
+    """
+
+    def __init__(self, hooks: ModelHooks, unit: Unit, started: float) -> None:
         self.hooks = hooks
         self.unit = unit
         self.started = started
-        self.ended = ended
+        self.ended = math.inf
         self.entered = False
-        unit.calls.add(self)
 
     def enter(self, _: torch.Tensor) -> None:
         """A gradient has reached an output."""
@@ -74,6 +91,21 @@ class ForwardCall:
             self.unit.backward_ended = True
             self.hooks.gatherer.done(self.unit)
             self.hooks.on_backward_end()
+
+
+class _Frame:
+    """A module that is running.
+
+    Attributes:
+        uses: units that it has made whole, to be let go of when it ends.
+        inner: uses, by outer modules, of units that hold parameters of this one. Its outputs are watched
+            too: gradients may come to them by a way around the outer module's (a loss kept in an attribute,
+            a hidden state that a hook has seen, a class that hides the outer outputs).
+    """
+
+    def __init__(self) -> None:
+        self.uses: dict[Unit, ForwardCall] = {}
+        self.inner: dict[Unit, ForwardCall] = {}
 
 
 class ModelHooks:
@@ -131,36 +163,54 @@ class ModelHooks:
 
     def borrow(self, unit: Unit) -> None:
         """Make a unit whole until the innermost running module ends (nothing without one)."""
-        if self._frames and not any(unit in frame.uses for frame in self._frames):
-            self._frames[-1].uses[unit] = next(self._clock)
+        if not self._frames:
+            return
+        call = next((frame.uses[unit] for frame in self._frames if unit in frame.uses), None)
+        if call is None:
+            self._frames[-1].uses[unit] = ForwardCall(self, unit, next(self._clock))
             unit.ever_called = True
             self.gatherer.use(unit)
+        elif unit not in self._frames[-1].uses:
+            self._frames[-1].inner[unit] = call
 
     def _end_frame(self, outputs: Any) -> None:
         frame = self._frames.pop()
-        leaves = tree_flatten(outputs)[0] if outputs is not None else []
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        tensors = list({id(tensor): tensor for tensor in _tensors_in(outputs)}.values())
         ended = next(self._clock)
-        for unit, started in frame.uses.items():
-            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-                call = ForwardCall(self, unit, started, ended)
-                for tensor in tensors:
-                    if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+                    for call in (*frame.uses.values(), *frame.inner.values()):
                         tensor.register_hook(call.enter)
+                    for unit, call in frame.uses.items():
+                        unit.calls.add(call)
+        for unit, call in frame.uses.items():
             if self._frames and any(self._belongs(tensor, unit) for tensor in tensors):
                 # A module that returns its parameter (a bias to be added later) lends it to the caller.
-                self._frames[-1].uses[unit] = started
+                self._frames[-1].uses[unit] = call
                 continue
+            call.ended = ended
             self.gatherer.done(unit)
         if not (self._frames or self.running or torch.is_grad_enabled()):
             self.gatherer.end_iteration()  # an evaluation: no backward will end it
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the engine's forward. torch calls no hooks when Ctrl-C interrupts a module: it ends here."""
+        outside = len(self._frames)
+        try:
+            yield
+        except BaseException:
+            while len(self._frames) > outside:
+                self._end_frame(None)
+            raise
 
     @staticmethod
     def _belongs(tensor: torch.Tensor, unit: Unit) -> bool:
         home = home_of(tensor)
         return isinstance(home, UnitHome) and home.unit is unit
 
-    def leave_later_than(self, moment: int) -> None:
+    def leave_later_than(self, moment: float) -> None:
         """Backward has come to a call that had ended at `moment`: it is done with what started after it."""
         for call in [call for call in self.running if call.started > moment]:
             call.leave()

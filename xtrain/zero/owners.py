@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from xtrain import comm
 from xtrain.errors import ConfigError
+from xtrain.zero.home import home_of
 
 if TYPE_CHECKING:
     from xtrain.zero.gradients import Gradients
@@ -144,5 +145,7 @@ class Owner:
     def store(self, value: torch.Tensor) -> None:
         """Set the weight: masters and the parameters' own dtype; not collective."""
         self.scatter(value, None)  # checks the size
+        home = home_of(self.param)
+        assert home is not None
         with torch.no_grad():
-            self.group.store(self.member, value.detach())
+            home.store(value.detach())

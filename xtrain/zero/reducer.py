@@ -289,6 +289,13 @@ class GradientReducer:
         self._reduced = False
         return unused
 
+    def reduce_for_step(self) -> None:
+        """All that is needed before an update that the engine's `step` has not prepared."""
+        self.close_micro_batch()
+        self.finish_window()
+        if self.gatherer is not None:
+            self.gatherer.make_idle()
+
     def discard(self) -> None:
         """Give up a window and its gradients (zero_grad, a backward that raised, a checkpoint loaded)."""
         self._inside = False

@@ -83,6 +83,9 @@ class ShardedGroup(FlatGroup):
         self.shard = place(self.shard)
         self._share_masters(shared)
 
+    def readopt(self) -> None:
+        """Nothing to do: between uses parameters have no data that could be replaced."""
+
     def store(self, member: int, data: torch.Tensor) -> None:
         param = self.members[member]
         if param.numel() and param.data_ptr() != data.data_ptr():
