@@ -257,3 +257,31 @@ def _copied() -> None:
 
 def test_a_copy_of_the_model_runs_on_its_own(ranks: Any) -> None:
     ranks(2, _copied)
+
+
+class Experts(nn.Module):
+    """Which blocks run differs between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+        return self.head(self.blocks[rank](x))
+
+
+def _whole_model_is_a_leaf(stage: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Experts()
+    xtrain.utils.set_z3_leaf_modules(model, [Experts])
+    engine = _engine(model, stage)
+    for step in range(2):
+        engine.backward(engine(_inputs(step, engine.grid.rank), engine.grid.rank).square().mean())
+        engine.step()
+    return {name: value.clone() for name, value in engine.module_state_dict().items()}
+
+
+def test_the_whole_model_may_be_a_leaf_module(ranks: Any) -> None:
+    found, wanted = ranks(2, _whole_model_is_a_leaf, 3)[0], ranks(2, _whole_model_is_a_leaf, 0)[0]
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
