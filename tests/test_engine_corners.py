@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
+import logging
 import os
 import weakref
 from pathlib import Path
@@ -18,6 +20,7 @@ import xtrain
 from tests import training
 from xtrain import managed
 from xtrain.errors import ConfigError, NotImplementedYetError, RunInterrupted
+from xtrain.log import logger
 
 SGD = {"type": "SGD", "params": {"lr": 1.0}}
 
@@ -406,3 +409,95 @@ def _adds_a_group() -> None:
 
 def test_param_groups_cannot_be_added_later(ranks: Any) -> None:
     ranks(2, _adds_a_group)
+
+
+class Lookup(nn.Module):
+    """A sparse gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3, 2, sparse=True)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, index: int) -> torch.Tensor:
+        return self.table(torch.tensor([index, index])).sum()
+
+
+def _sparse(stage: int) -> torch.Tensor:
+    model = Lookup()
+    engine = _engine(model, stage)
+    for _ in range(2):
+        loss = engine(engine.grid.rank)
+        model.zero_grad()  # many scripts do; the next gradient is then autograd's own, a sparse one
+        engine.backward(loss)
+        engine.step()
+    return engine.module_state_dict()["table.weight"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_sparse_gradients_after_zero_grad_of_the_module(ranks: Any, stage: int) -> None:
+    wanted = torch.tensor([[-2.0, -2.0], [-2.0, -2.0], [0.0, 0.0]])
+    torch.testing.assert_close(ranks(2, _sparse, stage)[0], wanted)
+
+
+def _pickled(stage: int) -> torch.Tensor:
+    model = Weight()
+    engine = _engine(model, stage)
+    engine.backward(engine(1.0))
+    engine.step()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    (-loaded(2.0)).backward()
+    assert torch.equal(loaded.weight.grad, torch.full((4,), -2.0))
+    return loaded.weight.detach()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_module_can_be_pickled(ranks: Any, stage: int) -> None:
+    assert torch.equal(ranks(2, _pickled, stage)[0], torch.full((4,), -1.0))
+
+
+def _destroyed_late() -> torch.Tensor:
+    model = Weight()
+    former = _engine(model)
+    engine = _engine(model)
+    former.destroy()
+    engine.backward(engine(1.0))
+    engine.step()
+    return _weight(engine)
+
+
+def test_destroying_a_former_engine_leaves_the_present_one_alone(ranks: Any) -> None:
+    assert torch.equal(ranks(2, _destroyed_late)[0], torch.full((4,), -1.0))
+
+
+class Pair(Weight):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: float) -> torch.Tensor:
+        return super().forward(x) + (self.other * x).sum()
+
+
+def _unfrozen(stage: int) -> tuple[int, Any]:
+    model = Pair()
+    model.other.requires_grad_(False)
+    engine = _engine(model, stage)
+    model.other.requires_grad_(True)
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    for _ in range(2):
+        engine.backward(engine(1.0))
+        engine.step()
+    logger.removeHandler(handler)
+    return sum("'other'" in text for text in told), model.other.grad
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_parameter_unfrozen_too_late_is_told_once(ranks: Any, stage: int) -> None:
+    assert ranks(2, _unfrozen, stage) == [(1, None), (0, None)]

@@ -6,6 +6,7 @@ xtrain.checkpoint, one-time set-up in xtrain.setup.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -141,6 +142,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         zero, gradients = values.zero_optimization, self.partition.gradients
         trained = {param for group in self.partition.trained for param in group.members}
         self._untrained = [p for p in self.module.parameters() if p.requires_grad and p not in trained]
+        self._known = trained | set(self._untrained)
         order = {param: index for index, param in enumerate(self.module.parameters())}
         for param in trained - order.keys():
             order[param] = len(order)
@@ -304,6 +306,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             self.optimizer.step()
         except TrainingError as error:
             raise TrainingError(f"step {self.global_steps + 1}: {error}; {self._watch.describe()}") from None
+        self._check_unfrozen()
         for param in self._untrained:
             param.grad = None
         self._step_applied = not self.optimizer.overflow
@@ -324,6 +327,23 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         if every and self.global_steps % every == 0:
             rates = f"lr={self.get_lr()}, mom={self.get_mom()}"
             log_dist(f"step={self.global_steps}, skipped={self.skipped_steps}, {rates}", ranks=[0])
+
+    def _check_unfrozen(self) -> None:
+        """Say once of a parameter that it has been unfrozen too late to be trained."""
+        late = {
+            name: param
+            for name, param in self.module.named_parameters()
+            if param.requires_grad and param not in self._known
+        }
+        if late:
+            self._known.update(late.values())
+            self._untrained += late.values()
+            log_dist(
+                f"{len(late)} parameters are not trained, {next(iter(late))!r} the first of them: they were frozen, or "
+                "not there, when initialize() divided the model. Freeze parameters after it, or build a new engine",
+                ranks=[0],
+                level=logging.WARNING,
+            )
 
     def _samples_of_step(self) -> int:
         """Samples of the step over all ranks; without managed accumulation, backwards are counted."""

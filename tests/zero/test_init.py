@@ -215,3 +215,35 @@ def _disagree() -> str:
 
 def test_disagreement_is_found_with_divided_parameters(ranks: Any) -> None:
     assert "different configs" in ranks(2, _disagree)[0]
+
+
+class InitialisesByShape(nn.Module):
+    """Initialises what it is made of in its constructor, as nn.Transformer and many scripts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 6) for _ in range(5)])
+        for index, init in enumerate((nn.init.xavier_uniform_, nn.init.kaiming_normal_, nn.init.orthogonal_)):
+            init(self.layers[index].weight)
+        self.layers[3].weight[0].data.fill_(3.0)
+        self.layers[4].weight.data[:, 1] = self.layers[3].weight.clone().data[0, 0]
+        for param in self.parameters():
+            if param.dim() > 1 and param.size(-1) == 4 and param.shape[0] == 6 and param.numel() == 24:
+                with torch.no_grad():
+                    param.mul_(2.0)
+
+
+def _initialised_by_shape() -> None:
+    torch.manual_seed(3)
+    plain = InitialisesByShape()
+    torch.manual_seed(3)
+    with xtrain.zero.Init():
+        divided = InitialisesByShape()
+    assert not any(param.numel() for param in divided.parameters())
+    with xtrain.zero.GatheredParameters(divided):
+        for name, param in divided.named_parameters():
+            torch.testing.assert_close(param, plain.get_parameter(name), rtol=0, atol=0, msg=name)
+
+
+def test_a_constructor_may_initialise_what_it_is_made_of(ranks: Any) -> None:
+    ranks(2, _initialised_by_shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -226,3 +227,61 @@ def _interrupted() -> None:
 
 def test_training_goes_on_after_ctrl_c_in_a_forward(ranks: Any) -> None:
     ranks(2, _interrupted)
+
+
+def _penalised(model: Any, _: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_(True)
+    y = model(x)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    return y.square().mean() + (slope.norm(dim=1) - 1).square().mean()
+
+
+def _gradient_penalty() -> None:
+    _train_and_compare(_build, _penalised)
+
+
+def test_gradient_penalty(ranks: Any) -> None:
+    ranks(2, _gradient_penalty)
+
+
+def _copied() -> None:
+    engine = _engine(_build())
+    x = _inputs(0, 0)
+    with xtrain.zero.GatheredParameters(engine.module.parameters()):
+        average = copy.deepcopy(engine.module)
+    wanted = engine(x).detach()
+    if engine.grid.rank == 0:  # would wait for the other rank if it were to gather
+        torch.testing.assert_close(average(x), wanted)
+    assert all(not param.numel() for param in engine.module.parameters())
+
+
+def test_a_copy_of_the_model_runs_on_its_own(ranks: Any) -> None:
+    ranks(2, _copied)
+
+
+class Experts(nn.Module):
+    """Which blocks run differs between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(2)])
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+        return self.head(self.blocks[rank](x))
+
+
+def _whole_model_is_a_leaf(stage: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = Experts()
+    xtrain.utils.set_z3_leaf_modules(model, [Experts])
+    engine = _engine(model, stage)
+    for step in range(2):
+        engine.backward(engine(_inputs(step, engine.grid.rank), engine.grid.rank).square().mean())
+        engine.step()
+    return {name: value.clone() for name, value in engine.module_state_dict().items()}
+
+
+def test_the_whole_model_may_be_a_leaf_module(ranks: Any) -> None:
+    found, wanted = ranks(2, _whole_model_is_a_leaf, 3)[0], ranks(2, _whole_model_is_a_leaf, 0)[0]
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

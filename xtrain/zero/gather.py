@@ -129,6 +129,7 @@ class Gatherer:
         self.hooks: ModelHooks | None = None
         self._expected: dict[bool, list[Unit]] = {}  # the last iteration's uses, by whether it was training
         self._uses: list[Unit] = []
+        self._kept: list[Unit] = []
         self._training = True
         self._as_expected = True
         for unit in self.units:
@@ -152,6 +153,15 @@ class Gatherer:
             unit.users = 0
         else:
             self.drop(unit)
+
+    def keep(self, unit: Unit) -> None:
+        """Undo one `use`, but at the end of the iteration only: a backward that is differentiated itself
+        (a gradient penalty) has saved the weights, and where they are needed again shows nowhere."""
+        self._kept.append(unit)
+
+    def _drop_kept(self) -> None:
+        while self._kept:
+            self.drop(self._kept.pop())
 
     def _record(self, unit: Unit) -> None:
         if not self._uses:
@@ -194,6 +204,7 @@ class Gatherer:
 
     def end_iteration(self) -> None:
         """Forward and backward are over: what was recorded is expected next time; free everything unused."""
+        self._drop_kept()
         if self._uses:
             self._expected[self._training] = self._uses
             self._uses = []
@@ -208,6 +219,7 @@ class Gatherer:
         Raises:
             ConfigError: the script is inside `GatheredParameters`.
         """
+        self._drop_kept()
         for unit in self.units:
             if unit.users:
                 raise ConfigError(
@@ -222,6 +234,7 @@ class Gatherer:
         A forward pass without a backward leaves units that were gathered ahead of it; what it used is no
         guide to the next iteration.
         """
+        self._drop_kept()
         self._uses = []
         for unit in self.units:
             if unit.users == 0:

@@ -142,11 +142,13 @@ class WholeGradients(Gradients):
 
     def absorb(self, member: int, bucket: Bucket) -> None:
         param, view = self.group.members[member], self.view(member)
-        if param.grad is None or param.grad.data_ptr() == view.data_ptr():
+        if param.grad is None:
+            return
+        if param.grad.layout == torch.strided and param.grad.data_ptr() == view.data_ptr():
             return  # in place already
         if self._in_place:
             # Somebody replaced `param.grad` (module.zero_grad(), create_graph): it is the whole gradient now.
-            view.copy_(param.grad.detach())
+            view.zero_().add_(param.grad.detach())  # a sparse one can be added, and not copied
             param.grad = view
         else:
             view.add_(param.grad.detach())

@@ -12,6 +12,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,10 @@ class Home(ABC):
 
     shape: torch.Size
     process_group: dist.ProcessGroup | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """None in a pickle (`torch.save(model)`): buffers and process groups stay with this process."""
+        return type(None), ()
 
     @abstractmethod
     def hold(self) -> None:

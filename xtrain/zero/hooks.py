@@ -71,6 +71,7 @@ class ForwardCall:
         self.started = started
         self.ended = math.inf
         self.entered = False
+        self.differentiated = False  # whether its backward is recorded (create_graph)
 
     def enter(self, _: torch.Tensor) -> None:
         """A gradient has reached an output."""
@@ -79,6 +80,7 @@ class ForwardCall:
             self.entered = True
             self.hooks.running.append(self)
             self.hooks.gatherer.use(self.unit)
+            self.differentiated = torch.is_grad_enabled()
             # For the calls that nothing precedes, and for re-entrant checkpoints, whose backward is nested.
             torch.autograd.Variable._execution_engine.queue_callback(self.leave)
 
@@ -89,7 +91,10 @@ class ForwardCall:
             self.hooks.running.remove(self)
             self.unit.calls.discard(self)
             self.unit.backward_ended = True
-            self.hooks.gatherer.done(self.unit)
+            if self.differentiated:
+                self.hooks.gatherer.keep(self.unit)
+            else:
+                self.hooks.gatherer.done(self.unit)
             self.hooks.on_backward_end()
 
 
@@ -149,13 +154,16 @@ class ModelHooks:
     def hook(self, module: nn.Module, units: list[Unit]) -> None:
         """Make `units` whole whenever `module` runs."""
 
-        def before(*_: Any) -> None:
-            self._frames.append(_Frame())
-            for unit in units:
-                self.borrow(unit)
+        # copy.deepcopy copies hooks, too: the copy has its own parameters, and may run on one rank only.
+        def before(running: nn.Module, _: Any) -> None:
+            if running is module:
+                self._frames.append(_Frame())
+                for unit in units:
+                    self.borrow(unit)
 
-        def after(_: nn.Module, __: Any, outputs: Any) -> None:
-            self._end_frame(outputs)
+        def after(running: nn.Module, _: Any, outputs: Any) -> None:
+            if running is module:
+                self._end_frame(outputs)
 
         self._handles.append(module.register_forward_pre_hook(before, prepend=True))
         # Called when forward raised, too.

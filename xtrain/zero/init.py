@@ -28,21 +28,45 @@ from xtrain.zero.home import LooseShard, home_of
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
+_SHAPE: dict[Any, Callable[[torch.Size], Any]] = {
+    torch.Tensor.dim: len,
+    torch.Tensor.ndimension: len,
+    torch.Tensor.ndim.__get__: len,  # type: ignore[attr-defined]
+    torch.Tensor.shape.__get__: lambda shape: shape,  # type: ignore[attr-defined]
+    torch.Tensor.size: lambda shape: shape,
+    torch.Tensor.numel: lambda shape: shape.numel(),
+    torch.Tensor.nelement: lambda shape: shape.numel(),
+}
+"""What a divided parameter answers for itself. torch.nn.init asks before it writes, and leaves an empty tensor
+as it is."""
+
+_VIEWS = frozenset(
+    {"view", "view_as", "reshape", "flatten", "t", "transpose", "clone", "__getitem__", "__setitem__"}
+)
+
+
 class _Touches(TorchFunctionMode):
-    """Makes divided parameters whole that construction code changes in place or whose `.data` it takes."""
+    """Makes divided parameters whole that construction code changes in place, or whose `.data` or views it takes;
+    answers for their shapes."""
 
     def __init__(self, touched: Callable[[nn.Parameter, LooseShard], None]) -> None:
         super().__init__()
         self._touched = touched
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.startswith("__")
-        if args and (in_place or func == _DATA) and isinstance(args[0], nn.Parameter):
-            home = home_of(args[0])
-            if isinstance(home, LooseShard) and not home.held:
-                self._touched(args[0], home)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        param = args[0] if args else kwargs.get("tensor")  # torch.nn.init calls by name
+        home = home_of(param) if isinstance(param, nn.Parameter) else None
+        if isinstance(home, LooseShard) and not home.held:
+            if func in _SHAPE:
+                answer = _SHAPE[func](home.shape)
+                which = args[1:] or tuple(kwargs.values())
+                return answer[which[0]] if func is torch.Tensor.size and which else answer
+            name = getattr(func, "__name__", "")
+            in_place = name.endswith("_") and not name.startswith("__")
+            if in_place or func == _DATA or name in _VIEWS:
+                self._touched(param, home)
+        return func(*args, **kwargs)
 
 
 class Init:

@@ -12,8 +12,10 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xtrain import comm
 from xtrain.errors import ConfigError
@@ -24,6 +26,9 @@ from xtrain.zero.layout import Bucket
 
 MAX_IN_FLIGHT = 4
 """Buckets of sharded gradients that may be on the wire at once; it bounds the transient memory."""
+
+_hooks: Any = WeakIdKeyDictionary()
+"""Parameter -> handle of its hook. Not an attribute of the parameter, which `torch.save(model)` would pickle."""
 
 
 class _Pending:
@@ -131,6 +136,7 @@ class GradientReducer:
         self._inside = False  # inside the engine's backward
         self._learned = False  # whether a whole backward has been watched
         self._open = False  # gradients have arrived since the last end of a micro-batch
+        self._handles: dict[torch.nn.Parameter, Any] = {}
         self._hook_everything()
 
     def _hook_everything(self) -> None:
@@ -138,10 +144,10 @@ class GradientReducer:
             for member in item.bucket.members:
                 param = item.gradients.group.members[member]
                 # A parameter belongs to the engine that was built last.
-                if (old := getattr(param, "_xtrain_hook", None)) is not None:
+                if (old := _hooks.pop(param, None)) is not None:
                     old.remove()
                 handle = param.register_post_accumulate_grad_hook(self._make_hook(item, member))
-                param._xtrain_hook = handle  # type: ignore[attr-defined]
+                _hooks[param] = self._handles[param] = handle
 
     def _make_hook(self, item: _Pending, member: int) -> Callable[[torch.Tensor], None]:
         # torch keeps hooks where Python's garbage collector does not look: a strong reference would keep an
@@ -317,6 +323,7 @@ class GradientReducer:
         """Remove the hooks, so that the parameters can be given to another engine."""
         for item in self.queue:
             for param in item.gradients.group.members:
-                if (hook := getattr(param, "_xtrain_hook", None)) is not None:
-                    hook.remove()
-                    delattr(param, "_xtrain_hook")
+                if (own := self._handles.pop(param, None)) is not None:
+                    own.remove()
+                    if _hooks.get(param) is own:  # not another engine's, which has taken the parameter over
+                        del _hooks[param]

@@ -44,8 +44,6 @@ class _Divider:
             self.groups.append(ModuleGroup(name, module, params))
 
     def _is_one(self, module: nn.Module, is_block: bool) -> bool:
-        if getattr(module, "_z3_leaf", False):
-            return True
         size = sum(full_shape(param).numel() for param in module.parameters() if param in self._left)
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or size > MAX_ELEMENTS:
             return False
@@ -53,7 +51,8 @@ class _Divider:
         return not has_lists or (is_block and size * MIN_BLOCKS <= self._total)
 
     def walk(self, name: str, module: nn.Module, is_block: bool) -> None:
-        if self._is_one(module, is_block) and name:
+        leaf = getattr(module, "_z3_leaf", False)
+        if leaf or (name and self._is_one(module, is_block)):
             self._take(name, module, recurse=True)
             return
         self._take(name, module, recurse=False)
