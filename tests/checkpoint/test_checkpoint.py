@@ -143,6 +143,10 @@ def _damage(folder: Path, how: str) -> None:
     elif how == "other version":
         manifest = json.loads((directory / layout.MANIFEST).read_text())
         (directory / layout.MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
+    elif how == "manifest without runs":
+        manifest = json.loads((directory / layout.MANIFEST).read_text())
+        del manifest["runs"]
+        (directory / layout.MANIFEST).write_text(json.dumps(manifest))
     elif how == "no latest":
         (folder / "latest").unlink()
     elif how == "code":
@@ -170,6 +174,7 @@ def _damage(folder: Path, how: str) -> None:
         ("no manifest", "not a complete checkpoint"),
         ("bad manifest", "cannot be read"),
         ("other version", "version 99"),
+        ("manifest without runs", "lacks runs"),
         ("no latest", "global_step4"),
         ("code", "cannot be read"),
     ],
@@ -180,6 +185,35 @@ def test_damage_is_named_on_every_rank(ranks: Any, tmp_path: Path, how: str, sai
     for message in ranks(2, _load_error, str(tmp_path)):
         assert said in message
     assert not (tmp_path / "executed").exists()
+
+
+def _custom(folder: str, stage: int) -> tuple[str, bool]:
+    model = training.build_model()
+    engine = xtrain.initialize(model=model, config=training.config(stage))[0]
+    engine.save_checkpoint(folder, "here")
+    before = {name: value.clone() for name, value in engine.module_state_dict().items()}
+
+    def fails_on_one(src: dict[str, Any], dst: nn.Module) -> None:
+        if engine.grid.rank == 1:
+            raise ValueError("not mine")
+
+    def doubles(src: dict[str, Any], dst: nn.Module) -> None:
+        with torch.no_grad():
+            for name, param in dst.named_parameters():
+                param.copy_(2 * src[name])
+
+    with pytest.raises(CheckpointError) as caught:
+        engine.load_checkpoint(folder, "here", custom_load_fn=fails_on_one)
+    engine.load_checkpoint(folder, "here", load_optimizer_states=False, custom_load_fn=doubles)
+    after = engine.module_state_dict()
+    return str(caught.value), all(torch.equal(after[name], 2 * before[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_custom_load_functions(ranks: Any, tmp_path: Path, stage: int) -> None:
+    for said, doubled in ranks(2, _custom, str(tmp_path), stage):
+        assert said == "custom_load_fn failed on rank 1: ValueError: not mine"
+        assert doubled
 
 
 def _mismatch(folder: str) -> list[str]:

@@ -285,3 +285,20 @@ def _whole_model_is_a_leaf(stage: int) -> dict[str, torch.Tensor]:
 def test_the_whole_model_may_be_a_leaf_module(ranks: Any) -> None:
     found, wanted = ranks(2, _whole_model_is_a_leaf, 3)[0], ranks(2, _whole_model_is_a_leaf, 0)[0]
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def _functional_transform() -> tuple[str, bool]:
+    model = _build()
+    engine = _engine(model)
+    rows = _inputs(0, 0)[:, None].float()
+    with pytest.raises(xtrain.errors.NotImplementedYetError, match=r"torch\.func over a model") as caught:
+        torch.func.vmap(engine)(rows)
+    with xtrain.zero.GatheredParameters(list(model.parameters())):
+        mapped = torch.func.vmap(engine)(rows)
+        return str(caught.value), torch.allclose(mapped, engine(rows), atol=1e-6)
+
+
+def test_torch_func_says_how(ranks: Any) -> None:
+    for said, same in ranks(2, _functional_transform):
+        assert "GatheredParameters" in said
+        assert same

@@ -83,6 +83,9 @@ def find_tag(save_dir: Path, tag: str | None) -> str | None:
     raise CheckpointError(f"{save_dir / tag} is not a complete checkpoint ({hint})")
 
 
+_KEYS = ("files", "parameters", "runs", "ranks")
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of `save_dir/tag`, checked for format, version, and the files' presence and sizes.
 
@@ -100,6 +103,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has version {manifest.get('version')}, this xtrain reads {VERSION}: use a matching release"
         )
+    lacking = [key for key in _KEYS if key not in manifest]
+    if lacking:
+        raise CheckpointError(f"checkpoint {directory} is damaged: {MANIFEST} lacks {', '.join(lacking)}")
     for name, entry in manifest["files"].items():
         file = directory / name
         if not file.is_file():

@@ -124,13 +124,9 @@ def _load_module(
     manifest: dict[str, Any],
     extra: dict[str, Any],
     strict: bool,
-    custom: Callable[..., None] | None,
 ) -> None:
     """Load weights, buffers, and `extra`: entries of the state dictionary that are not tensors."""
     weights, divided = _Weights(directory, manifest), divided_parameters(engine.module)
-    if custom is not None:
-        custom_load(engine.module, {**{name: weights.whole(name) for name in weights.names}, **extra}, custom)
-        return
     for name in weights.names & divided.keys():
         weights.load_piece(name, divided[name].group, divided[name].member)
     tensors: dict[str, Any] = {name: weights.whole(name) for name in weights.names - divided.keys()}
@@ -264,11 +260,21 @@ def load(
     if engine.partition.gatherer is not None:
         engine.partition.gatherer.release_unused()
 
-    def read() -> None:
-        manifest = layout.read_manifest(directory)
+    manifest: dict[str, Any] = {}
+    whole: dict[str, Any] = {}  # for custom_load_fn
+
+    def read_module() -> None:
+        manifest.update(layout.read_manifest(directory))
         _check_shapes(engine, manifest, directory)
         state.update(_read_torch(directory, manifest, layout.STATE))
-        _load_module(engine, directory, manifest, state.get("module_extra", {}), strict, custom_load_fn)
+        extra = state.get("module_extra", {})
+        if custom_load_fn is None:
+            _load_module(engine, directory, manifest, extra, strict)
+        else:
+            weights = _Weights(directory, manifest)
+            whole.update({name: weights.whole(name) for name in weights.names}, **extra)
+
+    def read_states() -> None:
         for group in engine.partition.trained:
             group.refresh_masters()
         if engine.optimizer is not None and optimizer_states:
@@ -281,7 +287,11 @@ def load(
             _load_counters(engine, state)
             _load_rng(engine, directory, manifest)
 
-    together(read, f"loading checkpoint {directory}", CheckpointError)
+    what = f"loading checkpoint {directory}"
+    together(read_module, what, CheckpointError)
+    if custom_load_fn is not None:
+        custom_load(engine.module, whole, custom_load_fn)
+    together(read_states, what, CheckpointError)
     if engine.optimizer is not None and optimizer_states:
         engine.optimizer.publish()
     log_dist(f"loaded checkpoint {directory}", ranks=[0])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from xtrain.errors import ConfigError
+from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.zero.home import Home, set_home
 from xtrain.zero.layout import Bucket
 from xtrain.zero.shards import FormerHome, ShardedGroup
@@ -52,6 +52,11 @@ class Unit:
     def launch(self, process_group: dist.ProcessGroup | None) -> None:
         """Start gathering, unless that has been done."""
         if not self.launched:
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                raise NotImplementedYetError(
+                    "torch.func over a model of ZeRO stage 3",
+                    "wrap the call in zero.GatheredParameters(model.parameters()), or use stage 2",
+                )
             self._works = [group.launch(bucket, process_group) for group, bucket in self.parts]
 
     def wait(self) -> None:
@@ -72,6 +77,10 @@ class Unit:
             for group, bucket in self.parts:
                 group.release(bucket)
             self.whole = False
+
+
+_MOST_USES = 100_000
+"""What a script that only runs forward may record; no iteration is that long."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,8 @@ class Gatherer:
         expected = self._expected.get(self._training, [])
         position = len(self._uses)
         self._as_expected = self._as_expected and position < len(expected) and expected[position] is unit
-        self._uses.append(unit)
+        if len(self._uses) < _MOST_USES:
+            self._uses.append(unit)
 
     def _prefetch(self, position: int) -> None:
         if not self._as_expected:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from xtrain.agree import together
+from xtrain.errors import CheckpointError
 from xtrain.zero.gather import UnitHome
 from xtrain.zero.gathered import GatheredParameters
 from xtrain.zero.home import home_of
@@ -91,8 +93,15 @@ def load_whole_state_dict(
 def custom_load(module: nn.Module, state: dict[str, Any], load: Callable[..., None]) -> None:
     """Let a script's function fill the module: `load(src=state, dst=module)`, divided parameters whole.
 
-    Collective in stage 3, where what the first rank has written is kept.
+    Collective; in stage 3 what the first rank has written is kept.
+
+    Raises:
+        CheckpointError: on every rank, when the function failed on one.
     """
     divided = [home.group.members[home.member] for home in divided_parameters(module).values()]
-    with GatheredParameters(divided, modifier_rank=0 if divided else None):
+
+    def run() -> None:  # without the function's result, which need not be picklable
         load(src=state, dst=module)
+
+    with GatheredParameters(divided, modifier_rank=0 if divided else None):
+        together(run, "custom_load_fn", CheckpointError)
