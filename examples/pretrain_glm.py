@@ -142,7 +142,7 @@ def build_param_groups(model, weight_decay):
 def train_step(engine, sampler, mpu, step):
     """One optimizer step; returns the loss averaged over micro-batches and ranks."""
     accumulation = engine.gradient_accumulation_steps()
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    total = torch.zeros((), device=engine.device)
     for index in range(accumulation):
         slot = mpu.get_data_parallel_rank() * accumulation + index
         arrays = sampler.batch(step, slot, engine.train_micro_batch_size_per_gpu())
@@ -150,7 +150,7 @@ def train_step(engine, sampler, mpu, step):
         loss = engine(**batch)
         engine.backward(loss)
         engine.step()
-        total += loss.detach().double() / accumulation
+        total += loss.detach().float() / accumulation
     deepspeed.comm.all_reduce(total, group=mpu.get_data_parallel_group())
     return total.item() / mpu.get_data_parallel_world_size()
 

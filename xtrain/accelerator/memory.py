@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xtrain.accelerator import host_memory
+from xtrain.backends import host_memory
 from xtrain.errors import ConfigError
 
 

@@ -159,7 +159,11 @@ def _write_part(
         index = {parameter: [[name, *run] for run in runs] for parameter, runs in index.items()}
         written.append(name)
     rng = layout.rng_file(engine.global_rank, engine.world_size)
-    states = {"torch": torch.get_rng_state(), "device": engine.backend.runtime.get_rng_state()}
+    states = {
+        "torch": torch.get_rng_state(),
+        "device": engine.backend.runtime.get_rng_state(),
+        "device_type": engine.device.type,
+    }
     _write_torch(states, directory / rng, "the random-number state")
     written.append(rng)
     files = {}
