@@ -67,7 +67,12 @@ class RuntimeFacet:
         return torch.device(self.device_type)
 
     def set_device(self, local_rank: int) -> None:
-        """Make that device the current one; called before the process group exists."""
+        """Make that device the current one; called before the process group exists, and may be repeated.
+
+        Raises:
+            BackendError: there are fewer devices.
+        """
+        self.device(local_rank)
 
     # ---------------------------------------------------------------- streams and events
 

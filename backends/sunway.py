@@ -165,7 +165,7 @@ class SunwayRuntime(RuntimeFacet):
     def set_device(self, local_rank: int) -> None:
         if self._taken == local_rank:
             return  # a second engine; the kernels are there
-        self.device(local_rank)  # there is one
+        super().set_device(local_rank)
         cores = bind_cores(local_rank)
         bind_memory(cores)
         installed = install_math(local_rank, cores)

@@ -21,7 +21,7 @@ def test_environment_and_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match="'ascend' cannot be used here: torch_npu is not installed"):
         detect()
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    with pytest.raises(BackendError, match="'cuda' cannot be used here: PyTorch .* is built without CUDA"):
+    with pytest.raises(BackendError, match=r"'cuda' cannot be used here: PyTorch .* is built without CUDA"):
         detect()
     with pytest.raises(BackendError, match="'fake' is not there yet"):
         detect("fake")
