@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import sys
 import tempfile
 import traceback
@@ -112,6 +113,8 @@ def tensors_come_back_as_they_went(backend: Backend) -> None:
         moved = there.to(device)
         assert moved.device.type == backend.runtime.device_type
         assert torch.equal(moved.cpu(), there), dtype
+        octets = moved.reshape(-1).view(torch.uint8)  # how parameters of any dtype are broadcast
+        assert torch.equal(octets.cpu(), there.reshape(-1).view(torch.uint8)), dtype
         assert torch.equal(moved[3:9, 2:5].t().contiguous().cpu(), there[3:9, 2:5].t()), dtype
 
 
@@ -411,6 +414,31 @@ def states_in_host_memory_train_alike(backend: Backend) -> None:
 
 
 @check
+def states_move_to_the_host_and_back(backend: Backend) -> None:
+    """offload_states in the middle of an accumulation window, each kind alone: the curve does not change."""
+    plain, _ = curve(backend, settings(backend, 1), 2)
+    for kind in (None, "lp_params", "lp_grads", "hp_params", "optim_states"):
+        engine = build(backend, settings(backend, 1))
+        x, y = (tensor.float().to(engine.device) for tensor in training.samples(0))
+        micro = engine.train_micro_batch_size_per_gpu()
+        for index in range(engine.gradient_accumulation_steps()):
+            first = (engine.grid.rank * engine.gradient_accumulation_steps() + index) * micro
+            engine.backward(training.loss_of(engine, x[first : first + micro], y[first : first + micro]))
+            if index == 0:
+                engine.offload_states(include=None if kind is None else [kind])
+                engine.reload_states()
+            engine.step()
+        assert step(engine, 1) == plain[1], kind
+        engine.destroy()
+
+
+@check
+def torchs_fused_optimizer_resumes(backend: Backend) -> None:
+    optimizer = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True, "fused": True}}
+    train_and_resume(backend, settings(backend, 1, optimizer=optimizer))
+
+
+@check
 def aligned_runs_repeat_in_every_stage(backend: Backend) -> None:
     if backend.precision.norm_dtype != torch.float64 and comm.get_world_size() > 1:
         raise NotHere("norms are not summed in float64, so their last bit depends on how states are cut")
@@ -427,20 +455,28 @@ def aligned_runs_repeat_in_every_stage(backend: Backend) -> None:
 
 @check
 def a_checkpoint_continues(backend: Backend) -> None:
+    train_and_resume(backend, settings(backend, 2))
+
+
+def train_and_resume(backend: Backend, config: dict[str, Any]) -> None:
+    """An interrupted run has the bits of one that went on."""
     folder = [tempfile.mkdtemp() if comm.get_rank() == 0 else ""]
     comm.broadcast_object_list(folder, 0)
-    engine = build(backend, settings(backend, 2))
+    engine = build(backend, config)
     for number in range(2):
         step(engine, number)
     engine.save_checkpoint(folder[0])
     expected = [step(engine, number) for number in (2, 3)]
     engine.destroy()
-    resumed = build(backend, settings(backend, 2))
+    resumed = build(backend, config)
     path, _ = resumed.load_checkpoint(folder[0])
     assert path is not None
     assert Path(path).is_dir()
     assert [step(resumed, number) for number in (2, 3)] == expected
     resumed.destroy()
+    comm.barrier()
+    if comm.get_rank() == 0:
+        shutil.rmtree(folder[0])
 
 
 # ---------------------------------------------------------------- running them

@@ -20,6 +20,7 @@ RANKS = 2
 NEEDS_RANKS = [
     "collectives_move_and_add", "every_stage_trains_like_pytorch_and_like_the_host",
     "states_in_host_memory_train_alike", "aligned_runs_repeat_in_every_stage", "a_checkpoint_continues",
+    "states_move_to_the_host_and_back", "torchs_fused_optimizer_resumes",
 ]  # fmt: skip
 
 

@@ -182,9 +182,15 @@ def _load_group(
             else:
                 optimizer.state[master][kind] = values.to(master.device, copy=True)
     if len(kinds) > 1:
+        options = optimizer.param_groups[group.group_index]
+        on_device = options.get("fused") or options.get(
+            "capturable"
+        )  # torch's kernels count steps on the device
         for master in group.masters:
             for kind, value in scalars.items():
-                optimizer.state[master][kind] = value.clone() if torch.is_tensor(value) else value
+                if torch.is_tensor(value):
+                    value = value.to(master.device if on_device else "cpu", copy=True)
+                optimizer.state[master][kind] = value
 
 
 def _load_optimizer(

@@ -72,7 +72,8 @@ def _sharded_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[
 def _scalar_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """State of the optimizer that is not one value an element (step counts), the same on every rank."""
     first = optimizer.state.get(group.masters[0], {})
-    return {kind: value for kind, value in first.items() if not _is_sharded(value, group)}
+    scalars = {kind: value for kind, value in first.items() if not _is_sharded(value, group)}
+    return {kind: value.cpu() if torch.is_tensor(value) else value for kind, value in scalars.items()}
 
 
 def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]:
