@@ -1,6 +1,26 @@
 """One module per accelerator. Nothing in here imports the engine."""
 
-from xtrain.backends.base import Backend
+from xtrain.backends.base import (
+    Backend,
+    CollectivesFacet,
+    MemoryStatistics,
+    PrecisionFacet,
+    RuntimeFacet,
+    ZeroFacet,
+)
+from xtrain.backends.device import DeviceRuntime
 from xtrain.backends.registry import available, detect, get, names
 
-__all__ = ["Backend", "available", "detect", "get", "names"]
+__all__ = [
+    "Backend",
+    "CollectivesFacet",
+    "DeviceRuntime",
+    "MemoryStatistics",
+    "PrecisionFacet",
+    "RuntimeFacet",
+    "ZeroFacet",
+    "available",
+    "detect",
+    "get",
+    "names",
+]

@@ -6,17 +6,27 @@ Third-party packages add one through the entry point group `xtrain.backends` (na
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from xtrain.backends.base import Backend
 from xtrain.errors import BackendError, unknown_name
+from xtrain.log import log_dist
 
-_BUILTIN = {"cpu": "xtrain.backends.cpu:CpuBackend"}
-_NOT_YET = ("cuda", "dcu", "ascend", "sunway", "fake")
-_DS_NAMES = {"npu": "ascend", "hpu": "hpu", "cpu": "cpu", "cuda": "cuda"}
-"""DS_ACCELERATOR values whose backend here has another name (or the same)."""
+_BUILTIN = {
+    # In the order of detection; the host is what is left.
+    "cuda": "xtrain.backends.cuda:CudaBackend",
+    "dcu": "xtrain.backends.dcu:DcuBackend",
+    "ascend": "xtrain.backends.ascend:AscendBackend",
+    "sunway": "xtrain.backends.sunway:SunwayBackend",
+    "cpu": "xtrain.backends.cpu:CpuBackend",
+}
+_NOT_YET = ("fake",)
+_DS_NAMES = {"npu": ("ascend",), "cuda": ("cuda", "dcu")}
+"""DS_ACCELERATOR values whose backend here has another name, or that mean one of several (under HIP, DeepSpeed
+calls its accelerator cuda as torch does)."""
 
 
 @cache
@@ -31,10 +41,31 @@ def names() -> list[str]:
 
 @cache
 def _load(name: str) -> Backend:
+    """The backend's only instance.
+
+    Raises:
+        BackendError: an installed package's cannot be loaded.
+    """
     if name in _BUILTIN:
         module, _, attribute = _BUILTIN[name].partition(":")
         return getattr(importlib.import_module(module), attribute)()
-    return _plugins()[name].load()()
+    try:
+        backend = _plugins()[name].load()()
+    except Exception as error:  # somebody else's code: anything can happen
+        raise BackendError(f"its package does not load ({type(error).__name__}: {error})") from error
+    if not isinstance(backend, Backend):
+        raise BackendError(
+            f"its entry point gives a {type(backend).__name__}, not an xtrain.backends.Backend"
+        )
+    return backend
+
+
+def _reason(name: str) -> str | None:
+    """Why the backend cannot be used here; None when it can."""
+    try:
+        return _load(name).runtime.unavailable_reason()
+    except BackendError as error:
+        return str(error)
 
 
 def get(name: str) -> Backend:
@@ -49,30 +80,38 @@ def get(name: str) -> Backend:
                 f"backend {name!r} is not there yet in xtrain: use one of {', '.join(names())}"
             )
         raise BackendError(unknown_name("backend", name, names()))
-    backend = _load(name)
-    reason = backend.runtime.unavailable_reason()
-    if reason is not None:
+    if (reason := _reason(name)) is not None:
         raise BackendError(f"backend {name!r} cannot be used here: {reason}")
-    return backend
+    return _load(name)
 
 
 def available() -> dict[str, str | None]:
     """For each backend, None when it can be used here, else the reason why not."""
-    return {name: _load(name).runtime.unavailable_reason() for name in names()}
+    return {name: _reason(name) for name in names()}
 
 
 def detect(name: str | None = None) -> Backend:
     """The backend to use: `name` (from the config), else the environment, else what the machine has.
 
-    Environment: XTRAIN_BACKEND, then DS_ACCELERATOR. An installed plug-in that is available is
-    preferred to the host processor.
+    Environment: XTRAIN_BACKEND, then DS_ACCELERATOR. Installed plug-ins come before xtrain's own, and the host
+    processor last.
     """
-    chosen = name or os.environ.get("XTRAIN_BACKEND")
-    if not chosen and (accelerator := os.environ.get("DS_ACCELERATOR")):
-        chosen = _DS_NAMES.get(accelerator, accelerator)
-    if chosen:
+    if chosen := name or os.environ.get("XTRAIN_BACKEND"):
         return get(chosen)
-    for candidate in names():
-        if candidate != "cpu" and _load(candidate).runtime.unavailable_reason() is None:
+    if accelerator := os.environ.get("DS_ACCELERATOR"):
+        meant = _DS_NAMES.get(accelerator, (accelerator,))
+        return get(next((one for one in meant if one in names() and _reason(one) is None), meant[0]))
+    for candidate in [*sorted(_plugins()), *_BUILTIN]:
+        try:
+            runtime = _load(candidate).runtime
+        except BackendError as error:
+            _tell_once(candidate, str(error))
+            continue
+        if runtime.unavailable_reason() is None and runtime.taken_unasked():
             return _load(candidate)
     return get("cpu")
+
+
+@cache
+def _tell_once(name: str, reason: str) -> None:
+    log_dist(f"backend {name!r} is installed and cannot be used: {reason}", ranks=[0], level=logging.WARNING)

@@ -142,7 +142,7 @@ def build_param_groups(model, weight_decay):
 def train_step(engine, sampler, mpu, step):
     """One optimizer step; returns the loss averaged over micro-batches and ranks."""
     accumulation = engine.gradient_accumulation_steps()
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    losses = []
     for index in range(accumulation):
         slot = mpu.get_data_parallel_rank() * accumulation + index
         arrays = sampler.batch(step, slot, engine.train_micro_batch_size_per_gpu())
@@ -150,9 +150,12 @@ def train_step(engine, sampler, mpu, step):
         loss = engine(**batch)
         engine.backward(loss)
         engine.step()
-        total += loss.detach().double() / accumulation
-    deepspeed.comm.all_reduce(total, group=mpu.get_data_parallel_group())
-    return total.item() / mpu.get_data_parallel_world_size()
+        losses.append(loss.detach())
+    # Added on the host in float64: not every device does that.
+    mine = torch.stack(losses).cpu().double().mean().item()
+    everyone = [0.0] * mpu.get_data_parallel_world_size()
+    deepspeed.comm.all_gather_object(everyone, mine, group=mpu.get_data_parallel_group())
+    return sum(everyone) / len(everyone)
 
 
 def main(argv=None):

@@ -29,7 +29,7 @@ from xtrain.instruments import Instruments
 from xtrain.log import log_dist
 from xtrain.optim import build_optimizer, check_elementwise
 from xtrain.parallel import DataParallelGrid
-from xtrain.precision import autocast_region, make_loss_scale, make_policy
+from xtrain.precision import autocast_region, for_backend, make_loss_scale, make_policy
 from xtrain.saving import Saving
 from xtrain.schedulers import build_scheduler
 from xtrain.settings import Settings
@@ -91,7 +91,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self.world_size = comm.get_world_size()
         self.device = backend.runtime.device(self.local_rank)
         setup.check_agreement(module, config, grid)
-        self.precision = make_policy(values)
+        self.precision = for_backend(make_policy(values), values, backend)
         self._random = AlignedRandom(values.xtrain.seed, self._place) if values.xtrain.aligned else None
         setup.place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
         self.module = module
@@ -157,7 +157,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self.optimizer = ZeroOptimizer(
             basic_optimizer,
             gradients,
-            make_loss_scale(values.fp16, values.torch_autocast),
+            make_loss_scale(values.fp16, values.torch_autocast, backend.precision.initial_scale_power),
             backend,
             grid.group,
             clip=values.gradient_clipping,

@@ -18,8 +18,13 @@ def test_names_and_detection() -> None:
 
 def test_environment_and_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "npu")
-    with pytest.raises(BackendError, match="'ascend' is not there yet"):
+    with pytest.raises(BackendError, match="'ascend' cannot be used here: torch_npu is not installed"):
         detect()
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(BackendError, match=r"'cuda' cannot be used here: PyTorch .* is built without CUDA"):
+        detect()
+    with pytest.raises(BackendError, match="'fake' is not there yet"):
+        detect("fake")
     monkeypatch.setenv("XTRAIN_BACKEND", "cpu")
     assert detect().name == "cpu"
     with pytest.raises(BackendError, match="did you mean 'cpu'"):

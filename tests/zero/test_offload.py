@@ -13,6 +13,8 @@ import xtrain
 from tests import training
 from tests.zero.test_stage3 import Model, engine_of, ids_of
 from xtrain.errors import ConfigError
+from xtrain.zero.flat import FlatGroup, FlatOptions
+from xtrain.zero.gradients import WholeGradients
 from xtrain.zero.offload import DiskMemory
 
 
@@ -160,3 +162,17 @@ def test_the_old_spelling_and_host_memory(capsys: pytest.CaptureFixture[str]) ->
 
     zero = load_config(training.config(1, zero_optimization={"stage": 1, "cpu_offload": True}))
     assert zero.values.zero_optimization.offload_optimizer.device == "cpu"
+
+
+def test_gradients_on_another_device_are_shown_again_when_they_are_back() -> None:
+    """torch refuses a gradient on another device than its parameter; "meta" stands for that device here."""
+    params = [("weight", torch.nn.Parameter(torch.ones(4, 3))), ("bias", torch.nn.Parameter(torch.ones(3)))]
+    held = WholeGradients(FlatGroup(params, 0, FlatOptions(1, 0, 100, 4)), torch.float32, None)
+    params[1][1].grad = None
+    held.move(lambda tensor: tensor.to("meta"))
+    assert [param.grad for _, param in params] == [None, None]
+    held.move(lambda tensor: torch.full(tensor.shape, 2.0))
+    weight, bias = (param.grad for _, param in params)
+    assert weight is not None
+    assert weight.data_ptr() == held.view(0).data_ptr()
+    assert bias is None

@@ -7,6 +7,7 @@ Works on any engine with DeepSpeed's methods (xtrain's own or the real one): it 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class Recorder:
 
         @wraps(backward)
         def recorded_backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._losses.append(loss.detach().double())
+            self._losses.append(loss.detach())
             return backward(loss, *args, **kwargs)
 
         @wraps(step)
@@ -101,14 +102,18 @@ class Recorder:
             self._file.flush()
 
     def _mean_loss(self, engine: Any) -> float:
-        mean = torch.stack(self._losses).mean() if self._losses else torch.tensor(float("nan"))
+        losses = [loss.reshape(()) for loss in self._losses] or [torch.tensor(float("nan"))]
+        mean = torch.stack(losses).cpu().double().mean()  # float64 is the host's: not every device adds it
         self._losses.clear()
         raised = bool(self.flag and engine.global_rank == 0 and self.flag())
-        totals = torch.tensor([float(mean), float(raised)], dtype=torch.float64, device=engine.device)
+        mine = torch.tensor([float(mean), float(raised)], dtype=torch.float64).to(engine.device)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
+        rows = [mine]
         if ranks > 1:
-            dist.all_reduce(totals)
-        loss, flags = totals.tolist()
+            # Moved and added here, in rank order: not every library adds float64.
+            rows = [torch.empty_like(mine) for _ in range(ranks)]
+            dist.all_gather(rows, mine)
+        loss, flags = (math.fsum(column) for column in zip(*(row.tolist() for row in rows), strict=True))
         self.raised = flags > 0
         return loss / ranks
 

@@ -181,9 +181,15 @@ def _load_group(
             else:
                 optimizer.state[master][kind] = values.to(master.device, copy=True)
     if len(kinds) > 1:
+        options = optimizer.param_groups[group.group_index]
+        on_device = options.get("fused") or options.get(
+            "capturable"
+        )  # torch's kernels count steps on the device
         for master in group.masters:
             for kind, value in scalars.items():
-                optimizer.state[master][kind] = value.clone() if torch.is_tensor(value) else value
+                if torch.is_tensor(value):
+                    value = value.to(master.device if on_device else "cpu", copy=True)
+                optimizer.state[master][kind] = value
 
 
 def _load_optimizer(
@@ -228,7 +234,15 @@ def _load_rng(engine: XtrainEngine, directory: Path, manifest: dict[str, Any]) -
         return
     states = _read_torch(directory, manifest, layout.rng_file(engine.global_rank, engine.world_size))
     torch.set_rng_state(states["torch"])
-    engine.backend.runtime.set_rng_state(states["device"])
+    written_on = states.get("device_type", "cpu")
+    if written_on == engine.device.type:
+        engine.backend.runtime.set_rng_state(states["device"])
+    else:
+        log_dist(
+            f"checkpoint was written on a device of type {written_on!r}, this run's is {engine.device.type!r}: the "
+            "device's random-number state (dropout) is not restored",
+            ranks=[0],
+        )
 
 
 def _load_counters(engine: XtrainEngine, state: dict[str, Any]) -> None:

@@ -72,7 +72,8 @@ def _sharded_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[
 def _scalar_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """State of the optimizer that is not one value an element (step counts), the same on every rank."""
     first = optimizer.state.get(group.masters[0], {})
-    return {kind: value for kind, value in first.items() if not _is_sharded(value, group)}
+    scalars = {kind: value for kind, value in first.items() if not _is_sharded(value, group)}
+    return {kind: value.cpu() if torch.is_tensor(value) else value for kind, value in scalars.items()}
 
 
 def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +160,11 @@ def _write_part(
         index = {parameter: [[name, *run] for run in runs] for parameter, runs in index.items()}
         written.append(name)
     rng = layout.rng_file(engine.global_rank, engine.world_size)
-    states = {"torch": torch.get_rng_state(), "device": engine.backend.runtime.get_rng_state()}
+    states = {
+        "torch": torch.get_rng_state(),
+        "device": engine.backend.runtime.get_rng_state(),
+        "device_type": engine.device.type,
+    }
     _write_torch(states, directory / rng, "the random-number state")
     written.append(rng)
     files = {}

@@ -92,8 +92,14 @@ class DynamicLossScale(LossScale):
         self._good = state.get("good", 0)
 
 
-def make_loss_scale(fp16: Fp16Config, autocast: TorchAutocastConfig | None = None) -> LossScale:
-    """The scale that the `fp16` section asks for, or autocast to fp16 (then that of torch.amp.GradScaler)."""
+def make_loss_scale(
+    fp16: Fp16Config, autocast: TorchAutocastConfig | None = None, initial_power: int | None = None
+) -> LossScale:
+    """The scale that the `fp16` section asks for, or autocast to fp16 (then that of torch.amp.GradScaler).
+
+    Args:
+        initial_power: the backend's default for `initial_scale_power`.
+    """
     if not fp16.enabled:
         if autocast is not None and autocast.enabled and autocast.dtype in ("fp16", "float16"):
             return DynamicLossScale(
@@ -102,8 +108,10 @@ def make_loss_scale(fp16: Fp16Config, autocast: TorchAutocastConfig | None = Non
         return LossScale()
     if fp16.loss_scale > 0:
         return LossScale(fp16.loss_scale)
+    if initial_power is None or "initial_scale_power" in fp16.model_fields_set:
+        initial_power = fp16.initial_scale_power
     return DynamicLossScale(
-        initial=2.0**fp16.initial_scale_power,
+        initial=2.0**initial_power,
         window=fp16.loss_scale_window,
         hysteresis=fp16.hysteresis,
         consecutive=fp16.consecutive_hysteresis,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from xtrain.backends import Backend
 from xtrain.config.schema import Config
 from xtrain.errors import ConfigError
+from xtrain.log import log_dist
 
 DTYPES = {
     "fp32": torch.float32,
@@ -91,3 +93,32 @@ def make_policy(config: Config) -> PrecisionPolicy:
         buffers=DTYPES[config.data_types.buffer_dtype] if config.data_types.buffer_dtype else None,
         predivide=None if config.prescale_gradients else config.gradient_predivide_factor,
     )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def for_backend(policy: PrecisionPolicy, config: Config, backend: Backend) -> PrecisionPolicy:
+    """The policy on one chip: its stand-in for a dtype that it lacks (logged), its accumulation dtype.
+
+    Raises:
+        ConfigError: the config asks for a dtype that the chip neither has nor replaces.
+    """
+    facet = backend.precision
+    native, module = facet.native_dtypes, policy.module
+    if module is not None and module not in native and module in facet.stand_ins:
+        log_dist(
+            f"backend {backend.name!r} has no {_short(module)} on this chip: the model is trained in "
+            f"{_short(facet.stand_ins[module])} instead (fp16.enabled computes in fp16)",
+            ranks=[0],
+        )
+        module = facet.stand_ins[module]
+    cast = DTYPES[config.torch_autocast.dtype] if config.torch_autocast.enabled else None
+    for key, dtype in (("fp16 or bf16", module), ("torch_autocast.dtype", cast)):
+        if dtype is not None and dtype not in native:
+            raise ConfigError(
+                f"config key {key!r} asks for {_short(dtype)}, which backend {backend.name!r} does not compute in on "
+                f"this chip: use one of {', '.join(sorted(map(_short, native)))}"
+            )
+    return replace(policy, module=module, accumulation=policy.accumulation or facet.accumulation_dtype)

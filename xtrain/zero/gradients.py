@@ -124,6 +124,9 @@ class WholeGradients(Gradients):
         group = self.group
         self.buffer = torch.zeros(group.layout.total, dtype=self.dtype, device=group.device)
         self._partials: list[torch.Tensor | None] = []
+        self._shown_before: list[bool] | None = (
+            None  # while the buffer is on another device than the parameters
+        )
         self._attach()
 
     @property
@@ -189,11 +192,15 @@ class WholeGradients(Gradients):
         return self.group.owned(self.buffer, bucket)
 
     def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        shown = [param.grad is not None for param in self.group.members]
+        members = self.group.members
+        shown = self._shown_before or [param.grad is not None for param in members]
         self.buffer = place(self.buffer)
         if self._in_place:
-            for member, param in enumerate(self.group.members):
-                param.grad = self.view(member) if shown[member] else None
+            # torch refuses gradients on another device than the parameter.
+            fits = all(param.device == self.buffer.device for param in members)
+            for member, param in enumerate(members):
+                param.grad = self.view(member) if shown[member] and fits else None
+            self._shown_before = None if fits else shown
 
     def zero(self) -> None:
         self.buffer.zero_()

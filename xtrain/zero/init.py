@@ -21,7 +21,7 @@ from xtrain import comm
 from xtrain.backends import registry
 from xtrain.config import load_config
 from xtrain.errors import ConfigError, NotImplementedYetError
-from xtrain.precision import make_policy
+from xtrain.precision import for_backend, make_policy
 from xtrain.zero.gathered import GatheredParameters
 from xtrain.zero.home import LooseShard, home_of
 
@@ -123,11 +123,12 @@ class Init:
         given = config_dict_or_path if config_dict_or_path is not None else config
         checked = None if given is None else load_config(given)
         self.dtype = dtype
+        backend = registry.detect(checked.values.xtrain.backend if checked else None)
         if dtype is None and checked is not None:
-            self.dtype = make_policy(checked.values).module
+            self.dtype = for_backend(make_policy(checked.values), checked.values, backend).module
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise ConfigError(f"zero.Init(dtype={self.dtype}) must be a floating-point dtype")
-        backend = registry.detect(checked.values.xtrain.backend if checked else None)
+        backend.prepare(comm.get_local_rank(), checked is not None and checked.values.xtrain.aligned)
         comm.init_distributed(dist_backend=backend.collectives.process_group_backend, verbose=False)
         self.device = backend.runtime.device(comm.get_local_rank())
         if data_parallel_group is None and mpu is not None:

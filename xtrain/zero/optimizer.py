@@ -175,6 +175,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
             comm.all_reduce(finite, comm.ReduceOp.MIN, group=self.process_group)
         return bool(finite)
 
+    def _saturated(self) -> bool:
+        """Whether the device of any rank counts an overflow since the last step."""
+        flag = torch.tensor(float(self.backend.precision.take_overflow()), device=self.groups[0].device)
+        if comm.get_world_size(self.process_group) > 1:
+            comm.all_reduce(flag, comm.ReduceOp.MAX, group=self.process_group)
+        return bool(flag)
+
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the parameters from the reduced gradients; clears the gradients.
 
@@ -190,6 +197,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.overflow = not math.isfinite(self.grad_norm)
         else:
             self.overflow = self.skip_non_finite and not self._all_finite()
+        if self.skip_non_finite and self.backend.precision.saturates:
+            self.overflow |= self._saturated()
         if not self.overflow:
             self._update()
         self._clear()
