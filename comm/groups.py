@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain.backends import registry
+from xtrain.comm import mpi
 from xtrain.errors import BackendError, ConfigError, NotImplementedYetError
 from xtrain.log import log_dist
 
@@ -120,8 +121,11 @@ def init_distributed(
             "dist_init_required=False but torch.distributed is not initialized: call init_distributed() first"
         )
     library = dist_backend or registry.detect().collectives.process_group_backend
-    place = _environment_rank(rank, world_size)
-    if place is None:
+    over_mpi = library.lower() == "mpi"
+    place = None if over_mpi else _environment_rank(rank, world_size)
+    if over_mpi:
+        mpi.start(rank, world_size, timeout, init_method)
+    elif place is None:
         # A lone process: an in-memory store, so that no port is opened.
         dist.init_process_group(library, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
