@@ -14,13 +14,11 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch.distributed.distributed_c10d import (
     AllgatherOptions,
-    AllreduceOptions,
     AllToAllOptions,
     BarrierOptions,
     BroadcastOptions,
     GatherOptions,
     ReduceOptions,
-    ReduceScatterOptions,
     ScatterOptions,
 )
 
@@ -521,7 +519,7 @@ def _op_and_timeout(opts: Any, timeout: timedelta | None) -> tuple[Any, timedelt
     """From torch's options, or from a bare ReduceOp, which some of torch's signatures take in their place."""
     if opts is None:
         return dist.ReduceOp(dist.ReduceOp.SUM), timeout
-    if isinstance(opts, (AllreduceOptions, ReduceScatterOptions)):
+    if hasattr(opts, "reduceOp"):
         return opts.reduceOp, opts.timeout
     return opts, timeout
 

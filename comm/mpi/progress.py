@@ -128,10 +128,12 @@ class Progress:
         self._waiters = 0
         self._thread: threading.Thread | None = None
 
-    @property
     def incomplete(self) -> int:
-        """Operations that MPI still holds, those that were given up included."""
-        return len(self._pending) + len(self._stuck)
+        """How many operations MPI still holds, those that were given up included."""
+        self.poll()
+        with self.lock:
+            self._stuck = [operation for operation in self._stuck if not operation.test()]
+            return len(self._pending) + len(self._stuck)
 
     def submit(self, operation: Operation) -> None:
         """Follow an operation from now on."""

@@ -214,6 +214,14 @@ class MpiStore(dist.Store):
         """How many keys there are."""
         return int(self._client.ask("num_keys"))
 
+    # As torch's C++ side calls them.
+    deleteKey = delete_key
+    getNumKeys = num_keys
+
+    def clone(self) -> dist.Store:
+        """Another handle on the same keys: this one, which any number of threads may use."""
+        return self
+
     def has_extended_api(self) -> bool:
         """append, multi_get and multi_set exist."""
         return True

@@ -43,6 +43,7 @@ class World:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.begun: dict[str, int] = {}
         self.starts = 0
+        self._stores: list[dist.Store] = []
         self._process = os.getpid()
         self._server = Server(self.control, self.progress) if self.rank == 0 else None
         self._client = None if self.rank == 0 else Client(self.control, self.progress)
@@ -52,6 +53,7 @@ class World:
         """The store for one init_process_group; its keys are apart from those of earlier ones."""
         self.starts += 1
         whole = MpiStore(self._client, timeout) if self._client is not None else self._keys(timeout)
+        self._stores.append(whole)  # C++ would forget that it is a Python object
         return dist.PrefixStore(f"start{self.starts}", whole)
 
     def _keys(self, timeout: timedelta) -> dist.Store:
@@ -124,7 +126,7 @@ class World:
         """
         if os.getpid() != self._process or MPI.Is_finalized():
             return
-        incomplete = self.progress.incomplete
+        incomplete = self.progress.incomplete()
         try:
             gone = self._farewell(wait=incomplete > 0)
         except (BackendError, dist.DistError) as error:
