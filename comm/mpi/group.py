@@ -42,19 +42,27 @@ class MpiProcessGroup(dist.ProcessGroup):
         world: all processes.
         comm: the group's communicator.
         ranks: their numbers in the world.
+        key: the same for all of them, and different for every group that they make.
         name: torch's name of the group.
         timeout: how long an operation may wait.
     """
 
     def __init__(
-        self, store: dist.Store, world: World, comm: Any, ranks: list[int], name: str, timeout: timedelta
+        self,
+        store: dist.Store,
+        world: World,
+        comm: Any,
+        ranks: list[int],
+        key: str,
+        name: str,
+        timeout: timedelta,
     ) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())
         self._store = store
         self._world, self._comm, self._ranks, self._name = world, comm, ranks, name
         self._me, self._size = comm.Get_rank(), comm.Get_size()
         self._timeout = timeout.total_seconds()
-        self._key = f"{world.starts}/{name}"
+        self._key = key
         self._broken: BaseException | None = None
         self._open: list[MpiWork] | None = None
         self._unfinished: list[Operation] = []
@@ -530,7 +538,7 @@ def create(options: Any, _: Any) -> MpiProcessGroup:
     ranks = list(options.global_ranks_in_group)
     whole = not ranks
     ranks = ranks or list(range(world.size))
-    name = f"{world.starts}/{options.group_id}"
-    comm = world.subset(ranks, name, options.timeout.total_seconds())
+    key = world.next_key(ranks)
+    comm = world.subset(ranks, key, options.timeout.total_seconds())
     assert whole or comm.Get_rank() == options.group_rank
-    return MpiProcessGroup(options.store, world, comm, ranks, options.group_id, options.timeout)
+    return MpiProcessGroup(options.store, world, comm, ranks, key, options.group_id, options.timeout)

@@ -44,6 +44,7 @@ class World:
         self.begun: dict[str, int] = {}
         self.starts = 0
         self._stores: list[dist.Store] = []
+        self._made: dict[str, int] = {}
         self._process = os.getpid()
         self._server = Server(self.control, self.progress) if self.rank == 0 else None
         self._client = None if self.rank == 0 else Client(self.control, self.progress)
@@ -67,6 +68,15 @@ class World:
             return {rank: begun for rank, begun in list(self._server.departures.items()) if rank in ranks}
         assert self._client is not None
         return dict(self._client.ask("departed", list(ranks)))
+
+    def next_key(self, ranks: Sequence[int]) -> str:
+        """A name for a new group on which its ranks agree without asking: they count the groups that they make.
+
+        torch's own names differ between ranks after a `new_group(..., use_local_synchronization=True)`.
+        """
+        listed = ",".join(map(str, ranks))
+        self._made[listed] = self._made.get(listed, 0) + 1
+        return f"group {self._made[listed]} of {listed}"
 
     def meet(self, ranks: Sequence[int], name: str, timeout: float) -> list[int]:
         """Wait until all of `ranks` are here, along a tree of messages; returns those that were missed.
@@ -101,22 +111,22 @@ class World:
                     request.Free()
         return [rank for rank, arrived in zip(ranks, done, strict=True) if not arrived]
 
-    def subset(self, ranks: Sequence[int], name: str, timeout: float) -> Any:
+    def subset(self, ranks: Sequence[int], key: str, timeout: float) -> Any:
         """A communicator of `ranks` (in that order) without involving any other process.
 
         Raises:
             BackendError: some of them do not make it within `timeout` seconds.
         """
-        missing = self.meet(ranks, name, timeout)
+        missing = self.meet(ranks, key, timeout)
         if missing:
             raise BackendError(
-                f"backend mpi, rank {self.rank} of {self.size}: group {name!r} of ranks {list(ranks)} was not made "
+                f"backend mpi, rank {self.rank} of {self.size}: a group of ranks {list(ranks)} was not made "
                 f"within {timeout:g} s: nothing came from rank{'s' * (len(missing) > 1)} "
                 f"{', '.join(map(str, missing))}; every rank of a group must make it"
             )
         with self.progress.lock:
             chosen = self.comm.Get_group().Incl(list(ranks))
-            return self.comm.Create_group(chosen, tag=zlib.crc32(name.encode()) % 32768)
+            return self.comm.Create_group(chosen, tag=zlib.crc32(key.encode()) % 32768)
 
     def _leave(self) -> None:
         """At the end of the process: tell rank 0, which tells those who wait for this rank; then let MPI end.
