@@ -40,7 +40,7 @@ setup(
         "tokenizers>=0.19",
     ],
     extras_require={
-        "mpi": ["mpi4py>=4.0"],
+        "mpi": ["mpi4py>=4.0", "mpich>=4.2"],
         "deepspeed": ["deepspeed>=0.16"],
         "ascend": ["torch_npu>=2.4"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1.2"],

@@ -30,7 +30,7 @@ _ADD = {
     torch.bool: MPI.UINT8_T,
 }
 
-_Kind = dist.ReduceOp.RedOpType
+_Kind: Any = dist.ReduceOp.RedOpType  # torch's type stubs do not list its members
 _OPERATIONS = {
     _Kind.SUM: MPI.SUM,
     _Kind.AVG: MPI.SUM,
@@ -179,11 +179,13 @@ class Reduction:
     """
 
     def __init__(self, op: Any, dtype: torch.dtype, size: int, what: str) -> None:
-        kind = op.op if isinstance(op, dist.ReduceOp) else op
+        kind = getattr(op, "op", op)
         table = _TRUTH if dtype == torch.bool else _OPERATIONS
         no_bits = kind in _BITWISE and (dtype.is_floating_point or dtype.is_complex)
         if kind not in table or no_bits or (kind in _ORDERED and dtype.is_complex):
-            raise BackendError(f"backend mpi: {what} has no {kind.name} of {str(dtype).removeprefix('torch.')}")
+            raise BackendError(
+                f"backend mpi: {what} has no {kind.name} of {str(dtype).removeprefix('torch.')}"
+            )
         narrow = dtype.is_floating_point and dtype.itemsize < 4
         self.dtype = torch.float32 if narrow else dtype
         self.datatype = _ADD[self.dtype]

@@ -5,13 +5,14 @@ Counting bytes is not done here (collectives.py does it for every library).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
+from torch import Tensor
 from torch.distributed.distributed_c10d import (
     AllgatherOptions,
     AllToAllOptions,
@@ -22,152 +23,15 @@ from torch.distributed.distributed_c10d import (
     ScatterOptions,
 )
 
+from xtrain.comm.mpi.base import GroupOfRanks
 from xtrain.comm.mpi.buffers import Reduction, Transfer, check, describe, parts, spec
-from xtrain.comm.mpi.progress import Operation
 from xtrain.comm.mpi.work import MpiWork
-from xtrain.comm.mpi.world import World, current
+from xtrain.comm.mpi.world import current
 from xtrain.errors import BackendError
 
-Tensor = torch.Tensor
 
-_SURELY_GONE = 5.0
-"""Seconds after which a message from or to a rank that has ended will not come any more."""
-
-
-class MpiProcessGroup(dist.ProcessGroup):
-    """A group of ranks with a communicator of its own.
-
-    Args:
-        store: torch's store for the group.
-        world: all processes.
-        comm: the group's communicator.
-        ranks: their numbers in the world.
-        key: the same for all of them, and different for every group that they make.
-        name: torch's name of the group.
-        timeout: how long an operation may wait.
-    """
-
-    def __init__(
-        self,
-        store: dist.Store,
-        world: World,
-        comm: Any,
-        ranks: list[int],
-        key: str,
-        name: str,
-        timeout: timedelta,
-    ) -> None:
-        super().__init__(comm.Get_rank(), comm.Get_size())
-        self._store = store
-        self._world, self._comm, self._ranks, self._name = world, comm, ranks, name
-        self._me, self._size = comm.Get_rank(), comm.Get_size()
-        self._timeout = timeout.total_seconds()
-        self._key = key
-        self._broken: BaseException | None = None
-        self._open: list[MpiWork] | None = None
-        self._unfinished: list[Operation] = []
-
-    # What torch asks a group about itself.
-
-    def getBackendName(self) -> str:
-        """For torch's C++ side."""
-        return "mpi4py"
-
-    def name(self) -> str:
-        """The backend's name."""
-        return "mpi4py"
-
-    @property
-    def group_name(self) -> str:
-        """torch's name of the group."""
-        return self._name
-
-    def get_group_store(self) -> dist.Store:
-        """torch's store for the group."""
-        return self._store
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """For operations from now on."""
-        self._timeout = timeout.total_seconds()
-
-    _set_default_timeout = set_timeout
-
-    def shutdown(self) -> None:
-        """The end of the group: nothing may be called any more. Collective over it."""
-        if self._broken is None and all(operation.done for operation in self._unfinished):
-            with self._world.progress.lock:
-                self._comm.Free()
-        self._broken = self._broken or BackendError(f"group {self._name!r} was destroyed")
-
-    abort = shutdown
-
-    # Starting operations.
-
-    def _place(self) -> str:
-        return f"backend mpi, rank {self._world.rank} of {self._world.size}"
-
-    def _submit(
-        self,
-        transfer: Transfer,
-        tensors: Sequence[Tensor],
-        start: Callable[[], list[Any]],
-        outputs: list[Tensor],
-        timeout: timedelta | None = None,
-        peer: int | None = None,
-    ) -> MpiWork:
-        """Start MPI's part and follow it. `peer`: the other rank (in the group) where there is only one, -1 for any."""
-        if self._broken is not None:
-            raise BackendError(f"{self._place()}: {transfer.what} on a group that is unusable: {self._broken}")
-        what = f"{self._place()}: {transfer.what} of {describe(tensors)} in {self!r}"
-        if peer is None:
-            self._world.begun[self._key] = number = self._world.begun.get(self._key, 0) + 1
-        else:
-            number = 0
-        with self._world.progress.lock:
-            try:
-                requests = start()
-            except MPI.Exception as error:
-                raise BackendError(f"{what} could not start in MPI: {error}") from error
-        seconds = timeout.total_seconds() if timeout is not None else 0.0
-        operation = Operation(
-            what,
-            requests,
-            [*transfer.keep, *tensors],
-            transfer.after,
-            outputs,
-            seconds if seconds > 0 else self._timeout,
-            lambda waited: self._lost(number, peer, waited),
-            self._fail,
-        )
-        self._unfinished = [old for old in self._unfinished if not old.done]
-        self._unfinished.append(operation)
-        self._world.progress.submit(operation)
-        work = MpiWork(operation, self._world.progress)
-        if self._open is not None:
-            self._open.append(work)
-        return work
-
-    def _fail(self, error: BaseException) -> None:
-        self._broken = self._broken or error
-
-    def _lost(self, number: int, peer: int | None, waited: float) -> str | None:
-        """Why an operation can never end: a rank has ended that had not begun it."""
-        if peer is None:
-            gone = self._world.departed(self._ranks)
-            guilty = [rank for rank, begun in gone.items() if begun.get(self._key, 0) < number]
-        else:
-            asked = [rank for rank in self._ranks if rank != self._world.rank] if peer < 0 else [self._ranks[peer]]
-            gone = self._world.departed(asked)
-            guilty = list(gone) if len(gone) == len(asked) and waited > _SURELY_GONE else []
-        if not guilty:
-            return None
-        return f"rank {', '.join(map(str, sorted(guilty)))} has ended without taking part"
-
-    def __repr__(self) -> str:
-        ranks = f"ranks {self._ranks}" if self._size <= 8 else f"{self._size} ranks from {self._ranks[0]}"
-        return f"group {self._name!r} ({ranks})"
-
-    __hash__ = dist.ProcessGroup.__hash__
+class MpiProcessGroup(GroupOfRanks):
+    """The calls of torch.distributed: arguments as in torch, a list of tensors holding one unless it says more."""
 
     # Reductions.
 
@@ -240,7 +104,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             buffer = torch.empty(output.numel(), dtype=reduction.dtype)
         sent = transfer.reading(reduction.prepare(flat.detach()), apart_from=buffer)
         transfer.keep.append(buffer)
-        first = [_later(reduction, buffer)]
+        first: list[Callable[[], Any]] = [_later(reduction, buffer)]
         if buffer is not target:
             first.append(lambda: target.copy_(buffer.view(target.shape)))
         transfer.after[:0] = first
@@ -248,9 +112,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             spec(sent, reduction.datatype), spec(buffer, reduction.datatype), counts, reduction.mpi_op
         )
 
-    def reduce_scatter(
-        self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None
-    ) -> MpiWork:
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> MpiWork:
         """The r-th tensor of every rank's list reduced into rank r's output."""
         op, timeout = _op_and_timeout(opts, None)
         transfers = []
@@ -308,7 +170,9 @@ class MpiProcessGroup(dist.ProcessGroup):
         buffer = transfer.writing(output)
         own = buffer.data_ptr() + self._me * source.nbytes
         if source.is_contiguous() and source.data_ptr() == own:
-            return lambda: self._comm.Iallgather(MPI.IN_PLACE, [*spec(buffer)[:1], source.numel(), spec(buffer)[2]])
+            return lambda: self._comm.Iallgather(
+                MPI.IN_PLACE, [*spec(buffer)[:1], source.numel(), spec(buffer)[2]]
+            )
         sent = transfer.reading(source, apart_from=buffer)
         return lambda: self._comm.Iallgather(spec(sent), [spec(buffer)[0], sent.numel(), spec(buffer)[2]])
 
@@ -340,7 +204,9 @@ class MpiProcessGroup(dist.ProcessGroup):
         timeout = (opts or AllgatherOptions()).timeout
         return self._submit(transfer, flat, lambda: [call() for call in calls], flat, timeout)
 
-    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
+    def allgather_coalesced(
+        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
+    ) -> MpiWork:
         """Several inputs: the i-th tensor of the r-th list is rank r's i-th input."""
         return self.allgather([list(pieces) for pieces in zip(*outputs, strict=True)], inputs, opts)
 
@@ -384,7 +250,12 @@ class MpiProcessGroup(dist.ProcessGroup):
         )
 
     def all_to_all_single(
-        self, output: Tensor, source: Tensor, output_splits: Any = None, input_splits: Any = None, opts: Any = None
+        self,
+        output: Tensor,
+        source: Tensor,
+        output_splits: Any = None,
+        input_splits: Any = None,
+        opts: Any = None,
     ) -> MpiWork:
         """The r-th piece of `source` goes to rank r; pieces are counted in rows, equal ones by default."""
         transfer = Transfer("all_to_all")
@@ -497,7 +368,9 @@ class AllWorks(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Until all are done."""
-        return all([work.wait(timeout) for work in self._works])
+        for work in self._works:
+            work.wait(timeout)
+        return True
 
     def is_completed(self) -> bool:
         """Whether all are done."""

@@ -19,8 +19,10 @@ from xtrain.errors import BackendError
 _SPIN = 0.010
 """Seconds that a waiter only yields before it begins to sleep between its looks."""
 _LONGEST_NAP = 0.001
-_FIRST_LOOK = 1.0
-"""Seconds of waiting before the first question whether a rank has ended; then once a second."""
+_LINGER = 0.5
+"""Seconds without operations after which the thread sleeps until there is one."""
+_LOOK = 1.0
+"""Seconds of waiting between two questions whether a rank has ended."""
 
 
 class Operation:
@@ -54,7 +56,7 @@ class Operation:
         self.source = MPI.Status()
         self.started = time.monotonic()
         self._requests, self._keep, self._after, self._failed = requests, keep, after, failed
-        self._future: torch.futures.Future[list[torch.Tensor]] | None = None
+        self._future: Any = None  # torch types a future's exception as its value
         self._guard = threading.Lock()
 
     def test(self) -> bool:
@@ -94,7 +96,7 @@ class Operation:
         if future is not None:
             self._settle(future)
 
-    def _settle(self, future: torch.futures.Future[list[torch.Tensor]]) -> None:
+    def _settle(self, future: Any) -> None:
         if self.error is None:
             future.set_result(self.outputs)
         else:
@@ -110,8 +112,8 @@ class Operation:
         with self._guard:
             if self._future is not None:
                 return self._future
-            self._future = future = torch.futures.Future()
-            done = self.done
+            future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+            self._future, done = future, self.done
         if done:
             self._settle(future)
         return future
@@ -126,6 +128,8 @@ class Progress:
         self._stuck: list[Operation] = []
         self._arrived = threading.Condition()
         self._waiters = 0
+        self._asleep = False
+        self._next_look = 0.0
         self._thread: threading.Thread | None = None
 
     def incomplete(self) -> int:
@@ -137,13 +141,14 @@ class Progress:
 
     def submit(self, operation: Operation) -> None:
         """Follow an operation from now on."""
+        with self.lock:
+            self._pending.append(operation)
         with self._arrived:
-            with self.lock:
-                self._pending.append(operation)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="xtrain-mpi-progress", daemon=True)
                 self._thread.start()
-            self._arrived.notify()
+            elif self._asleep:
+                self._arrived.notify()
 
     def poll(self) -> bool:
         """Let MPI go on with everything; whether something has finished."""
@@ -172,20 +177,20 @@ class Progress:
             raise operation.error
 
     def _wait(self, operation: Operation, timeout: float) -> None:
-        begun, look = time.monotonic(), _FIRST_LOOK
+        begun, look = time.monotonic(), _LOOK
         while True:
             self.poll()
             if operation.done:
                 return
             waited = time.monotonic() - begun
             if waited > timeout:
-                self._give_up(operation, f"did not finish within {timeout:g} s: a rank did not join in or is stuck")
+                self._give_up(
+                    operation, f"did not finish within {timeout:g} s: a rank did not join in or is stuck"
+                )
                 return
             if waited > look:
-                look = waited + 1.0
-                reason = operation.lost(waited)
-                if reason is not None:
-                    self._give_up(operation, f"cannot finish: {reason}")
+                look = waited + _LOOK
+                if self._lost(operation, waited):
                     return
             time.sleep(0 if waited < _SPIN else min(_LONGEST_NAP, waited / 100))
 
@@ -216,14 +221,19 @@ class Progress:
 
     def _run(self) -> None:
         """The thread in the background: for overlap with computation, and for futures that nobody polls."""
-        nap = 0.0
+        nap, busy = 0.0, time.monotonic()
         while True:
-            with self._arrived:
-                while not self._pending:
-                    self._arrived.wait()
-                    nap = 0.0
-                waited_for = self._waiters > 0
-            if waited_for:  # a waiter polls everything already
+            if not self._pending:
+                # Falling asleep at once would cost every short collective a wake-up and a switch of threads.
+                if time.monotonic() - busy > _LINGER:
+                    self._sleep()
+                    busy = time.monotonic()
+                else:
+                    time.sleep(_LONGEST_NAP)
+                nap = 0.0
+                continue
+            busy = time.monotonic()
+            if self._waiters > 0:  # a waiter polls everything already
                 time.sleep(_LONGEST_NAP)
             elif self.poll():
                 nap = 0.0
@@ -232,9 +242,32 @@ class Progress:
                 time.sleep(nap)
             self._expire()
 
+    def _sleep(self) -> None:
+        with self._arrived:
+            self._asleep = True
+            while not self._pending:
+                self._arrived.wait()
+            self._asleep = False
+
     def _expire(self) -> None:
-        """Futures keep no time: their operations are given up here."""
+        """Futures cannot keep time, nor ask whether a rank has ended: that is done here."""
         now = time.monotonic()
-        for operation in list(self._pending):
-            if operation.has_future and now - operation.started > operation.timeout:
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK / 4
+        for operation in [one for one in list(self._pending) if one.has_future]:
+            waited = now - operation.started
+            if waited > operation.timeout:
                 self._give_up(operation, f"did not finish within {operation.timeout:g} s")
+            elif waited > _LOOK:
+                self._lost(operation, waited)
+
+    def _lost(self, operation: Operation, waited: float) -> bool:
+        """Give up an operation whose ranks cannot all take part any more."""
+        try:
+            reason = operation.lost(waited)
+        except BackendError:
+            return False  # rank 0 is too busy to say who has ended: nothing is known
+        if reason is not None:
+            self._give_up(operation, f"cannot finish: {reason}")
+        return reason is not None

@@ -86,10 +86,12 @@ class Server:
                 return None
             data = bytearray(status.Get_count(MPI.BYTE))
             message.Recv([data, MPI.BYTE])
-        reply, operation, arguments, patience = pickle.loads(data)
-        return status.Get_source(), reply, operation, arguments, time.monotonic() + patience
+        number, operation, arguments, patience = pickle.loads(data)
+        return status.Get_source(), number, operation, arguments, time.monotonic() + patience
 
-    def _answer(self, source: int, reply: int, operation: str, arguments: tuple[Any, ...], until: float) -> bool:
+    def _answer(
+        self, source: int, number: int, operation: str, arguments: tuple[Any, ...], until: float
+    ) -> bool:
         """Answer a request unless its keys are still missing and there is time."""
         late = time.monotonic() > until
         try:
@@ -99,8 +101,6 @@ class Server:
             elif operation == "departed":
                 value = {rank: begun for rank, begun in self.departures.items() if rank in arguments[0]}
             elif operation == "all_gone":
-                if not self.all_gone() and not late:
-                    return False
                 value = self.all_gone()
             else:
                 needed = _NEED_KEYS[operation](*arguments) if operation in _NEED_KEYS else []
@@ -109,12 +109,12 @@ class Server:
                         return False
                     raise dist.DistStoreError(f"keys {needed} were not set in time")
                 value = None if operation == "wait" else getattr(self.keys, operation)(*arguments)
-            answer: tuple[bool, Any] = (True, value)
+            answer: tuple[int, bool, Any] = (number, True, value)
         except Exception as error:  # belongs to the one who asked
-            answer = (False, str(error))
+            answer = (number, False, str(error))
         data = pickle.dumps(answer)
         with self._progress.lock:
-            self._sends.append((self._comm.Isend([data, MPI.BYTE], source, reply), data))
+            self._sends.append((self._comm.Isend([data, MPI.BYTE], source, _reply_tag(number)), data))
         return True
 
 
@@ -123,42 +123,57 @@ class Client:
 
     def __init__(self, comm: Any, progress: Progress) -> None:
         self._comm, self._progress = comm, progress
-        self._numbers = itertools.cycle(_REPLIES)
+        self._numbers = itertools.count()
+        self._unanswered: list[tuple[Any, bytes]] = []
 
-    def ask(self, operation: str, *arguments: Any, patience: float = 0.0) -> Any:
+    def ask(self, operation: str, *arguments: Any, patience: float = 0.0, margin: float = _MARGIN) -> Any:
         """Rank 0's answer, which may take `patience` seconds where the keys are not there yet.
 
         Raises:
             torch.distributed.DistStoreError: rank 0 could not do it, or the keys did not come in time.
-            BackendError: rank 0 does not answer.
+            BackendError: rank 0 does not answer within `patience + margin` seconds.
         """
         number = next(self._numbers)
         data = pickle.dumps((number, operation, arguments, patience))
         with self._progress.lock:
             send = self._comm.Isend([data, MPI.BYTE], 0, _REQUEST)
-        until = time.monotonic() + patience + _MARGIN
+        until = time.monotonic() + patience + margin
         nap = 0.0
-        status = MPI.Status()
         while True:
-            with self._progress.lock:
-                message = self._comm.Improbe(0, number, status)
-                if message is not None:
-                    answer = bytearray(status.Get_count(MPI.BYTE))
-                    message.Recv([answer, MPI.BYTE])
-                    send.Wait()  # answered, so it has arrived
-                    break
+            answer = self._answer_to(number)
+            if answer is not None:
+                break
             if time.monotonic() > until:
+                self._unanswered.append((send, data))  # MPI may still read it
                 raise BackendError(
                     f"backend mpi, rank {self._comm.Get_rank()}: rank 0, which keeps the store, did not answer "
-                    f"{operation!r} within {patience + _MARGIN:g} s: it has ended or is stuck outside Python"
+                    f"{operation!r} within {patience + margin:g} s: it has ended or is stuck outside Python"
                 )
             self._progress.poll()
             nap = min(0.002, nap + 0.00005)
             time.sleep(nap)
-        well, value = pickle.loads(answer)
+        with self._progress.lock:
+            send.Wait()  # answered, so it has arrived
+        well, value = answer
         if not well:
             raise dist.DistStoreError(f"store over MPI, rank {self._comm.Get_rank()}, {operation}: {value}")
         return value
+
+    def _answer_to(self, number: int) -> tuple[bool, Any] | None:
+        """The answer if it is there; late ones to questions that were given up are thrown away."""
+        status = MPI.Status()
+        with self._progress.lock:
+            message = self._comm.Improbe(0, _reply_tag(number), status)
+            if message is None:
+                return None
+            data = bytearray(status.Get_count(MPI.BYTE))
+            message.Recv([data, MPI.BYTE])
+        answered, well, value = pickle.loads(data)
+        return (well, value) if answered == number else None
+
+
+def _reply_tag(number: int) -> int:
+    return _REPLIES[number % len(_REPLIES)]
 
 
 def _bytes(value: bytes | str) -> bytes:
@@ -237,5 +252,3 @@ class MpiStore(dist.Store):
     def multi_set(self, keys: list[str], values: list[bytes | str]) -> None:
         """Set several keys."""
         self._client.ask("multi_set", keys, [_bytes(value) for value in values])
-
-

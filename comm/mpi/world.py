@@ -67,7 +67,7 @@ class World:
         if self._server is not None:
             return {rank: begun for rank, begun in list(self._server.departures.items()) if rank in ranks}
         assert self._client is not None
-        return dict(self._client.ask("departed", list(ranks)))
+        return dict(self._client.ask("departed", list(ranks), margin=2.0))
 
     def next_key(self, ranks: Sequence[int]) -> str:
         """A name for a new group on which its ranks agree without asking: they count the groups that they make.
@@ -131,41 +131,46 @@ class World:
     def _leave(self) -> None:
         """At the end of the process: tell rank 0, which tells those who wait for this rank; then let MPI end.
 
-        MPI cannot end while an operation is incomplete; then the job is aborted, after the others had time
-        to report what they were waiting for.
+        MPI cannot end while an operation is incomplete: then the job is aborted, after the others had time
+        to finish their part or to report what they were waiting for.
         """
         if os.getpid() != self._process or MPI.Is_finalized():
             return
-        incomplete = self.progress.incomplete()
         try:
-            gone = self._farewell(wait=incomplete > 0)
-        except (BackendError, dist.DistError) as error:
-            gone = False
+            incomplete = self._farewell()
+        except BackendError as error:
             print(f"xtrain: {error}", file=sys.stderr, flush=True)
-        if incomplete or not gone:
+            incomplete = self.progress.incomplete()
+        if incomplete:
             print(
-                f"xtrain: backend mpi, rank {self.rank} of {self.size} ends with {incomplete} incomplete "
-                "operations, which MPI cannot finalize: aborting the job",
+                f"xtrain: backend mpi, rank {self.rank} of {self.size}: {incomplete} operations are incomplete at "
+                "the end of the process, which MPI cannot finalize: aborting the job",
                 file=sys.stderr,
                 flush=True,
             )
             MPI.COMM_WORLD.Abort(1)
 
-    def _farewell(self, wait: bool) -> bool:
-        """False if the others have not ended in time although this rank must know."""
+    def _farewell(self) -> int:
+        """Say goodbye, and wait as long as it makes sense; returns how many operations remain."""
         if self._client is not None:
             self._client.ask("depart", self.begun)
-            if wait:
-                self._client.ask("all_gone", patience=_GRACE)
-            return True
-        assert self._server is not None
-        self._server.depart(0, self.begun)
-        # Rank 0 answers the others until the last has ended. MPI's own end would wait for them as well.
-        until = time.monotonic() + _GRACE if wait else float("inf")
-        while not self._server.all_gone() and time.monotonic() < until:
-            time.sleep(0.002)
-        self._server.stop()
-        return self._server.all_gone()
+        else:
+            assert self._server is not None
+            self._server.depart(0, self.begun)
+        until = time.monotonic() + _GRACE
+        while True:
+            incomplete = self.progress.incomplete()
+            if self._client is not None:
+                done = incomplete == 0 or self._client.ask("all_gone")
+            else:  # answers the others until the last has gone; MPI's own end would wait for them as well
+                assert self._server is not None
+                done = self._server.all_gone()
+            if done or (incomplete and time.monotonic() > until):
+                break
+            time.sleep(0.002 if self._server is not None else 0.05)
+        if self._server is not None:
+            self._server.stop()
+        return incomplete
 
 
 def join(rank: int, world_size: int, timeout: timedelta) -> World:
@@ -200,7 +205,9 @@ def join(rank: int, world_size: int, timeout: timedelta) -> World:
 def current() -> World:
     """The world that `join` made."""
     if not _worlds:
-        raise BackendError("backend mpi: start it with xtrain.comm.init_distributed('mpi'), not through torch")
+        raise BackendError(
+            "backend mpi: start it with xtrain.comm.init_distributed('mpi'), not through torch"
+        )
     return _worlds[0]
 
 
