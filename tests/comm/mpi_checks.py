@@ -8,6 +8,7 @@ Expected values are computed on the spot from every rank's inputs, without commu
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 import traceback
@@ -425,6 +426,56 @@ def sub_groups(rank: int, n: int) -> None:
         group = dist.new_group(list(range(n)))
         dist.barrier(group)
         dist.destroy_process_group(group)
+
+
+@check
+def many_operations_in_many_groups(rank: int, n: int) -> None:
+    """Three hundred random calls, up to ten in flight, over overlapping groups; waited for in random order."""
+    draw, own = random.Random(7), random.Random(rank)  # the same on every rank, and not
+    whole = list(range(n))
+    members = [whole, [0, n - 1], [0, 1], whole]
+    groups = [None, *(dist.new_group(ranks) for ranks in members[1:])]
+    waiting: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+    for number in range(300):
+        which, size = draw.randrange(len(groups)), draw.choice([1, 7, 1000, 70000])
+        dtype = draw.choice([torch.float64, torch.bfloat16, torch.int32])
+        kind, picks, root = (
+            draw.choice(["sum", "gather", "broadcast"]),
+            draw.random(),
+            draw.choice(members[which]),
+        )
+        ranks, group = members[which], groups[which]
+        if rank in ranks:
+            mine = [torch.full((size,), float(r + number % 5), dtype=dtype) for r in range(n)]
+            if kind == "sum":
+                found, right = mine[rank].clone(), sum(mine[r] for r in ranks)
+                work = dist.all_reduce(found, group=group, async_op=True)
+            elif kind == "gather":
+                found, right = (
+                    torch.empty(len(ranks) * size, dtype=dtype),
+                    torch.cat([mine[r] for r in ranks]),
+                )
+                work = dist.all_gather(list(found.chunk(len(ranks))), mine[rank], group=group, async_op=True)
+            else:
+                found, right = mine[rank].clone(), mine[root]
+                work = dist.broadcast(found, root, group=group, async_op=True)
+            waiting.append((work, found, right))
+        while len(waiting) > 10 * picks:
+            work, found, right = waiting.pop(own.randrange(len(waiting)))
+            work.wait()
+            same(found, right)
+    for work, found, right in waiting:
+        work.wait()
+        same(found, right)
+
+
+@check
+def gloo_group_beside_it(rank: int, n: int) -> None:
+    """Another library's group finds its ranks through the store over MPI."""
+    group = dist.new_group(list(range(n)), backend="gloo")
+    mine = values(rank)
+    dist.all_reduce(mine, group=group)
+    torch.testing.assert_close(mine, sum(values(r) for r in range(n)))
 
 
 @check

@@ -24,6 +24,14 @@ def main(kind: str) -> None:
             comm.init_distributed("mpi", rank=int(os.environ["PMI_RANK"]), world_size=3)
         except BackendError as error:
             print(f"refused: {error}", flush=True)
+        other = 1 - int(os.environ["PMI_RANK"])  # in another order than MPI's own
+        comm.init_distributed("mpi", rank=other, world_size=2, verbose=False)
+        senders: list[object] = [None, None]
+        dist.all_gather_object(
+            senders, (os.environ["PMI_RANK"], os.environ["RANK"], os.environ["LOCAL_RANK"])
+        )
+        assert senders == [("1", "0", "0"), ("0", "1", "1")], senders
+        return
     comm.init_distributed("mpi", verbose=False, timeout=timedelta(seconds=60))
     dist.all_reduce(torch.ones(1))
     if dist.get_rank() == 1:
@@ -36,7 +44,7 @@ def main(kind: str) -> None:
             return  # without a word: it thinks that it is done
     if kind == "left":
         dist.all_reduce(torch.ones(1000), async_op=True).get_future().wait()
-    elif kind != "wrong size":
+    else:
         dist.all_reduce(torch.ones(1000))
 
 
