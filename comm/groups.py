@@ -102,7 +102,8 @@ def init_distributed(
     """Start torch.distributed unless it is running, with `deepspeed.init_distributed`'s signature.
 
     Args:
-        dist_backend: process-group library; None takes the one of the detected backend.
+        dist_backend: process-group library; None takes the one of the detected backend. "mpi" is comm/mpi, where
+            the ranks are MPI's.
         auto_mpi_discovery: accepted for compatibility; ranks come from the launcher's environment.
         distributed_port: port of rank 0 when the environment has no MASTER_PORT.
         timeout: how long a collective may wait for the other ranks.

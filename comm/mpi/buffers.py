@@ -78,6 +78,16 @@ def check(tensor: torch.Tensor, what: str) -> torch.Tensor:
     return tensor.detach()
 
 
+def as_in_memory(tensor: torch.Tensor) -> bool:
+    """Whether its memory holds exactly its elements in order (a conjugated view's does not)."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements, in memory in order: the tensor itself where they are."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
 def spec(tensor: torch.Tensor, datatype: Any = None) -> list[Any]:
     """[buffer, count, type] over the memory of a contiguous tensor: no copy. Type None: for moving only."""
     memory = MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
@@ -109,7 +119,7 @@ class Transfer:
 
     def reading(self, tensor: torch.Tensor, apart_from: torch.Tensor | None = None) -> torch.Tensor:
         """A contiguous tensor to read from: itself where it is contiguous and clear of `apart_from`."""
-        tensor = check(tensor, self.what).contiguous()
+        tensor = plain(check(tensor, self.what))
         if apart_from is not None and overlap(tensor, apart_from):
             tensor = tensor.clone()
         self.keep.append(tensor)
@@ -118,10 +128,10 @@ class Transfer:
     def writing(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous tensor to write into: itself, or one that is copied back afterwards."""
         tensor = check(tensor, self.what)
-        if tensor.is_contiguous():
+        if as_in_memory(tensor):
             self.keep.append(tensor)
             return tensor
-        staged = tensor.contiguous()  # with its values, for operations that work in place
+        staged = plain(tensor)  # with its values: a message may be shorter than the place for it
         self.keep += [tensor, staged]
         self.after.append(lambda: tensor.copy_(staged))
         return staged
@@ -158,7 +168,7 @@ def _consecutive(tensors: Sequence[torch.Tensor]) -> bool:
     storage = tensors[0].untyped_storage().data_ptr()
     for tensor in tensors:
         same = tensor.dtype == tensors[0].dtype and tensor.untyped_storage().data_ptr() == storage
-        if not (same and tensor.is_contiguous() and tensor.data_ptr() == place):
+        if not (same and as_in_memory(tensor) and tensor.data_ptr() == place):
             return False
         place += tensor.nbytes
     return True
@@ -182,7 +192,9 @@ class Reduction:
         kind = getattr(op, "op", op)
         table = _TRUTH if dtype == torch.bool else _OPERATIONS
         no_bits = kind in _BITWISE and (dtype.is_floating_point or dtype.is_complex)
-        if kind not in table or no_bits or (kind in _ORDERED and dtype.is_complex):
+        narrow = dtype.is_floating_point and dtype.itemsize < 4
+        unknown = kind not in table or not (narrow or dtype in _ADD)
+        if unknown or no_bits or (kind in _ORDERED and dtype.is_complex):
             raise BackendError(
                 f"backend mpi: {what} has no {kind.name} of {str(dtype).removeprefix('torch.')}"
             )
@@ -199,8 +211,8 @@ class Reduction:
         return self._factor is None
 
     def prepare(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The input as MPI adds it: in the dtype of the sum, scaled; the tensor itself where nothing changes."""
-        wide = tensor.to(self.dtype)
+        """The input as MPI adds it: in order, in the dtype of the sum, scaled; itself where nothing changes."""
+        wide = plain(tensor).to(self.dtype)
         return wide if self._factor is None else wide * self._factor
 
     def complete(self, total: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import (
 )
 
 from xtrain.comm.mpi.base import GroupOfRanks
-from xtrain.comm.mpi.buffers import Reduction, Transfer, check, describe, parts, spec
+from xtrain.comm.mpi.buffers import Reduction, Transfer, as_in_memory, check, describe, parts, spec
 from xtrain.comm.mpi.work import MpiWork
 from xtrain.comm.mpi.world import current
 from xtrain.errors import BackendError
@@ -41,11 +41,11 @@ class MpiProcessGroup(GroupOfRanks):
         """Prepare an in-place reduction of one tensor; returns what starts it."""
         reduction = Reduction(op, tensor.dtype, self._size, transfer.what)
         target = check(tensor, transfer.what)
-        if reduction.dtype == target.dtype and reduction.as_it_is and target.is_contiguous():
+        if reduction.dtype == target.dtype and reduction.as_it_is and as_in_memory(target):
             buffer = transfer.writing(target)
             transfer.after.append(_later(reduction, buffer))
         else:
-            buffer = reduction.prepare(target).contiguous()
+            buffer = reduction.prepare(target)
             transfer.keep += [target, buffer]
             transfer.after += [_later(reduction, buffer), lambda: target.copy_(buffer)]
         return lambda: call(buffer, reduction)
@@ -80,7 +80,7 @@ class MpiProcessGroup(GroupOfRanks):
             start = self._reduce_into(transfer, tensor, opts.reduceOp, call)
         else:
             reduction = Reduction(opts.reduceOp, tensor.dtype, self._size, transfer.what)
-            sent = transfer.reading(reduction.prepare(tensor.detach()))
+            sent = transfer.reading(reduction.prepare(check(tensor, transfer.what)))
 
             def start() -> Any:
                 return self._comm.Ireduce(spec(sent, reduction.datatype), None, reduction.mpi_op, root=root)
@@ -102,7 +102,7 @@ class MpiProcessGroup(GroupOfRanks):
         else:
             target = transfer.writing(output)
             buffer = torch.empty(output.numel(), dtype=reduction.dtype)
-        sent = transfer.reading(reduction.prepare(flat.detach()), apart_from=buffer)
+        sent = transfer.reading(reduction.prepare(check(flat, transfer.what)), apart_from=buffer)
         transfer.keep.append(buffer)
         first: list[Callable[[], Any]] = [_later(reduction, buffer)]
         if buffer is not target:
@@ -169,7 +169,7 @@ class MpiProcessGroup(GroupOfRanks):
             )
         buffer = transfer.writing(output)
         own = buffer.data_ptr() + self._me * source.nbytes
-        if source.is_contiguous() and source.data_ptr() == own:
+        if as_in_memory(source) and source.data_ptr() == own:
             return lambda: self._comm.Iallgather(
                 MPI.IN_PLACE, [*spec(buffer)[:1], source.numel(), spec(buffer)[2]]
             )

@@ -26,8 +26,8 @@ def load() -> Any:
         from mpi4py import MPI
     except ModuleNotFoundError as error:
         raise BackendError(
-            f"{place}: the Python package {error.name} is not installed: pip install 'xtrain[mpi]', "
-            "or build mpi4py against the cluster's MPI"
+            f"{place}: the Python package {error.name} is not installed: pip install 'xtrain[mpi]' (with MPICH), "
+            "or mpi4py alone where the cluster has its own MPI"
         ) from error
     except (RuntimeError, ImportError) as error:
         cause = str(error).strip().splitlines()[0]

@@ -140,6 +140,14 @@ def scaled_sums_and_other_layouts(rank: int, n: int) -> None:
     expected = before.clone()
     expected[:, 2:5] = reduced([values(r, shape=(6, 8))[:, 2:5] for r in range(n)], Kind.AVG)
     same(whole, expected, exact=n == 2)
+    number = values(rank, torch.complex64)
+    turned = number.conj()  # a view whose memory holds the other sign
+    each = [torch.empty(6, 5, dtype=torch.complex64).conj() for _ in range(n)]
+    dist.group.WORLD.allgather([each], [turned]).wait()
+    for r in range(n):
+        same(each[r].resolve_conj(), values(r, torch.complex64).conj().resolve_conj())
+    dist.group.WORLD.allreduce([turned]).wait()
+    same(number, reduced([values(r, torch.complex64) for r in range(n)], Kind.SUM), exact=n == 2)
     nothing = torch.empty(0)
     dist.all_reduce(nothing)
     one = torch.tensor(float(rank))
