@@ -40,7 +40,7 @@ setup(
         "tokenizers>=0.19",
     ],
     extras_require={
-        "mpi": ["mpi4py>=4.0"],
+        "mpi": ["mpi4py>=4.0", "mpich>=4.2"],
         "deepspeed": ["deepspeed>=0.16"],
         "ascend": ["torch_npu>=2.4"],
         "monitor": ["tensorboard>=2.12", "wandb>=0.15", "comet_ml>=3.41"],

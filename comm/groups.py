@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtrain.backends import registry
-from xtrain.comm import discovery
+from xtrain.comm import discovery, mpi
 from xtrain.errors import BackendError, ConfigError
 from xtrain.log import log_dist
 
@@ -111,7 +111,8 @@ def init_distributed(
     0 of 1.
 
     Args:
-        dist_backend: process-group library; None takes the one of the detected backend.
+        dist_backend: process-group library; None takes the one of the detected backend. "mpi" is comm/mpi, where
+            the ranks are MPI's.
         auto_mpi_discovery: whether MPI's and Slurm's variables count where the five are not set.
         distributed_port: port of rank 0 when the environment has no MASTER_PORT.
         verbose: whether rank 0 logs what was found.
@@ -137,21 +138,24 @@ def init_distributed(
     library = dist_backend or registry.detect().collectives.process_group_backend
     by_env = init_method in (None, "env://")
     place = None
-    if init_method is None or "rank" not in parse_qs(urlsplit(init_method).query):
-        place = discovery.discover(
-            os.environ,
-            rank=rank,
-            world_size=world_size,
-            port=distributed_port,
-            foreign=auto_mpi_discovery,
-            address_needed=by_env,
-        )
-    if place is not None:
-        os.environ.update(place.environment())
-        rank, world_size = place.rank, place.world_size
-    elif by_env:
-        rank, world_size = 0, 1
-    _start(library, None if by_env else init_method, rank, world_size, timeout)
+    if library.lower() == "mpi":
+        mpi.start(rank, world_size, timeout, init_method)
+    else:
+        if init_method is None or "rank" not in parse_qs(urlsplit(init_method).query):
+            place = discovery.discover(
+                os.environ,
+                rank=rank,
+                world_size=world_size,
+                port=distributed_port,
+                foreign=auto_mpi_discovery,
+                address_needed=by_env,
+            )
+        if place is not None:
+            os.environ.update(place.environment())
+            rank, world_size = place.rank, place.world_size
+        elif by_env:
+            rank, world_size = 0, 1
+        _start(library, None if by_env else init_method, rank, world_size, timeout)
     atexit.register(_settle)
     if verbose:
         if place is not None:
