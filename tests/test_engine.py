@@ -428,7 +428,7 @@ def _single(case: str) -> str:
     elif case == "backend":
         settings["xtrain"] = {"backend": "cpuu"}
     elif case == "backend later":
-        settings["xtrain"] = {"backend": "cuda"}
+        settings["xtrain"] = {"backend": "fake"}
 
     def use() -> None:
         engine, _, _, _ = xtrain.initialize(model=model, config=settings, **kwargs)
@@ -452,7 +452,7 @@ def _single(case: str) -> str:
         ("unknown optimizer", "LBFGS"),
         ("mesh", "mesh_param"),
         ("backend", "did you mean 'cpu'"),
-        ("backend later", "'cuda' is not there yet"),
+        ("backend later", "'fake' is not there yet"),
         ("step without backward", "no gradient has arrived"),
         ("vector loss", "scalar loss"),
     ],

@@ -176,3 +176,7 @@ def test_gradients_on_another_device_are_shown_again_when_they_are_back() -> Non
     assert weight is not None
     assert weight.data_ptr() == held.view(0).data_ptr()
     assert bias is None
+    held.move(lambda tensor: tensor.to("meta"))
+    held.zero()
+    held.move(lambda tensor: torch.zeros(tensor.shape))
+    assert all(param.grad is not None for _, param in params)

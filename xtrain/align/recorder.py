@@ -58,7 +58,7 @@ class Recorder:
 
         @wraps(backward)
         def recorded_backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._losses.append(loss.detach())
+            self._losses.append(loss.detach().clone())  # a script may go on to change it in place
             return backward(loss, *args, **kwargs)
 
         @wraps(step)

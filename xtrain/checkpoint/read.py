@@ -182,9 +182,8 @@ def _load_group(
                 optimizer.state[master][kind] = values.to(master.device, copy=True)
     if len(kinds) > 1:
         options = optimizer.param_groups[group.group_index]
-        on_device = options.get("fused") or options.get(
-            "capturable"
-        )  # torch's kernels count steps on the device
+        # torch's fused and capturable kernels count steps on the device.
+        on_device = options.get("fused") or options.get("capturable")
         for master in group.masters:
             for kind, value in scalars.items():
                 if torch.is_tensor(value):

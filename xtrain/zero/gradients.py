@@ -124,9 +124,8 @@ class WholeGradients(Gradients):
         group = self.group
         self.buffer = torch.zeros(group.layout.total, dtype=self.dtype, device=group.device)
         self._partials: list[torch.Tensor | None] = []
-        self._shown_before: list[bool] | None = (
-            None  # while the buffer is on another device than the parameters
-        )
+        # While the buffer is on another device than the parameters: which of them showed their gradient.
+        self._shown_before: list[bool] | None = None
         self._attach()
 
     @property
@@ -135,7 +134,9 @@ class WholeGradients(Gradients):
         return self.dtype == self.group.dtype and not isinstance(self.group, ShardedGroup)
 
     def _attach(self) -> None:
-        if self._in_place:
+        if self._shown_before is not None:
+            self._shown_before = [True] * len(self.group.members)  # when the buffer is back
+        elif self._in_place:
             for member, param in enumerate(self.group.members):
                 param.grad = self.view(member)
 
