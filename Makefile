@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow lint parity docs clean
+.PHONY: install train test test-slow test-mpi lint parity docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -36,6 +36,11 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The MPI process group, under the mpiexec of the MPICH that is installed here.
+test-mpi: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[mpi]'
+	$(BIN)/python -m pytest tests/comm/test_mpi.py
 
 # Real DeepSpeed, next to xtrain: compares live with what tests/parity/golden.json has recorded.
 # `make parity RECORD=1` records it anew, and the names for docs/compat.md with it.

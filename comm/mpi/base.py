@@ -52,6 +52,7 @@ class GroupOfRanks(_ProcessGroup):
         self._me, self._size = comm.Get_rank(), comm.Get_size()
         self._timeout = timeout.total_seconds()
         self._key = key
+        self._monitored = 0
         self._broken: BaseException | None = None
         self._open: list[MpiWork] | None = None
         self._unfinished: list[Operation] = []

@@ -303,13 +303,15 @@ class MpiProcessGroup(GroupOfRanks):
         return self._submit(Transfer("barrier"), [], lambda: [self._comm.Ibarrier()], [], timeout)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """A barrier that names who is missing. `wait_all_ranks` changes nothing: all that are missing are named.
+        """A barrier that names who is missing, in groups of up to 17 ranks; in larger ones the names are those of the
+        ranks through which the others are asked. `wait_all_ranks` changes nothing.
 
         Raises:
             BackendError: some rank did not come in time.
         """
         seconds = self._timeout if timeout is None else timeout.total_seconds()
-        missing = self._world.meet(self._ranks, f"barrier {self._key}", seconds)
+        self._monitored += 1  # what came too late for an earlier one must not count for this one
+        missing = self._world.meet(self._ranks, f"barrier {self._monitored} of {self._key}", seconds)
         if missing:
             raise BackendError(
                 f"{self._place()}: monitored_barrier in {self!r}: nothing came from rank "

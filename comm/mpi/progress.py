@@ -1,7 +1,8 @@
 """Operations that MPI works on, and who asks MPI to go on with them: waiters, and a thread in the background.
 
-Every MPI call of this package is made under one lock and returns at once, so MPI_THREAD_SERIALIZED is enough
-and no operation can hold up another (docs/decisions/0005-mpi-process-group.md).
+Every MPI call of this package is made under one lock and returns at once (but for making a communicator, once its
+ranks have met), so MPI_THREAD_SERIALIZED is enough and no operation can hold up another
+(docs/decisions/0005-mpi-process-group.md).
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class Operation:
         after: copies and divisions that follow, in order.
         outputs: what the future's value is.
         timeout: seconds that a wait may take.
-        lost: says after how many seconds of waiting it is certain that the operation never ends, and why.
+        lost: given the seconds of waiting so far, says why the operation can never end; None while it can.
         failed: called with the error when it fails.
+
+    `source` is MPI's status of a single request: who sent what was received.
     """
 
     def __init__(

@@ -11,11 +11,7 @@ from xtrain.comm.mpi.progress import Operation, Progress
 
 
 class MpiWork(dist.Work):
-    """What every call of the process group returns.
-
-    Args:
-        source_of: turns the number of a sender in the group into the one that torch asks for.
-    """
+    """What every call of the process group returns."""
 
     def __init__(self, operation: Operation, progress: Progress) -> None:
         super().__init__()

@@ -82,6 +82,9 @@ class World:
         """Wait until all of `ranks` are here, along a tree of messages; returns those that were missed.
 
         A rank misses its children in the tree, or its parent, so that "missing" may stand for ranks beyond.
+
+        Args:
+            name: what they meet for; different for every meeting of the same ranks.
         """
         me, tag = ranks.index(self.rank), _MEETING_TAGS[zlib.crc32(name.encode()) % len(_MEETING_TAGS)]
         children = [ranks[i] for i in range(_FAN_OUT * me + 1, min(_FAN_OUT * me + 1 + _FAN_OUT, len(ranks)))]

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.comm import mpi_checks
+from tests.comm import mpi_checks, mpi_training
 from xtrain.comm.mpi.library import load
 from xtrain.errors import BackendError
 
@@ -106,11 +106,11 @@ def test_job_ends_in_order(started: Started) -> None:
 
 @needs_mpi
 @pytest.mark.mpi
-@pytest.mark.parametrize("run", list(mpi_checks.ENGINE_RUNS))
+@pytest.mark.parametrize("run", list(mpi_training.ENGINE_RUNS))
 @pytest.mark.parametrize("started", SIZES, indirect=True)
 def test_engine_gives_the_losses_of_gloo(started: Started, ranks: Any, run: str) -> None:
     found = [float.fromhex(loss) for loss in started.value("engine_in_every_stage")[run]]
-    expected = [float.fromhex(loss) for loss in ranks(len(started.ranks), mpi_checks.engine, run)[0]]
+    expected = [float.fromhex(loss) for loss in ranks(len(started.ranks), mpi_training.engine, run)[0]]
     if "aligned" in run or len(started.ranks) == 2:
         assert found == expected  # bit for bit: two terms have only one sum
     else:
