@@ -82,3 +82,10 @@ def test_clones_own_their_storage() -> None:
     assert clone["weight"].equal(flat[2:4])
     assert clone["nested"][0][1] == 3
     assert isinstance(clone["nested"][0], tuple)
+
+
+def test_constructors_in_zero_init_keep_their_dtype() -> None:
+    """What Transformers replaces to keep DeepSpeed from rounding `torch.arange`."""
+    module = xtrain.runtime.zero.partition_parameters
+    wrapped = module.zero_wrapper_for_fp_tensor_constructor(module._orig_torch_arange, torch.bfloat16, None)
+    assert wrapped(3.0).dtype == torch.float32
