@@ -89,6 +89,12 @@ def test_keys_without_effect_are_reported() -> None:
     assert all("no effect: " in notice for notice in notices)
 
 
+def test_infinitely_many_steps_between_prints_is_never() -> None:
+    assert (
+        load_config({"train_batch_size": 1, "steps_per_print": float("inf")}).values.steps_per_print is None
+    )
+
+
 def test_auto_means_left_out() -> None:
     values = load_config(
         {"train_batch_size": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}}

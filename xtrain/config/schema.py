@@ -6,6 +6,7 @@ without a mark is implemented; `NotYet` and `NoEffect` (see rules.py) say what h
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -374,7 +375,7 @@ class Config(Section):
     disable_python_gc: bool = False
     """Switch Python's automatic garbage collection off; engine.collect_python_gc() collects."""
     steps_per_print: int | None = Field(None, ge=0)
-    """Steps between two lines of progress with samples per second; 0 or left out: none."""
+    """Steps between two lines of progress with samples per second; 0, infinity or left out: none."""
     wall_clock_breakdown: bool = False
     """Time forward, backward, reduction and step, waiting for the device before each reading; see engine.timers."""
     memory_breakdown: bool = False
@@ -427,6 +428,12 @@ class Config(Section):
     @classmethod
     def _any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
+
+    @field_validator("steps_per_print", mode="before")
+    @classmethod
+    def _never(cls, value: Any) -> Any:
+        """Accelerate writes infinity for "never"."""
+        return None if value == math.inf else value
 
     @field_validator("zero_optimization", mode="before")
     @classmethod

@@ -1,5 +1,5 @@
 """DeepSpeed's import paths below `deepspeed.runtime`: names of xtrain's own modules, nothing else."""
 
-from xtrain.runtime import config
+from xtrain.compat import packages
 
-__all__ = ["config"]
+__getattr__ = packages.attributes(__name__)

@@ -1,8 +1,6 @@
 """DeepSpeed's `deepspeed.utils`: logging, parameters' divided states, groups, meta-device construction."""
 
-from typing import Any
-
-from xtrain.compat import missing
+from xtrain.compat import packages
 from xtrain.dataloader import RepeatingLoader
 from xtrain.log import log_dist, logger
 from xtrain.utils import groups, logging
@@ -66,8 +64,4 @@ __all__ = [
     "z3_leaf_parameter",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    raise missing.name_error(f"utils.{name}") or AttributeError(
-        f"module 'xtrain.utils' has no attribute {name!r}"
-    )
+__getattr__ = packages.attributes(__name__)
