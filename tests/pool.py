@@ -6,9 +6,11 @@ ranks in milliseconds. Every task gets a fresh process group over a file store, 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -29,9 +31,15 @@ class RemoteTraceback(Exception):
         return "\n" + str(self.args[0])
 
 
+def _stacks(pid: int) -> Path:
+    """Where a worker writes its stacks when it gets SIGUSR1."""
+    return Path(tempfile.gettempdir()) / f"xtrain-test-rank-{pid}.stacks"
+
+
 def _serve(rank: int, world_size: int, connection: Connection) -> None:
     import torch
 
+    faulthandler.register(signal.SIGUSR1, file=_stacks(os.getpid()).open("w"))
     torch.set_num_threads(1)
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     while True:
@@ -113,10 +121,12 @@ class WorkerPool:
             missing = {c: rank for rank, c in enumerate(self._connections) if rank not in results}
             ready = wait(list(missing), max(0.0, deadline - time.monotonic()))
             if not ready:
+                late = sorted(missing.values())
+                where = "\n".join(f"rank {rank}:\n{self._where(rank)}" for rank in late)
                 self.close()
-                raise next(
-                    (error for _, error, _ in results.values() if error is not None),
-                    TimeoutError(f"ranks {sorted(missing.values())} did not answer; their pool was ended"),
+                raise TimeoutError(f"ranks {late} did not answer; their pool was ended") from next(
+                    (RemoteTraceback(f"{text}\n{where}") for _, error, text in results.values() if error),
+                    RemoteTraceback(where),
                 )
             for connection in ready:
                 rank = missing[connection]
@@ -129,11 +139,19 @@ class WorkerPool:
                     deadline = min(deadline, time.monotonic() + 2 * PATIENCE)
         return [results[rank] for rank in range(self.world_size)]
 
+    def _where(self, rank: int) -> str:
+        """The stacks of a worker that does not answer."""
+        pid = self._workers[rank].pid
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(1.0)
+        return _stacks(pid).read_text()
+
     def close(self) -> None:
         """End the processes; the next `run` starts new ones."""
         for worker in self._workers:
             worker.kill()
             worker.join()
+            _stacks(worker.pid).unlink(missing_ok=True)
         self._workers, self._connections = [], []
 
 
