@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ def measure(device: torch.device, synchronize: Callable[[], None]) -> Iterator[d
         whole = torch.zeros(count, device=device)
         part = torch.zeros(count // ranks, device=device)
         actions: dict[str, Callable[[], Any]] = {
-            "all_reduce": lambda whole=whole: comm.all_reduce(whole),
-            "all_gather": lambda whole=whole, part=part: comm.all_gather_into_tensor(whole, part),
+            "all_reduce": partial(comm.all_reduce, whole),
+            "all_gather": partial(comm.all_gather_into_tensor, whole, part),
         }
         for operation, action in actions.items():
             seconds = _median_seconds(action, synchronize)

@@ -81,7 +81,7 @@ def examine(
             backend = next((one for one in found["backends"] if one["name"] == backend_name), None)
             if backend is not None and library is not None:
                 probes.append(report.probe_entry(backend, library, place.world_size, outcome))
-            return report.finish({"schema": report.SCHEMA, **found, "probes": probes})
+            return report.finish({**found, "probes": probes})
 
         def give_up(why: str) -> None:
             if found is not None:

@@ -110,4 +110,4 @@ def examine(
                 outcome = watch.Outcome([], str(error))
             entry = report.probe_entry(backend, library["name"], ranks, outcome)
             probes.append({**entry, "seconds": time.monotonic() - begun})
-    return report.finish({"schema": report.SCHEMA, **found, "probes": probes})
+    return report.finish({**found, "probes": probes})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -251,8 +252,8 @@ WITH_DTYPE: dict[str, tuple[Callable[[Place, torch.dtype], Pairs], tuple[torch.d
 WITHOUT_DTYPE: dict[str, Callable[[Place], None]] = {"objects": _objects, "barrier": _barrier}
 
 
-def _check(pairs: Pairs) -> None:
-    for found, expected in pairs:
+def _checked(probe: Callable[[Place, torch.dtype], Pairs], at: Place, dtype: torch.dtype) -> None:
+    for found, expected in probe(at, dtype):
         here = found.cpu()
         if here.dtype != expected.dtype or here.shape != expected.shape:
             raise Wrong(f"gives {here.dtype} of shape {tuple(here.shape)}")
@@ -261,14 +262,14 @@ def _check(pairs: Pairs) -> None:
         else:
             near = here == expected
         if not bool(near.all()):
-            at = int((~near).nonzero()[0])
-            raise Wrong(f"element {at} is {here[at].item()}, expected {expected[at].item()}")
+            first = int((~near).nonzero()[0])
+            raise Wrong(f"element {first} is {here[first].item()}, expected {expected[first].item()}")
 
 
 def run(at: Place) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """All probes in order: (collective, dtype or "", what raises when it goes wrong)."""
     for name, plain in WITHOUT_DTYPE.items():
-        yield name, "", lambda plain=plain: plain(at)
+        yield name, "", partial(plain, at)
     for name, (probe, dtypes) in WITH_DTYPE.items():
         for dtype in dtypes:
-            yield name, short(dtype), lambda probe=probe, dtype=dtype: _check(probe(at, dtype))
+            yield name, short(dtype), partial(_checked, probe, at, dtype)

@@ -90,9 +90,7 @@ def _selected_problems(report: dict[str, Any]) -> list[str]:
     if not entry["available"]:
         return [f"backend {entry['name']!r} cannot be used here: {entry['reason']}"]
     if entry["library_reason"] is not None:
-        return [
-            f"backend {entry['name']!r} cannot be used here: its library {entry['library']!r}: {entry['library_reason']}"
-        ]
+        return [f"backend {entry['name']!r} has no {entry['library']} here: {entry['library_reason']}"]
     probes = [one for one in report["probes"] if one["backend"] == entry["name"]]
     own = [one for one in probes if one["library"] == entry["library"]]
     if not own and probes:  # --library asked for others only
@@ -101,7 +99,6 @@ def _selected_problems(report: dict[str, Any]) -> list[str]:
 
 
 def finish(report: dict[str, Any]) -> dict[str, Any]:
-    """Add the verdict: `problems` of the selected backend and its library, and `ok`."""
-    report["problems"] = _selected_problems(report)
-    report["ok"] = not report["problems"]
-    return report
+    """The report with the verdict: `problems` of the selected backend and its library, and `ok`."""
+    problems = _selected_problems(report)
+    return {"schema": SCHEMA, "ok": not problems, "problems": problems, **report}

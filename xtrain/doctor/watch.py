@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ class Outcome:
 
     lines: list[list[dict[str, Any]]]
     trouble: str | None = None
-    extra: list[str] = field(default_factory=list)
 
 
 class Watched:
@@ -42,7 +41,7 @@ class Watched:
 
     Args:
         processes: one for each file, or one that has started all.
-        pids_of: reads which process wrote a file, where one has started all.
+        log: what they print.
     """
 
     def __init__(self, processes: list[subprocess.Popen[bytes]], files: list[Path], log: Path) -> None:
@@ -185,7 +184,7 @@ def start_ranks(spec: Spec, ranks: int, started_by: str | None, folder: Path) ->
         return Watched(
             [_start([program, "-n", str(ranks), *module, spec.text()], environment, log)], files, log
         )
-    spec = Spec(spec.backend, spec.library, spec.bandwidth, spec.patience, str(folder / "store"))
+    spec = replace(spec, store=str(folder / "store"))
     processes = []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
