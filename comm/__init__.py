@@ -51,6 +51,7 @@ from xtrain.comm.ledger import (
     log_summary,
     reset_log,
 )
+from xtrain.comm.meeting import check_same
 from xtrain.comm.point_to_point import P2POp, batch_isend_irecv, irecv, isend, recv, send
 from xtrain.comm.tensor_lists import (
     all_gather,
@@ -88,6 +89,7 @@ __all__ = [
     "batch_isend_irecv",
     "broadcast",
     "broadcast_object_list",
+    "check_same",
     "comms_logger",
     "companion",
     "configure",

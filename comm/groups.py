@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtrain.backends import registry
-from xtrain.comm import discovery, mpi
-from xtrain.errors import BackendError, ConfigError
+from xtrain.comm import discovery, libraries, meeting, mpi
+from xtrain.errors import BackendError, ConfigError, unknown_name
 from xtrain.log import log_dist
 
 TORCH_DISTRIBUTED_DEFAULT_PORT = discovery.DEFAULT_PORT
@@ -136,6 +136,8 @@ def init_distributed(
     if not isinstance(timeout, timedelta):
         raise ConfigError(f"init_distributed(timeout={timeout!r}) must be a datetime.timedelta")
     library = dist_backend or registry.detect().collectives.process_group_backend
+    if ":" not in library and library.lower() not in {*libraries.names(), *dist.Backend.backend_list}:
+        raise BackendError(unknown_name("process-group library", library, libraries.names()))
     by_env = init_method in (None, "env://")
     place = None
     if library.lower() == "mpi":
@@ -168,16 +170,23 @@ def _start(library: str, init_method: str | None, rank: int, world_size: int, ti
     alone = init_method is None and world_size == 1
     try:
         if alone:
-            dist.init_process_group(library, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            store: dist.Store = dist.HashStore()
+            rank = 0
         else:
-            dist.init_process_group(
-                library, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
-            )
+            store, rank, world_size = meeting.open_store(library, init_method, rank, world_size, timeout)
+            store.set_timeout(timeout)
+            together = meeting.Meeting(store, library, rank, world_size)
+            together.meet(timeout)
+            store = together.group_store
+        dist.init_process_group(library, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except BackendError:
+        raise
     except (RuntimeError, ValueError, AssertionError) as error:
         who = "a lone process" if alone or rank < 0 else f"rank {rank} of {world_size}"
         address = init_method or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         where = "" if alone else f" at {address}"
-        raise BackendError(f"{who} could not start {library}{where}: {error}") from error
+        raise BackendError(f"{who} could not start {library}{where}: {meeting.first_line(error)}") from error
+    meeting.current = None if alone else together
 
 
 def _found(place: discovery.Place) -> str:
@@ -216,6 +225,8 @@ def _settle() -> None:
     it while the interpreter is shutting down, CPython ends that thread inside C++ code, which aborts the
     whole process (seen about once in forty two-rank runs on a busy machine, after a successful run).
     """
+    if meeting.current is not None:
+        meeting.current.leave()
     time.sleep(_SETTLE_SECONDS)
 
 
@@ -223,3 +234,5 @@ def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
     """End the group (None: all groups) if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group(group)
+        if not dist.is_initialized():
+            meeting.current = None

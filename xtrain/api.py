@@ -91,6 +91,7 @@ def initialize(
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
+    comm.check_same("backend", backend.name)
     random_states.use_backend(backend)
     if "activation_checkpointing" in checked.values.model_fields_set:
         checkpointing.configure_from_engine(checked.values.activation_checkpointing, mpu)

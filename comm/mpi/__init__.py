@@ -55,7 +55,7 @@ def start(
     Raises:
         BackendError: mpi4py or the MPI library is missing; MPI has another number of processes than expected.
     """
-    load()
+    load(timeout)
     if init_method not in (None, "env://", "mpi://"):
         logger.warning("init_method %r is not used: ranks meet through MPI", init_method)
     from xtrain.comm.mpi.group import create

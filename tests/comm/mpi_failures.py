@@ -32,6 +32,14 @@ def main(kind: str) -> None:
         )
         assert senders == [("1", "0", "0"), ("0", "1", "1")], senders
         return
+    if kind == "mixed":
+        mine = "gloo" if os.environ["PMI_RANK"] == "0" else "mpi"
+        try:
+            comm.init_distributed(mine, verbose=False, timeout=timedelta(seconds=4))
+        except BackendError as error:
+            print(error, flush=True)
+            time.sleep(8)  # mpiexec ends the job with the first that fails
+            sys.exit(1)
     comm.init_distributed("mpi", verbose=False, timeout=timedelta(seconds=60))
     dist.all_reduce(torch.ones(1))
     if dist.get_rank() == 1:
