@@ -168,6 +168,7 @@ def init_distributed(
 def _start(library: str, init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> None:
     """Make the process group; init_method None: at MASTER_ADDR and MASTER_PORT, or, alone, without a port."""
     alone = init_method is None and world_size == 1
+    address = init_method or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         if alone:
             store: dist.Store = dist.HashStore()
@@ -175,7 +176,7 @@ def _start(library: str, init_method: str | None, rank: int, world_size: int, ti
         else:
             store, rank, world_size = meeting.open_store(library, init_method, rank, world_size, timeout)
             store.set_timeout(timeout)
-            together = meeting.Meeting(store, library, rank, world_size)
+            together = meeting.Meeting(store, address, library, rank, world_size)
             together.meet(timeout)
             store = together.group_store
         dist.init_process_group(library, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -183,7 +184,6 @@ def _start(library: str, init_method: str | None, rank: int, world_size: int, ti
         raise
     except (RuntimeError, ValueError, AssertionError) as error:
         who = "a lone process" if alone or rank < 0 else f"rank {rank} of {world_size}"
-        address = init_method or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         where = "" if alone else f" at {address}"
         raise BackendError(f"{who} could not start {library}{where}: {meeting.first_line(error)}") from error
     meeting.current = None if alone else together

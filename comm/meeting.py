@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -24,7 +25,8 @@ _NAMED = 16
 _ASKED = 512
 """Ranks of a group whose end is looked for at most."""
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-_meetings = 0
+_held: Counter[str] = Counter()
+"""How often this process's ranks have met at each address: torchrun's store keeps the keys of earlier meetings."""
 
 
 def first_line(error: BaseException) -> str:
@@ -108,14 +110,14 @@ class Meeting:
     """All ranks of a job at a store, which they keep to tell each other of their end.
 
     Args:
+        address: of the store.
         library: what this rank is about to start.
     """
 
-    def __init__(self, store: dist.Store, library: str, rank: int, world_size: int) -> None:
-        global _meetings
-        _meetings += 1  # the same on every rank: a store may outlive a process group
-        self.group_store = dist.PrefixStore(f"default_pg/{_meetings}", store)
-        self._store = dist.PrefixStore(f"xtrain/{_meetings}", store)
+    def __init__(self, store: dist.Store, address: str, library: str, rank: int, world_size: int) -> None:
+        self._address, number = address, _held[address]
+        self.group_store = dist.PrefixStore(f"default_pg/{number}", store)
+        self._store = dist.PrefixStore(f"xtrain/{number}", store)
         self._library, self._rank, self._size = library, rank, world_size
         self._hosts: dict[int, tuple[str, int]] = {}
         self._here = _host()
@@ -141,12 +143,13 @@ class Meeting:
             differing = int(store.add("differing", 0))
         except RuntimeError as error:
             text = self._missing(timeout, error)
-            self._all_have_read(2.0)
+            self._all_have_read(1.0)
             raise BackendError(text) from error
         if differing:
             text = self._different(differing)
             self._all_have_read(timeout.total_seconds())
             raise BackendError(text)
+        _held[self._address] += 1  # only together, so that ranks agree after one that failed
 
     def _all_have_read(self, patience: float) -> None:
         """Before an error that ends rank 0 and the store with it: the others want to say the same."""

@@ -171,11 +171,9 @@ def test_errors_of_other_kinds_pass_as_they_are(ranks: Any) -> None:
 
 def test_the_end_of_a_rank_on_another_host_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
-    monkeypatch.setattr(meeting, "_meetings", 100)
-    first = meeting.Meeting(store, "gloo", 0, 2)
-    monkeypatch.setattr(meeting, "_meetings", 100)  # as in another process
+    first = meeting.Meeting(store, "here:1", "gloo", 0, 2)
     monkeypatch.setattr(meeting, "_host", lambda: "elsewhere")
-    second = meeting.Meeting(store, "gloo", 1, 2)
+    second = meeting.Meeting(store, "here:1", "gloo", 1, 2)
     second._store.set("rank 1", '{"library": "gloo", "by": null, "host": "elsewhere", "pid": 1}')
     assert first.gone([0, 1], patience=0.1) == []
     second.leave()
