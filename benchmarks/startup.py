@@ -11,9 +11,9 @@ interpreters, so there the clock starts after the import, and every time is that
     new     `new_group` of all ranks, once more
     reduce  the first all-reduce of one number
 
-The model is t = a + b n, plus c n^2 for what connects every pair (`--model`), fitted by least squares with weights 1/t,
-because noise grows with t. Hundreds of processes share few cores here, which a cluster's do not: the fit says how work grows
-with ranks on such a machine, and bounds a cluster from above. It knows nothing of networks.
+Two models are fitted, t = a + b n and t = a + b n + c n^2 (gloo connects every pair), by least squares of the relative
+errors, coefficients not negative. Dozens of processes share few cores here and all their work adds up, which on a
+cluster is done side by side: what a fit says for 8192 is an upper bound that knows nothing of networks.
 """
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ def tcp_rank(rank: int, ranks: int, port: int, begin: Any, pipe: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     timeout, times = timedelta(seconds=300), Times()
 
+    # Rank 0 listens before the clock starts: who comes too early would sleep about a second before it tries again.
+    stores = [meeting.open_store("gloo", None, rank, ranks, timeout)[0]] if rank == 0 else []
+
     def meet() -> meeting.Meeting:
-        store, _, _ = meeting.open_store("gloo", None, rank, ranks, timeout)
+        store = stores[0] if stores else meeting.open_store("gloo", None, rank, ranks, timeout)[0]
         store.set_timeout(timeout)
         together = meeting.Meeting(store, "here", "gloo", rank, ranks)
         together.meet(timeout)
@@ -103,7 +106,8 @@ def mpi_rank(folder: Path) -> None:
 
     timeout, times = timedelta(seconds=600), Times()
     world = load().COMM_WORLD  # importing mpi4py starts MPI, which waits for the slowest import
-    from xtrain.comm.mpi import group, world as worlds  # the modules, before the clock
+    from xtrain.comm.mpi import group  # before the clock
+    from xtrain.comm.mpi import world as worlds
 
     assert group is not None
     world.Barrier()
@@ -160,7 +164,9 @@ def over_mpi(ranks: int) -> Times:
 # ---------------------------------------------------------------- the model
 
 
-def fit(sizes: list[int], seconds: list[float], quadratic: bool) -> tuple[Callable[[float], float], str, float]:
+def fit(
+    sizes: list[int], seconds: list[float], quadratic: bool
+) -> tuple[Callable[[float], float], str, float]:
     """Least squares with weights 1/t, coefficients not negative: (model, its text, largest relative residual)."""
     import numpy as np
 
@@ -178,12 +184,16 @@ def fit(sizes: list[int], seconds: list[float], quadratic: bool) -> tuple[Callab
     def model(ranks: float) -> float:
         return float(sum(c * ranks**p for c, p in zip(found, powers, strict=True)))
 
-    text = " + ".join(f"{1000 * c:.3g} ms{'' if name == '1' else f' {name}'}" for c, name in zip(found, names, strict=True))
+    text = " + ".join(
+        f"{1000 * c:.3g} ms{'' if name == '1' else f' {name}'}" for c, name in zip(found, names, strict=True)
+    )
     residual = max(abs(model(size) / value - 1) for size, value in zip(sizes, seconds, strict=True))
     return model, text, residual
 
 
-def extrapolated(sizes: list[int], rounds: list[list[float]], quadratic: bool) -> tuple[str, float, float, float, float]:
+def extrapolated(
+    sizes: list[int], rounds: list[list[float]], quadratic: bool
+) -> tuple[str, float, float, float, float]:
     """(model, residual, prediction, and its range when any one size is left out of the fit)."""
     medians = [statistics.median(row) for row in rounds]
     model, text, residual = fit(sizes, medians, quadratic)
@@ -196,7 +206,9 @@ def extrapolated(sizes: list[int], rounds: list[list[float]], quadratic: bool) -
 
 def main() -> None:
     """Measure, print the table and the fits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mpi", action="store_true", help="under mpiexec instead of over a TCP store")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--rounds", type=int, default=3)
@@ -207,12 +219,16 @@ def main() -> None:
         mpi_rank(args.rank_of_mpi)
         return
     measure, found = over_mpi if args.mpi else over_tcp, {}
-    print("ranks  " + "  ".join(f"{part:>22}" for part in PARTS) + "   median (smallest … largest), ms", flush=True)
+    print(
+        "ranks  " + "  ".join(f"{part:>22}" for part in PARTS) + "   median (smallest … largest), ms",
+        flush=True,
+    )
     for size in args.sizes:
         rows = [measure(size) for _ in range(args.rounds)]
         found[size] = {part: [row[part] for row in rows] for part in PARTS}
         cells = [
-            f"{1000 * statistics.median(v):.4g} ({1000 * min(v):.4g} … {1000 * max(v):.4g})" for v in found[size].values()
+            f"{1000 * statistics.median(v):.4g} ({1000 * min(v):.4g} … {1000 * max(v):.4g})"
+            for v in found[size].values()
         ]
         print(f"{size:>5}  " + "  ".join(f"{cell:>22}" for cell in cells), flush=True)
     if args.json:

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtrain.backends import registry
 from xtrain.comm import discovery, libraries, meeting, mpi
+from xtrain.comm.launchers import launched
 from xtrain.errors import BackendError, ConfigError, unknown_name
 from xtrain.log import log_dist
 
@@ -44,6 +45,22 @@ def get_world_size(group: dist.ProcessGroup | None = None) -> int:
 def get_local_rank() -> int:
     """Number of this process on its host, from LOCAL_RANK, which init_distributed sets if the launcher did not."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def find_local_rank() -> int:
+    """`get_local_rank` before init_distributed: what mpiexec or srun say counts, and is put into the environment
+    (LOCAL_RANK, and LOCAL_WORLD_SIZE where all ranks are on one host). A rank takes its device by it.
+
+    Raises:
+        ConfigError: the launcher's variables are incomplete or contradict each other.
+    """
+    if "LOCAL_RANK" not in os.environ and not dist.is_initialized():
+        told = launched(os.environ)
+        if told is not None and told.local_rank is not None and "RANK" not in os.environ:
+            os.environ["LOCAL_RANK"] = str(told.local_rank)
+            if told.one_host:
+                os.environ.setdefault("LOCAL_WORLD_SIZE", str(told.size))
+    return get_local_rank()
 
 
 def get_world_group() -> dist.ProcessGroup | None:

@@ -85,7 +85,7 @@ def initialize(
     checked = load_config(_one_config(args, config, config_params))
     log.configure(checked.values.log_level)
     backend = registry.detect(checked.values.xtrain.backend)
-    backend.prepare(comm.get_local_rank(), checked.values.xtrain.aligned)
+    backend.prepare(comm.find_local_rank(), checked.values.xtrain.aligned)
     comm.init_distributed(
         dist_backend=backend.collectives.process_group_backend,
         distributed_port=distributed_port,

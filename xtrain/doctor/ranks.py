@@ -57,7 +57,7 @@ def probe(spec: Spec, diary: Diary) -> None:
 
     backend = registry.get(spec.backend)
     with diary.doing(f"taking the device of backend {spec.backend}"):
-        backend.prepare(comm.get_local_rank())
+        backend.prepare(comm.find_local_rank())
     with diary.doing(f"starting {spec.library}"):
         comm.init_distributed(
             spec.library,
