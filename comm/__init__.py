@@ -42,6 +42,7 @@ from xtrain.comm.groups import (
     is_initialized,
     mpi_discovery,
     new_group,
+    tell_other_library,
 )
 from xtrain.comm.ledger import (
     Ledger,
@@ -129,5 +130,6 @@ __all__ = [
     "reset_log",
     "scatter",
     "send",
+    "tell_other_library",
     "tree_sum",
 ]

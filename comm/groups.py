@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import time
 import weakref
@@ -180,6 +181,18 @@ def init_distributed(
         if place is not None:
             log_dist(_found(place), ranks=[0])
         log_dist(f"torch {torch.__version__} distributed: {library}, {get_world_size()} ranks", ranks=[0])
+
+
+def tell_other_library(backend: str, library: str) -> None:
+    """Log a warning where the process group that runs is not of the library that the backend brings."""
+    running = str(dist.get_backend_config())
+    if dist.get_world_size() > 1 and library not in running:
+        log_dist(
+            f"backend {backend!r} brings {library}, but the process group is of {running}: it was started before the "
+            f'config was read; set XTRAIN_BACKEND={backend}, or call init_distributed("{library}"), for {library}',
+            ranks=[0],
+            level=logging.WARNING,
+        )
 
 
 def _start(library: str, init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> None:

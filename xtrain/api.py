@@ -92,6 +92,7 @@ def initialize(
         dist_init_required=dist_init_required,
     )
     comm.check_same("backend", backend.name)
+    comm.tell_other_library(backend.name, backend.collectives.process_group_backend)
     random_states.use_backend(backend)
     if "activation_checkpointing" in checked.values.model_fields_set:
         checkpointing.configure_from_engine(checked.values.activation_checkpointing, mpu)

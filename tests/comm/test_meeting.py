@@ -96,6 +96,30 @@ def test_a_choice_that_differs_between_ranks(ranks: Any) -> None:
         )
 
 
+def _told(library: str) -> str:
+    import io
+    import logging
+
+    from xtrain.log import logger
+
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger.addHandler(handler)
+    try:
+        comm.tell_other_library("sunway", library)
+    finally:
+        logger.removeHandler(handler)
+    return stream.getvalue()
+
+
+def test_a_process_group_of_another_library_than_the_backends_is_told(ranks: Any) -> None:
+    first, second = ranks(2, _told, "mpi")
+    assert "backend 'sunway' brings mpi, but the process group is of " in first
+    assert "XTRAIN_BACKEND=sunway" in first
+    assert second == ""
+    assert ranks(2, _told, "gloo") == ["", ""]
+
+
 _DYING = """
 import os, signal, sys, torch
 from datetime import timedelta
@@ -186,8 +210,8 @@ def test_the_end_of_a_rank_on_another_host_is_told(monkeypatch: pytest.MonkeyPat
 def test_ranks_of_mpiexec_that_choose_differently_end_with_a_sentence() -> None:
     outcome = start("tests.comm.mpi_failures", "mixed", ranks=2)
     assert outcome.returncode != 0
-    assert "backend gloo, rank 0 of 2: nothing came from rank 1 within 4 s" in outcome.stdout
-    assert "backend mpi, rank 1: MPI did not start within 4 s, so this process was ended" in outcome.stderr
+    assert "backend gloo, rank 0 of 2: nothing came from rank 1 within 3 s" in outcome.stdout
+    assert "backend mpi, rank 1: MPI did not start within 9 s, so this process was ended" in outcome.stderr
 
 
 def test_a_process_that_was_killed_does_not_run() -> None:
