@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class AscendRuntime(DeviceRuntime):
         if not torch_npu.npu.is_available():
             return f"no NPU answers{self.describe_visible()}: `npu-smi info` must list one"
         return None
+
+    def versions(self) -> dict[str, str]:
+        return {"torch_npu": metadata.version("torch_npu")}
 
     def set_deterministic(self, enabled: bool) -> None:
         if enabled:

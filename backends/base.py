@@ -76,6 +76,14 @@ class RuntimeFacet:
         """
         self.device(local_rank)
 
+    def device_name(self, index: int) -> str:
+        """What people call the device with this number; on a host, its processor."""
+        return host.processor()
+
+    def versions(self) -> dict[str, str]:
+        """Name and version of the vendor's packages that the backend stands on, for `xtrain doctor`."""
+        return {}
+
     # ---------------------------------------------------------------- streams and events
 
     @property

@@ -31,6 +31,13 @@ class CudaRuntime(DeviceRuntime):
             return f"no CUDA device answers{self.describe_visible()}: `nvidia-smi` must list one"
         return None
 
+    def device_name(self, index: int) -> str:
+        return torch.cuda.get_device_name(index)
+
+    def versions(self) -> dict[str, str]:
+        cudnn = torch.backends.cudnn.version()
+        return {"CUDA": str(torch.version.cuda), **({"cuDNN": str(cudnn)} if cudnn else {})}
+
     def set_deterministic(self, enabled: bool) -> None:
         if enabled:
             # cuBLAS reads it when it makes its first handle: https://docs.nvidia.com/cuda/cublas/#results-reproducibility

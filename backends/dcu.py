@@ -33,6 +33,9 @@ class DcuRuntime(CudaRuntime):
             return f"no DCU answers{self.describe_visible()}: `rocm-smi` (DTK: `hy-smi`) must list one"
         return None
 
+    def versions(self) -> dict[str, str]:
+        return {"HIP": str(torch.version.hip)}
+
 
 class DcuPrecision(CudaPrecision):
     """Chips without bfloat16 (gfx906, as in Z100) train bf16 configs in float32, and say so; an fp16 config

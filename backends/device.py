@@ -36,6 +36,9 @@ class DeviceRuntime(RuntimeFacet):
             )
         return torch.device(self.device_type, local_rank)
 
+    def device_name(self, index: int) -> str:
+        return f"{self.device_type}:{index}"
+
     def set_device(self, local_rank: int) -> None:
         self.chip.set_device(self.device(local_rank))
 

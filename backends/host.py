@@ -1,8 +1,9 @@
-"""Memory of the host and of this process, as the operating system reports it."""
+"""The host's processor, its memory and that of this process, as the operating system reports them."""
 
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 from contextlib import suppress
@@ -44,3 +45,14 @@ def in_use() -> tuple[int, int]:
         return fields["MemTotal"] - fields["MemAvailable"], fields["MemTotal"]
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return resident()[0], total
+
+
+def processor() -> str:
+    """The processor's name, as far as the operating system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "cpu model") and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -60,7 +60,7 @@ def _load(name: str) -> Backend:
     return backend
 
 
-def _reason(name: str) -> str | None:
+def reason(name: str) -> str | None:
     """Why the backend cannot be used here; None when it can."""
     try:
         return _load(name).runtime.unavailable_reason()
@@ -80,14 +80,14 @@ def get(name: str) -> Backend:
                 f"backend {name!r} is not there yet in xtrain: use one of {', '.join(names())}"
             )
         raise BackendError(unknown_name("backend", name, names()))
-    if (reason := _reason(name)) is not None:
-        raise BackendError(f"backend {name!r} cannot be used here: {reason}")
+    if (why := reason(name)) is not None:
+        raise BackendError(f"backend {name!r} cannot be used here: {why}")
     return _load(name)
 
 
 def available() -> dict[str, str | None]:
     """For each backend, None when it can be used here, else the reason why not."""
-    return {name: _reason(name) for name in names()}
+    return {name: reason(name) for name in names()}
 
 
 def detect(name: str | None = None) -> Backend:
@@ -100,7 +100,7 @@ def detect(name: str | None = None) -> Backend:
         return get(chosen)
     if accelerator := os.environ.get("DS_ACCELERATOR"):
         meant = _DS_NAMES.get(accelerator, (accelerator,))
-        return get(next((one for one in meant if one in names() and _reason(one) is None), meant[0]))
+        return get(next((one for one in meant if one in names() and reason(one) is None), meant[0]))
     for candidate in [*sorted(_plugins()), *_BUILTIN]:
         try:
             runtime = _load(candidate).runtime
@@ -112,6 +112,14 @@ def detect(name: str | None = None) -> Backend:
     return get("cpu")
 
 
+def source(name: str) -> str:
+    """Where a backend comes from: "xtrain", or the package (and its version) that offers it."""
+    if name in _BUILTIN:
+        return "xtrain"
+    package = _plugins()[name].dist
+    return f"{package.name} {package.version}" if package is not None else _plugins()[name].value
+
+
 @cache
-def _tell_once(name: str, reason: str) -> None:
-    log_dist(f"backend {name!r} is installed and cannot be used: {reason}", ranks=[0], level=logging.WARNING)
+def _tell_once(name: str, why: str) -> None:
+    log_dist(f"backend {name!r} is installed and cannot be used: {why}", ranks=[0], level=logging.WARNING)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
 import logging
 import os
 import platform
@@ -189,6 +190,12 @@ class MpiCollectives(CollectivesFacet):
     """The process group called "mpi", which xtrain.comm registers where mpi4py is installed."""
 
     process_group_backend = "mpi"
+
+    def unavailable_reason(self) -> str | None:
+        # Importing mpi4py would start MPI in this process.
+        if importlib.util.find_spec("mpi4py") is None:
+            return "mpi4py is not installed: pip install 'xtrain[mpi]', or mpi4py alone where there is an MPI"
+        return None
 
 
 class SunwayPrecision(PrecisionFacet):

@@ -25,6 +25,7 @@ from xtrain.comm.groups import (
     TORCH_DISTRIBUTED_DEFAULT_PORT,
     companion,
     destroy_process_group,
+    find_local_rank,
     get_all_ranks_from_group,
     get_global_rank,
     get_local_rank,
@@ -41,6 +42,7 @@ from xtrain.comm.groups import (
     is_initialized,
     mpi_discovery,
     new_group,
+    tell_other_library,
 )
 from xtrain.comm.ledger import (
     Ledger,
@@ -51,6 +53,7 @@ from xtrain.comm.ledger import (
     log_summary,
     reset_log,
 )
+from xtrain.comm.meeting import check_same
 from xtrain.comm.point_to_point import P2POp, batch_isend_irecv, irecv, isend, recv, send
 from xtrain.comm.tensor_lists import (
     all_gather,
@@ -88,10 +91,12 @@ __all__ = [
     "batch_isend_irecv",
     "broadcast",
     "broadcast_object_list",
+    "check_same",
     "comms_logger",
     "companion",
     "configure",
     "destroy_process_group",
+    "find_local_rank",
     "gather",
     "get_all_ranks_from_group",
     "get_comm_operation_count",
@@ -125,5 +130,6 @@ __all__ = [
     "reset_log",
     "scatter",
     "send",
+    "tell_other_library",
     "tree_sum",
 ]

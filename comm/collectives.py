@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from xtrain.comm.failures import explained
 from xtrain.comm.ledger import ledger
 from xtrain.comm.timing import Running, comms_logger, finish
 
@@ -46,6 +47,7 @@ def count(
     return comms_logger.begin(operation, message_bytes, ranks, log_name, prof, debug)
 
 
+@explained
 def all_reduce(
     tensor: torch.Tensor,
     op: Any = dist.ReduceOp.SUM,
@@ -60,6 +62,7 @@ def all_reduce(
     return finish(clock, dist.all_reduce(tensor, op=op, group=group, async_op=async_op))
 
 
+@explained
 def reduce_scatter_tensor(
     output_tensor: torch.Tensor,
     tensor: torch.Tensor,
@@ -75,6 +78,7 @@ def reduce_scatter_tensor(
     return finish(clock, _reduce_scatter(output_tensor, tensor, op=op, group=group, async_op=async_op))
 
 
+@explained
 def all_gather_into_tensor(
     output_tensor: torch.Tensor,
     tensor: torch.Tensor,
@@ -113,6 +117,7 @@ def allgather_fn(
     return all_gather_into_tensor(output_tensor, input_tensor, group, async_op, debug=debug)
 
 
+@explained
 def all_to_all_single(
     output: torch.Tensor,
     tensor: torch.Tensor,
@@ -135,6 +140,7 @@ def all_to_all_single(
     )
 
 
+@explained
 def broadcast(
     tensor: torch.Tensor,
     src: int,
@@ -149,6 +155,7 @@ def broadcast(
     return finish(clock, dist.broadcast(tensor, src, group=group, async_op=async_op))
 
 
+@explained
 def reduce(
     tensor: torch.Tensor,
     dst: int,
@@ -164,6 +171,7 @@ def reduce(
     return finish(clock, dist.reduce(tensor, dst, op=op, group=group, async_op=async_op))
 
 
+@explained
 def barrier(
     group: Group = None,
     async_op: bool = False,
@@ -177,6 +185,7 @@ def barrier(
     return finish(clock, dist.barrier(group, async_op=async_op, device_ids=device_ids))
 
 
+@explained
 def monitored_barrier(
     group: Group = None,
     timeout: timedelta | None = None,
@@ -195,6 +204,7 @@ def monitored_barrier(
     finish(clock, None)
 
 
+@explained
 def all_gather_object(
     object_list: list[Any],
     obj: Any,
@@ -210,6 +220,7 @@ def all_gather_object(
     finish(clock, None)
 
 
+@explained
 def broadcast_object_list(
     object_list: list[Any],
     src: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import time
 import weakref
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtrain.backends import registry
-from xtrain.comm import discovery, mpi
-from xtrain.errors import BackendError, ConfigError
+from xtrain.comm import discovery, libraries, meeting, mpi
+from xtrain.comm.launchers import launched
+from xtrain.errors import BackendError, ConfigError, unknown_name
 from xtrain.log import log_dist
 
 TORCH_DISTRIBUTED_DEFAULT_PORT = discovery.DEFAULT_PORT
@@ -44,6 +46,22 @@ def get_world_size(group: dist.ProcessGroup | None = None) -> int:
 def get_local_rank() -> int:
     """Number of this process on its host, from LOCAL_RANK, which init_distributed sets if the launcher did not."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def find_local_rank() -> int:
+    """`get_local_rank` before init_distributed: what mpiexec or srun say counts, and is put into the environment
+    (LOCAL_RANK, and LOCAL_WORLD_SIZE where all ranks are on one host). A rank takes its device by it.
+
+    Raises:
+        ConfigError: the launcher's variables are incomplete or contradict each other.
+    """
+    if "LOCAL_RANK" not in os.environ and not dist.is_initialized():
+        told = launched(os.environ)
+        if told is not None and told.local_rank is not None and "RANK" not in os.environ:
+            os.environ["LOCAL_RANK"] = str(told.local_rank)
+            if told.one_host:
+                os.environ.setdefault("LOCAL_WORLD_SIZE", str(told.size))
+    return get_local_rank()
 
 
 def get_world_group() -> dist.ProcessGroup | None:
@@ -136,6 +154,8 @@ def init_distributed(
     if not isinstance(timeout, timedelta):
         raise ConfigError(f"init_distributed(timeout={timeout!r}) must be a datetime.timedelta")
     library = dist_backend or registry.detect().collectives.process_group_backend
+    if ":" not in library and library.lower() not in {*libraries.names(), *dist.Backend.backend_list}:
+        raise BackendError(unknown_name("process-group library", library, libraries.names()))
     by_env = init_method in (None, "env://")
     place = None
     if library.lower() == "mpi":
@@ -163,21 +183,40 @@ def init_distributed(
         log_dist(f"torch {torch.__version__} distributed: {library}, {get_world_size()} ranks", ranks=[0])
 
 
+def tell_other_library(backend: str, library: str) -> None:
+    """Log a warning where the process group that runs is not of the library that the backend brings."""
+    running = str(dist.get_backend_config())
+    if dist.get_world_size() > 1 and library not in running:
+        log_dist(
+            f"backend {backend!r} brings {library}, but the process group is of {running}: it was started before the "
+            f'config was read; set XTRAIN_BACKEND={backend}, or call init_distributed("{library}"), for {library}',
+            ranks=[0],
+            level=logging.WARNING,
+        )
+
+
 def _start(library: str, init_method: str | None, rank: int, world_size: int, timeout: timedelta) -> None:
     """Make the process group; init_method None: at MASTER_ADDR and MASTER_PORT, or, alone, without a port."""
     alone = init_method is None and world_size == 1
+    address = init_method or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         if alone:
-            dist.init_process_group(library, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            store: dist.Store = dist.HashStore()
+            rank = 0
         else:
-            dist.init_process_group(
-                library, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
-            )
+            store, rank, world_size = meeting.open_store(library, init_method, rank, world_size, timeout)
+            store.set_timeout(timeout)
+            together = meeting.Meeting(store, address, library, rank, world_size)
+            together.meet(timeout)
+            store = together.group_store
+        dist.init_process_group(library, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except BackendError:
+        raise
     except (RuntimeError, ValueError, AssertionError) as error:
         who = "a lone process" if alone or rank < 0 else f"rank {rank} of {world_size}"
-        address = init_method or f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         where = "" if alone else f" at {address}"
-        raise BackendError(f"{who} could not start {library}{where}: {error}") from error
+        raise BackendError(f"{who} could not start {library}{where}: {meeting.first_line(error)}") from error
+    meeting.current = None if alone else together
 
 
 def _found(place: discovery.Place) -> str:
@@ -216,6 +255,8 @@ def _settle() -> None:
     it while the interpreter is shutting down, CPython ends that thread inside C++ code, which aborts the
     whole process (seen about once in forty two-rank runs on a busy machine, after a successful run).
     """
+    if meeting.current is not None:
+        meeting.current.leave()
     time.sleep(_SETTLE_SECONDS)
 
 
@@ -223,3 +264,5 @@ def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
     """End the group (None: all groups) if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group(group)
+        if not dist.is_initialized():
+            meeting.current = None

@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 
 from xtrain.comm.collectives import Group, count
+from xtrain.comm.failures import explained
 from xtrain.comm.timing import finish
 
 _TAG = 0x78747261
 """Keeps the messages of `exchange` apart from the script's own."""
 
 
+@explained
 def exchange(received: list[torch.Tensor | None], sent: list[torch.Tensor | None], group: Group) -> list[Any]:
     """Start sending `sent[p]` to rank p of the group and receiving `received[p]` from it. Callers count the bytes."""
     works = [
@@ -34,6 +36,7 @@ def exchange(received: list[torch.Tensor | None], sent: list[torch.Tensor | None
     return works
 
 
+@explained
 def send(
     tensor: torch.Tensor,
     dst: int,
@@ -49,6 +52,7 @@ def send(
     finish(clock, None)
 
 
+@explained
 def recv(
     tensor: torch.Tensor,
     src: int | None = None,
@@ -64,6 +68,7 @@ def recv(
     return sender
 
 
+@explained
 def isend(
     tensor: torch.Tensor,
     dst: int,
@@ -78,6 +83,7 @@ def isend(
     return finish(clock, dist.isend(tensor, dst, group, tag))
 
 
+@explained
 def irecv(
     tensor: torch.Tensor,
     src: int | None = None,
@@ -103,6 +109,7 @@ class P2POp:
     tag: int = 0
 
 
+@explained
 def batch_isend_irecv(
     p2p_op_list: list[P2POp], prof: bool = False, log_name: str | None = None, debug: str | None = None
 ) -> list[Any]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from xtrain.comm.collectives import Group, all_gather_into_tensor, all_reduce, count
 from xtrain.comm.direct import is_direct
+from xtrain.comm.failures import explained
 from xtrain.comm.point_to_point import exchange
 from xtrain.comm.timing import finish
 
@@ -33,6 +34,7 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+@explained
 def all_gather(
     tensor_list: list[torch.Tensor],
     tensor: torch.Tensor,
@@ -47,6 +49,7 @@ def all_gather(
     return finish(clock, dist.all_gather(tensor_list, tensor, group=group, async_op=async_op))
 
 
+@explained
 def reduce_scatter(
     output: torch.Tensor,
     input_list: list[torch.Tensor],
@@ -62,6 +65,7 @@ def reduce_scatter(
     return finish(clock, dist.reduce_scatter(output, input_list, op=op, group=group, async_op=async_op))
 
 
+@explained
 def all_to_all(
     output_tensor_list: list[torch.Tensor],
     input_tensor_list: list[torch.Tensor],
@@ -88,6 +92,7 @@ def all_to_all(
     return finish(clock, together if async_op else None)
 
 
+@explained
 def gather(
     tensor: torch.Tensor,
     gather_list: list[torch.Tensor] | None = None,
@@ -105,6 +110,7 @@ def gather(
     return finish(clock, dist.gather(tensor, gather_list, dst, group, async_op))
 
 
+@explained
 def scatter(
     tensor: torch.Tensor,
     scatter_list: list[torch.Tensor] | None = None,
@@ -130,6 +136,7 @@ def _coalesced(start: Callable[[int], Any], count_: int, async_op: bool) -> _Tog
     return None
 
 
+@explained
 def all_reduce_coalesced(
     tensors: list[torch.Tensor],
     op: Any = dist.ReduceOp.SUM,
@@ -146,6 +153,7 @@ def all_reduce_coalesced(
     )
 
 
+@explained
 def all_gather_coalesced(
     output_tensors: list[torch.Tensor],
     input_tensors: list[torch.Tensor],

@@ -14,7 +14,7 @@ from xtrain.run_folder import LOGS
 
 _CONSEQUENCE = re.compile(
     r"closed by peer|reset by peer|Broken pipe|Connection refused|Timed out waiting|NCCL (communicator|watchdog)"
-    r"|HCCL|Connection was likely closed|Failed to recv|Stop_waiting|wait timeout",
+    r"|HCCL|cannot finish: |Connection was likely closed|Failed to recv|Stop_waiting|wait timeout",
     re.IGNORECASE,
 )
 """Messages of a rank that only noticed that another one had gone."""

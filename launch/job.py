@@ -174,12 +174,17 @@ def make_job(config: LaunchConfig, extra_args: list[str]) -> tuple[Job, dict[str
             raise ConfigError(
                 f"{key} is for the built-in script: pass your script its own arguments after `--`"
             )
+    env = {**config.cluster.env, RUN_DIR_VARIABLE: str(run_dir)}
+    if backend := deepspeed_config.get("xtrain", {}).get("backend"):
+        env.setdefault(
+            "XTRAIN_BACKEND", backend
+        )  # for a script's own init_distributed(), which sees no config
     job = Job(
         run_dir=run_dir,
         script=script,
         script_args=[*flags, "--deepspeed", "--deepspeed_config", str(run_dir / "ds_config.json"), *given],
         ranks=config.ranks,
-        env={**config.cluster.env, RUN_DIR_VARIABLE: str(run_dir)},
+        env=env,
         stop_timeout=config.cluster.stop_timeout,
         total_steps=total_steps,
         model=config.model.name if config.script is None else script.name,

@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from xtrain.errors import RunInterrupted, XtrainError
+from xtrain.errors import PeerLostError, RunInterrupted, XtrainError
 from xtrain.launch.failure import Failure, rank_log, write_failure
 from xtrain.launch.processes import die_with_parent
 from xtrain.run_folder import RUN_DIR_VARIABLE
@@ -36,6 +36,8 @@ def _run(script: str, args: list[str]) -> None:
 
 
 def _failure(rank: int, error: BaseException) -> Failure:
+    if isinstance(error, PeerLostError):  # the other rank's failure is the one to tell
+        return Failure(rank, str(error), error.exit_code, time.time(), traceback=traceback.format_exc())
     if isinstance(error, XtrainError):
         return Failure(
             rank, str(error), error.exit_code, time.time(), user_error=True, traceback=traceback.format_exc()

@@ -85,12 +85,14 @@ def initialize(
     checked = load_config(_one_config(args, config, config_params))
     log.configure(checked.values.log_level)
     backend = registry.detect(checked.values.xtrain.backend)
-    backend.prepare(comm.get_local_rank(), checked.values.xtrain.aligned)
+    backend.prepare(comm.find_local_rank(), checked.values.xtrain.aligned)
     comm.init_distributed(
         dist_backend=backend.collectives.process_group_backend,
         distributed_port=distributed_port,
         dist_init_required=dist_init_required,
     )
+    comm.check_same("backend", backend.name)
+    comm.tell_other_library(backend.name, backend.collectives.process_group_backend)
     random_states.use_backend(backend)
     if "activation_checkpointing" in checked.values.model_fields_set:
         checkpointing.configure_from_engine(checked.values.activation_checkpointing, mpu)

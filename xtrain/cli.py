@@ -11,6 +11,7 @@ from xtrain.version import __version__
 
 def _parser() -> argparse.ArgumentParser:
     from xtrain.align import main as align
+    from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
 
     parser = argparse.ArgumentParser(prog="xtrain", description="DeepSpeed scripts on every accelerator")
@@ -19,6 +20,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, module, text in (
         ("launch", launch, "start ranks: xtrain launch model=glm_tiny train.steps=100 [-- script args]"),
         ("align", align, "compare the loss curves of two runs"),
+        (
+            "doctor",
+            doctor,
+            "what is here, what is not and why, and whether collectives give the right numbers",
+        ),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -29,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Errors of the user are one sentence and status 2."""
     from xtrain.align import main as align
+    from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
 
     given = sys.argv[1:] if argv is None else argv
@@ -49,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             return launch.run(args, script_args)
         if separator:
             raise XtrainError(f"`--` has no meaning for xtrain {args.command}")
-        return align.run(args)
+        return doctor.run(args) if args.command == "doctor" else align.run(args)
     except KeyboardInterrupt:  # outside the supervised run, which handles it itself
         print("xtrain: interrupted", file=sys.stderr)
         return 130

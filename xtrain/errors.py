@@ -32,6 +32,10 @@ class BackendError(XtrainError, RuntimeError):
     """A backend was asked for and cannot be used on this machine."""
 
 
+class PeerLostError(BackendError):
+    """An operation cannot finish because another rank has ended or does not take part: what it did is the cause."""
+
+
 class DataError(XtrainError, ValueError):
     """Training data is missing, empty or unreadable."""
 

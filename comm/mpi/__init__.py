@@ -7,6 +7,8 @@ memory only. mpi4py is imported when MPI is asked for and never before: importin
 from __future__ import annotations
 
 from datetime import timedelta
+from importlib import metadata
+from importlib.util import find_spec
 
 import torch.distributed as dist
 
@@ -15,6 +17,22 @@ from xtrain.log import logger
 
 NAME = "mpi4py"
 """The backend's name in torch.distributed, whose own "mpi" is reserved for a torch that was built with MPI."""
+
+
+STARTED_BY = "mpiexec"
+"""What starts the ranks: without it every process is alone."""
+
+
+def unavailable_reason() -> str | None:
+    """One sentence saying why MPI cannot be used here, found out without starting it; None when it may work."""
+    if find_spec("mpi4py") is None:
+        return "mpi4py is not installed: pip install 'xtrain[mpi]', or mpi4py alone where there is an MPI"
+    return None
+
+
+def version() -> str:
+    """Of mpi4py; the MPI library's own only MPI itself can tell."""
+    return f"mpi4py {metadata.version('mpi4py')}"
 
 
 def start(
@@ -37,7 +55,7 @@ def start(
     Raises:
         BackendError: mpi4py or the MPI library is missing; MPI has another number of processes than expected.
     """
-    load()
+    load(timeout)
     if init_method not in (None, "env://", "mpi://"):
         logger.warning("init_method %r is not used: ranks meet through MPI", init_method)
     from xtrain.comm.mpi.group import create

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from xtrain.errors import BackendError
+from xtrain.errors import BackendError, PeerLostError
 
 _SPIN = 0.010
 """Seconds that a waiter only yields before it begins to sleep between its looks."""
@@ -207,7 +207,7 @@ class Progress:
             while not operation.done:
                 time.sleep(0)
             return
-        operation.fail(BackendError(f"{operation.what} {reason}"))
+        operation.fail(PeerLostError(f"{operation.what} {reason}"))
 
     def complete(self, requests: list[Any], timeout: float) -> list[bool]:
         """Go on with everything until these requests are done; which of them are when time is up."""

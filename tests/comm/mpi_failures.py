@@ -32,6 +32,17 @@ def main(kind: str) -> None:
         )
         assert senders == [("1", "0", "0"), ("0", "1", "1")], senders
         return
+    if kind == "mixed":
+        mine = "gloo" if os.environ["PMI_RANK"] == "0" else "mpi"
+        try:
+            limit = timedelta(
+                seconds=3 if mine == "gloo" else 9
+            )  # mpiexec ends the job with the first that fails
+            comm.init_distributed(mine, verbose=False, timeout=limit)
+        except BackendError as error:
+            print(error, flush=True)
+            time.sleep(20)
+            sys.exit(1)
     comm.init_distributed("mpi", verbose=False, timeout=timedelta(seconds=60))
     dist.all_reduce(torch.ones(1))
     if dist.get_rank() == 1:

@@ -122,7 +122,7 @@ def test_a_missing_group_is_said() -> None:
 
 
 def test_an_unknown_library_is_an_error() -> None:
-    with pytest.raises(BackendError, match="a lone process could not start nonsense: "):
+    with pytest.raises(BackendError, match="unknown process-group library 'nonsense': choose one of "):
         comm.init_distributed("nonsense")
 
 
@@ -136,7 +136,7 @@ def test_ranks_that_never_come_are_an_error_with_rank_and_address(monkeypatch: p
     }
     for name, value in place.items():  # all of them, so that none stays set after the test
         monkeypatch.setenv(name, value)
-    with pytest.raises(BackendError, match=r"rank 0 of 2 could not start gloo at 127.0.0.1:29999: .*1/2"):
+    with pytest.raises(BackendError, match=r"backend gloo, rank 0 of 2: nothing came from rank 1 within "):
         comm.init_distributed("gloo", timeout=timedelta(seconds=1))
 
 

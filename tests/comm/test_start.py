@@ -96,6 +96,28 @@ def test_a_process_that_is_alone_waits_for_nobody(
         comm.destroy_process_group()
 
 
+def test_devices_are_taken_by_the_launchers_local_rank(environment: pytest.MonkeyPatch) -> None:
+    assert comm.find_local_rank() == 0
+    for name, value in {
+        "PMI_RANK": "3",
+        "PMI_SIZE": "4",
+        "MPI_LOCALRANKID": "1",
+        "MPI_LOCALNRANKS": "2",
+    }.items():
+        environment.setenv(name, value)
+    environment.setenv("LOCAL_WORLD_SIZE", "")
+    environment.delenv("LOCAL_WORLD_SIZE")
+    assert comm.find_local_rank() == 1  # before init_distributed
+    assert "LOCAL_WORLD_SIZE" not in os.environ  # two hosts
+    environment.delenv("LOCAL_RANK")
+    environment.setenv("MPI_LOCALNRANKS", "4")
+    environment.setenv("MPI_LOCALRANKID", "3")
+    assert comm.find_local_rank() == 3
+    assert os.environ["LOCAL_WORLD_SIZE"] == "4"
+    environment.setenv("LOCAL_RANK", "2")
+    assert comm.find_local_rank() == 2
+
+
 def test_an_init_method_is_used_and_its_own_ranks_count(
     environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

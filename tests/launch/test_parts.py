@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from xtrain.errors import BackendError, PeerLostError
+from xtrain.launch import rank
+from xtrain.launch.compose import compose_config
 from xtrain.launch.failure import Failure, culprit, killed, read_failures, write_failure
+from xtrain.launch.job import make_job
 from xtrain.launch.progress import ProgressDisplay, RecordTail
 
 
@@ -82,3 +86,18 @@ def test_the_bar_on_a_terminal(total: int | None) -> None:
     display.close()
     assert "glm_tiny" in out.getvalue()
     assert "loss 2.0000" in out.getvalue()
+
+
+def test_a_lost_peer_is_not_the_culprit() -> None:
+    lost = PeerLostError("backend gloo, rank 0 of 2: all_reduce cannot finish: rank 1 has ended")
+    noticed = rank._failure(0, lost)
+    assert noticed.is_consequence
+    own = Failure(1, "ValueError: unreadable", 1, noticed.time + 5)
+    assert culprit([noticed, own]) is own
+    assert not rank._failure(0, BackendError("backend 'cuda' cannot be used here")).is_consequence
+
+
+def test_the_launcher_names_the_backend_to_its_ranks(tmp_path: Path) -> None:
+    for overrides, named in (([], None), (["backend=sunway"], "sunway")):
+        config, _ = compose_config([f"run_dir={tmp_path / 'run'}", *overrides])
+        assert make_job(config, [])[0].env.get("XTRAIN_BACKEND") == named
