@@ -22,8 +22,15 @@ from xtrain.align.record import VERSION
 from xtrain.version import __version__
 
 
+def _loss_scale(engine: Any) -> float | None:
+    """The scale of the gradients that the next step applies. DeepSpeed's engine.loss_scale() is the config's."""
+    optimizer = getattr(engine, "optimizer", None)
+    scale = getattr(optimizer, "cur_scale", getattr(optimizer, "loss_scale", None))
+    return None if scale is None else float(scale)
+
+
 class Recorder:
-    """Records loss, gradient norm, learning rate, tokens and time of each optimizer step.
+    """Records loss, gradient norm, learning rate, loss scale, tokens and time of each optimizer step.
 
     The loss of a step is the mean over micro-batches and data-parallel ranks, added up in float64.
 
@@ -63,10 +70,10 @@ class Recorder:
 
         @wraps(step)
         def recorded_step(*args: Any, **kwargs: Any) -> Any:
-            before, lr = engine.global_steps, list(engine.get_lr())
+            before, lr, scale = engine.global_steps, list(engine.get_lr()), _loss_scale(engine)
             result = step(*args, **kwargs)
             if engine.global_steps != before:
-                self._write_step(engine, lr)
+                self._write_step(engine, lr, scale)
                 if after_step is not None:
                     after_step(engine)
             return result
@@ -117,7 +124,7 @@ class Recorder:
         self.raised = flags > 0
         return loss / ranks
 
-    def _write_step(self, engine: Any, lr: list[float]) -> None:
+    def _write_step(self, engine: Any, lr: list[float], scale: float | None) -> None:
         loss = self._mean_loss(engine)
         now = time.perf_counter()
         norm = engine.get_global_grad_norm()
@@ -128,6 +135,7 @@ class Recorder:
             "loss_hex": loss.hex(),
             "grad_norm": None if norm is None else float(norm),
             "lr": lr,
+            "loss_scale": scale,
             "applied": bool(engine.was_step_applied()),
             "seconds": now - self._last,
             "elapsed": now - self._start,

@@ -19,7 +19,7 @@ from xtrain.config.instruments import (
     TimersConfig,
     WandbConfig,
 )
-from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
+from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, OnlyNative, Section
 
 FeatureDict = dict[str, Any]  # a section of a feature that is not there yet: checked for "enabled" only
 
@@ -267,7 +267,9 @@ class CheckpointConfig(Section):
     parallel_write: Annotated[FeatureDict | None, NoEffect("every rank writes its own part already")] = None
     writer: Annotated[FeatureDict | None, NotYet("leave it out: files are written by each rank")] = None
     format: Annotated[
-        Literal["xtrain", "deepspeed"], NotYet("checkpoints are written in xtrain's own format")
+        Literal["xtrain", "deepspeed"],
+        NotYet("checkpoints are written in xtrain's own format"),
+        OnlyNative(fine=("deepspeed",)),
     ] = "xtrain"
 
     @field_validator("tag_validation", mode="before")
@@ -324,15 +326,15 @@ class XtrainSection(Section):
 
     backend: str | None = None
     """Name of the backend; overrides XTRAIN_BACKEND, DS_ACCELERATOR and detection."""
-    engine: Annotated[
-        Literal["native", "deepspeed"], NotYet("run the script with `import deepspeed` to use its engine")
-    ] = "native"
-    aligned: bool = False
+    engine: Literal["native", "deepspeed"] = "native"
+    """"deepspeed": the installed DeepSpeed trains, on this backend and with this recorder. Every key of its config is
+    then its own affair, and keys that only xtrain's engine has are refused."""
+    aligned: Annotated[bool, OnlyNative()] = False
     """Bits that do not depend on ZeRO stage or on how a batch is split over ranks and accumulation (powers
     of two): canonical sums in float32, one optimizer arithmetic, counter-based dropout. See docs/aligned.md."""
-    seed: int = Field(1234, ge=0)
+    seed: Annotated[int, OnlyNative()] = Field(1234, ge=0)
     """Seed of the dropout masks in aligned mode."""
-    max_skipped_steps: int = Field(20, ge=0)
+    max_skipped_steps: Annotated[int, OnlyNative()] = Field(20, ge=0)
     """Steps in a row with gradients that are not finite, after which training ends with an error; 0: never. Does not
     count where the loss scale adapts: there the smallest scale is the limit."""
     record: str | None = None

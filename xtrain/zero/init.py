@@ -7,6 +7,7 @@ its constructor has run by then. What code inside the context does to divided pa
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from xtrain import comm
 from xtrain.backends import registry
 from xtrain.config import load_config
+from xtrain.delegate import start as delegate
 from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.precision import for_backend, make_policy
 from xtrain.zero.gathered import GatheredParameters
@@ -88,6 +90,17 @@ class Init:
     """
 
     _open: list[Init] = []
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's own when the config says that its engine trains."""
+        call = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
+        given = call.get("config_dict_or_path", call.get("config"))
+        if cls is not Init or given is None or not call.get("enabled", True):
+            return super().__new__(cls)
+        checked = load_config(given)
+        if checked.values.xtrain.engine == "native":
+            return super().__new__(cls)
+        return delegate.zero_init(checked, call)
 
     def __init__(
         self,
