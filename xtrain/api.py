@@ -65,7 +65,8 @@ def initialize(
         lr_scheduler: an object with `step()`, or a callable that builds one from the optimizer; None
             takes the config's.
         distributed_port: port of rank 0 when the environment names none.
-        mpu: the script's process grid; its data-parallel group is used.
+        mpu: the script's process grid: see `xtrain.parallel.grid_from_mpu` for what it answers, and
+            `xtrain.parallel.ProcessGrid` for one that is there.
         dist_init_required: False asserts that the process group exists already.
         collate_fn: for `training_data`.
         config, config_params: path or dictionary; one of them, or `args.deepspeed_config`.
@@ -128,7 +129,7 @@ def initialize(
         collate_fn=collate_fn,
         mpu=mpu,
     )
-    managed.attach(engine, checked, backend, {"engine": "native"})
+    managed.attach(engine, checked, backend, {"engine": "native"}, engine.grid.reports_loss)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

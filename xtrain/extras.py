@@ -72,7 +72,9 @@ class Extras:
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the global batch by changing the number of accumulation steps."""
         self._between_steps("set_train_batch_size")
-        self.batch_sizes = solve_batch_sizes(train_batch_size, self.batch_sizes.micro, None, self.grid.size)
+        self.batch_sizes = solve_batch_sizes(
+            train_batch_size, self.batch_sizes.micro, None, self.grid.replicas
+        )
         self.micro_steps = 0
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
@@ -82,7 +84,7 @@ class Extras:
         """
         self._between_steps("set_train_micro_batch_size")
         accumulation = self.batch_sizes.accumulation
-        self.batch_sizes = solve_batch_sizes(None, micro_batch_size, accumulation, self.grid.size)
+        self.batch_sizes = solve_batch_sizes(None, micro_batch_size, accumulation, self.grid.replicas)
 
     # ---------------------------------------------------------------- gradients and memory
 

@@ -31,12 +31,15 @@ def _save_all(run_dir: Path) -> None:
             engine.save_checkpoint(str(folder / f"engine{number}" if number else folder))
 
 
-def attach(engine: Any, config: XtrainConfig, backend: Backend, who: dict[str, str]) -> None:
+def attach(
+    engine: Any, config: XtrainConfig, backend: Backend, who: dict[str, str], counts: bool = True
+) -> None:
     """Attach a recorder when the config or the launcher asks for one, and the stop file's watcher.
 
     Args:
         engine: xtrain's own or DeepSpeed's.
         who: goes into the record's header: which engine it is.
+        counts: whether this rank's loss counts in the recorded mean.
     """
     section = config.values.xtrain
     run_dir = Path(os.environ[RUN_DIR_VARIABLE]) if RUN_DIR_VARIABLE in os.environ else None
@@ -52,6 +55,7 @@ def attach(engine: Any, config: XtrainConfig, backend: Backend, who: dict[str, s
         header={**who, "backend": backend.name, "config": config.public()},
         tokens_per_sample=section.tokens_per_sample,
         flag=(run_dir / STOP).exists if run_dir else None,
+        counts=counts,
     )
 
     def stop_if_asked(engine: Any) -> None:

@@ -32,7 +32,8 @@ def _loss_scale(engine: Any) -> float | None:
 class Recorder:
     """Records loss, gradient norm, learning rate, loss scale, tokens and time of each optimizer step.
 
-    The loss of a step is the mean over micro-batches and data-parallel ranks, added up in float64.
+    The loss of a step is the mean over micro-batches and over ranks with (parts of) samples of their own, added up
+    in float64.
 
     Args:
         path: the record; lines are appended.
@@ -40,6 +41,8 @@ class Recorder:
         tokens_per_sample: with it, every line says how many tokens the step consumed.
         flag: asked once per step on rank 0; the answer reaches all ranks in the same collective as the
             loss (see `raised`).
+        counts: whether this rank's losses are in the mean: not where another has the same, or where a pipeline
+            stage that is not the last has none.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class Recorder:
         header: dict[str, Any] | None = None,
         tokens_per_sample: int | None = None,
         flag: Callable[[], bool] | None = None,
+        counts: bool = True,
     ) -> None:
         self.path = Path(path)
         self.header = header or {}
         self.tokens_per_sample = tokens_per_sample
         self.flag = flag
+        self.counts = counts
         self.raised = False
         """Whether `flag` answered True on rank 0 at the last step; the same on every rank."""
         self._losses: list[torch.Tensor] = []
@@ -113,16 +118,20 @@ class Recorder:
         mean = torch.stack(losses).cpu().double().mean()  # float64 is the host's: not every device adds it
         self._losses.clear()
         raised = bool(self.flag and engine.global_rank == 0 and self.flag())
-        mine = torch.tensor([float(mean), float(raised)], dtype=torch.float64).to(engine.device)
+        mine = torch.tensor(
+            [float(mean) if self.counts else 0.0, float(self.counts), float(raised)], dtype=torch.float64
+        ).to(engine.device)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         rows = [mine]
         if ranks > 1:
             # Moved and added here, in rank order: not every library adds float64.
             rows = [torch.empty_like(mine) for _ in range(ranks)]
             dist.all_gather(rows, mine)
-        loss, flags = (math.fsum(column) for column in zip(*(row.tolist() for row in rows), strict=True))
+        loss, counted, flags = (
+            math.fsum(column) for column in zip(*(row.tolist() for row in rows), strict=True)
+        )
         self.raised = flags > 0
-        return loss / ranks
+        return loss / counted
 
     def _write_step(self, engine: Any, lr: list[float], scale: float | None) -> None:
         loss = self._mean_loss(engine)

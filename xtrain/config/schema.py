@@ -365,6 +365,8 @@ class Config(Section):
     zero_allow_untested_optimizer: bool = False
     communication_data_type: DtypeName | None = None
     """Dtype in which gradients travel. None: the one in which they are accumulated."""
+    seq_parallel_communication_data_type: DtypeName | None = None
+    """The same where the mpu divides sequences over ranks. None: fp32, as in DeepSpeed."""
     prescale_gradients: bool = False
     """Average over ranks before the reduction instead of after it."""
     gradient_predivide_factor: float = Field(1.0, gt=0)
@@ -393,15 +395,14 @@ class Config(Section):
     log_level: str | None = None
 
     # Not there yet.
-    seq_parallel_communication_data_type: Annotated[
-        str | None, NotYet("sequence parallelism is not there yet")
-    ] = None
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
     amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
     pipeline: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     tensor_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     expert_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
-    sequence_parallel_size: Annotated[int, NotYet("use data parallelism")] = 1
+    sequence_parallel_size: Annotated[
+        int, NotYet("pass mpu=xtrain.parallel.ProcessGrid(sequence=...) to initialize()")
+    ] = 1
     data_parallel_size: Annotated[
         int | None, NotYet("leave it out: it is the number of ranks, or what mpu says")
     ] = None

@@ -18,6 +18,7 @@ from xtrain.backends import Backend, registry
 from xtrain.config import XtrainConfig
 from xtrain.delegate.accelerator import import_deepspeed, present
 from xtrain.errors import ConfigError
+from xtrain.parallel import grid_from_mpu
 from xtrain.zero.home import home_of
 
 
@@ -74,7 +75,8 @@ def initialize(config: XtrainConfig, backend: Backend, args: Any, model: nn.Modu
     result = deepspeed.initialize(
         args=_without_config(args), model=model, config=config_for_deepspeed(config), **call
     )
-    managed.attach(result[0], config, backend, {"engine": "deepspeed", "deepspeed": deepspeed.__version__})
+    who = {"engine": "deepspeed", "deepspeed": deepspeed.__version__}
+    managed.attach(result[0], config, backend, who, grid_from_mpu(call["mpu"]).reports_loss)
     return result
 
 

@@ -87,6 +87,7 @@ class DataParallelGrid:
 
 _NAMES = {
     "tensor": ("tensor_model_parallel", "slice_parallel", "model_parallel"),
+    "tensor alone": ("tensor_model_parallel", "slice_parallel"),
     "pipeline": ("pipeline_model_parallel", "pipe_parallel"),
     "model": ("model_parallel",),
     "data": ("data_parallel",),
@@ -132,13 +133,14 @@ def _check_size(what: str, group: dist.ProcessGroup | None, size: int) -> None:
 
 
 def _model(mpu: _Answers) -> ModelParallel:
-    tensor, pipeline = mpu.size("tensor"), mpu.size("pipeline")
-    if not (mpu.has("tensor", "world_size") and not _only_old_name(mpu)) and pipeline > 1:
-        tensor //= pipeline  # get_model_parallel_world_size() alone counts both
+    purpose = "the ranks that hold other parts of the model"
+    pipeline = mpu.size("pipeline")
+    # With pipelines, get_model_parallel_world_size() counts both dimensions in some mpus, and one in others.
+    kind = "tensor" if pipeline == 1 else "tensor alone"
+    tensor = mpu.size("tensor") if pipeline == 1 else int(mpu.ask(kind, "world_size", purpose))
     size = tensor * pipeline
     if size == 1:
         return ModelParallel()
-    purpose = "the ranks that hold other parts of the model"
     whole = mpu.has("model", "group") or pipeline > 1
     group = mpu.ask("model" if whole else "tensor", "group", purpose)
     _check_size("the model-parallel group (tensor x pipeline)", group, size)
@@ -147,15 +149,9 @@ def _model(mpu: _Answers) -> ModelParallel:
         size=size,
         rank=comm.get_rank(group),
         tensor=tensor,
-        tensor_rank=mpu.ask("tensor", "rank", purpose) if tensor > 1 else 0,
+        tensor_rank=mpu.ask(kind, "rank", purpose) if tensor > 1 else 0,
         pipeline=pipeline,
         pipeline_rank=mpu.ask("pipeline", "rank", purpose) if pipeline > 1 else 0,
-    )
-
-
-def _only_old_name(mpu: _Answers) -> bool:
-    return not any(
-        callable(getattr(mpu._mpu, f"get_{name}_world_size", None)) for name in _NAMES["tensor"][:-1]
     )
 
 
@@ -200,10 +196,11 @@ def grid_from_mpu(mpu: Any | None) -> DataParallelGrid:
         replica = rank = answers.ask("data", "rank", purpose)
         samples_group = group
         _check_size("the data-parallel group", group, size)
-    if model.size * size != comm.get_world_size():
+    # Not all ranks need be in it: two models may train side by side.
+    if comm.get_world_size() % (model.size * size):
         raise ConfigError(
-            f"the mpu object describes {size // sequence} data-parallel x {sequence} sequence-parallel x {model.tensor} "
-            f"tensor-parallel x {model.pipeline} pipeline ranks, but there are {comm.get_world_size()} ranks"
+            f"the mpu object describes data {size // sequence} x sequence {sequence} x tensor {model.tensor} x "
+            f"pipeline {model.pipeline}, which does not divide the {comm.get_world_size()} ranks there are"
         )
     source = dist.get_global_rank(group, 0) if group is not None else 0
     return DataParallelGrid(

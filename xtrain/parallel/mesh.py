@@ -43,7 +43,9 @@ class ProcessGrid:
         engine, *_ = xtrain.initialize(model=model, config=config, mpu=grid)
     """
 
-    def __init__(self, tensor: int = 1, pipeline: int = 1, sequence: int = 1, data: int | None = None) -> None:
+    def __init__(
+        self, tensor: int = 1, pipeline: int = 1, sequence: int = 1, data: int | None = None
+    ) -> None:
         sizes = {"pipeline": pipeline, "data": data, "sequence": sequence, "tensor": tensor}
         for name, size in sizes.items():
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -54,7 +56,9 @@ class ProcessGrid:
             data = ranks // others
         if data is None or data * others != ranks:
             told = " x ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
-            raise ConfigError(f"ProcessGrid: {told} does not divide {ranks} ranks: choose sizes whose product does")
+            raise ConfigError(
+                f"ProcessGrid: {told} does not divide {ranks} ranks: choose sizes whose product does"
+            )
         self._shape = (pipeline, data, sequence, tensor)
         self.mesh: DeviceMesh = comm.initialize_mesh_device(self._shape, DIMENSIONS)
         # Public calls only: what flattens dimensions of a DeviceMesh is private in torch.
