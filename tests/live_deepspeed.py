@@ -35,3 +35,19 @@ def live_deepspeed() -> Iterator[Any]:
             del os.environ["DS_ACCELERATOR"]
         else:
             os.environ["DS_ACCELERATOR"] = before
+
+
+@contextmanager
+def fresh_deepspeed() -> Iterator[None]:
+    """DeepSpeed without what an earlier task of this worker left in its modules; undone afterwards."""
+    import deepspeed
+    import deepspeed.comm.comm as ds_comm
+    from deepspeed.accelerator import real_accelerator
+
+    ds_comm.cdb = deepspeed.utils.groups._WORLD_GROUP = deepspeed.utils.groups.mpu = None
+    linear = torch.nn.functional.linear  # its zero.Init replaces it, for good
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+        real_accelerator.ds_accelerator = None

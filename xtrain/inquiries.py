@@ -140,6 +140,8 @@ class Inquiries:
         """The ranks that share one sample; None when each has samples of its own."""
         return self.grid.sequence_group
 
+    seq_parallel_group = property(get_sequence_parallel_group)
+
     # Instruments
 
     @property

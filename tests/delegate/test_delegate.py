@@ -6,8 +6,6 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +14,16 @@ import torch
 
 import xtrain
 from tests import training
-from tests.live_deepspeed import live_deepspeed
+from tests.live_deepspeed import fresh_deepspeed, live_deepspeed
 from tests.parity.cases import flags, load_script
 from tests.parity.corpus import write_corpus
 from xtrain.align.record import read_record
 from xtrain.backends import Backend, registry
 from xtrain.config import load_config
-from xtrain.delegate.start import config_for_deepspeed
+from xtrain.delegate.start import config_for_deepspeed, deepspeed_for
 from xtrain.errors import BackendError, ConfigError, NotImplementedYetError
 
 STEPS = 6
-
-
-@contextmanager
-def fresh_deepspeed() -> Iterator[None]:
-    """DeepSpeed without what an earlier task of this worker left in its modules; undone afterwards."""
-    import deepspeed
-    import deepspeed.comm.comm as ds_comm
-    from deepspeed.accelerator import real_accelerator
-
-    ds_comm.cdb = deepspeed.utils.groups._WORLD_GROUP = deepspeed.utils.groups.mpu = None
-    linear = torch.nn.functional.linear  # its zero.Init replaces it, for good
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = linear
-        real_accelerator.ds_accelerator = None
 
 
 def _config(stage: int, dtype: str, engine: str, **section: Any) -> dict[str, Any]:
@@ -193,6 +175,34 @@ def test_zero_init_follows_the_engine(ranks: Any) -> None:
         assert native[1] == pytest.approx(theirs[1], rel=1e-4)
         assert native[2][0] == theirs[2][0] == [33, training.FEATURES]
         assert native[2][1] == pytest.approx(theirs[2][1], rel=1e-4)
+
+
+def _pipeline(record: str) -> list[float]:
+    """DeepSpeed's own pipeline of two stages, which xtrain's engine does not have."""
+    with fresh_deepspeed():
+        deepspeed_for(registry.detect())  # a pipeline's layers are divided before initialize
+        from deepspeed.pipe import PipelineModule
+
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)]
+        model = PipelineModule(layers, num_stages=2, loss_fn=torch.nn.MSELoss())
+        config = {
+            "train_batch_size": 4,
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+            "xtrain": {"engine": "deepspeed", "record": record},
+        }
+        engine = xtrain.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+        batches = iter([(x := torch.randn(2, 4), x[:, :3]) for _ in range(8)])
+        return [engine.train_batch(data_iter=batches).item() for _ in range(3)]
+
+
+@pytest.mark.deepspeed
+def test_deepspeeds_pipeline_engine_is_recorded(ranks: Any, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    first, second = ranks(2, _pipeline, str(tmp_path / "r.jsonl"))
+    assert first == second
+    assert list(read_record(tmp_path / "r.jsonl").losses().values()) == first
 
 
 @pytest.mark.deepspeed

@@ -1,7 +1,7 @@
 """Writes the run record while a DeepSpeed-like engine trains.
 
 Works on any engine with DeepSpeed's methods (xtrain's own or the real one): it wraps `backward` and
-`step` of the instance and asks nothing that is not public.
+`step` (or `train_batch`) of the instance and asks nothing that is not public.
 """
 
 from __future__ import annotations
@@ -84,8 +84,28 @@ class Recorder:
             return result
 
         # Instance attributes; nn.Module keeps functions apart from parameters and modules.
-        engine.backward, engine.step = recorded_backward, recorded_step
+        if callable(train_batch := getattr(engine, "train_batch", None)):
+            engine.train_batch = self._recorded_train_batch(engine, train_batch, after_step)
+        else:
+            engine.backward, engine.step = recorded_backward, recorded_step
         self._start = self._last = time.perf_counter()
+
+    def _recorded_train_batch(
+        self, engine: Any, train_batch: Callable[..., Any], after_step: Callable[[Any], None] | None
+    ) -> Callable[..., Any]:
+        """For DeepSpeed's pipeline engine, whose one call is a step and returns the mean loss on every rank."""
+
+        @wraps(train_batch)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            lr, scale = list(engine.get_lr()), _loss_scale(engine)
+            loss = train_batch(*args, **kwargs)
+            self._losses.append(loss.detach().clone())
+            self._write_step(engine, lr, scale)
+            if after_step is not None:
+                after_step(engine)
+            return loss
+
+        return recorded
 
     def _open(self, engine: Any) -> None:
         """Write the header, just before the first step: the engine may have loaded a checkpoint before."""

@@ -397,8 +397,10 @@ class Config(Section):
     # Not there yet.
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
     amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
-    pipeline: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
-    tensor_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
+    pipeline: Annotated[FeatureDict | None, NotYet("pass an mpu, with a pipeline of your own")] = None
+    tensor_parallel: Annotated[
+        FeatureDict | None, NotYet("pass an mpu, with tensor-parallel layers of your own")
+    ] = None
     expert_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
     sequence_parallel_size: Annotated[
         int, NotYet("pass mpu=xtrain.parallel.ProcessGrid(sequence=...) to initialize()")

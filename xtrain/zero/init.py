@@ -80,7 +80,7 @@ class Init:
     Args:
         module: divide this model's parameters at once; no context is needed then.
         data_parallel_group: ranks to divide over; None: those of `mpu`, or all.
-        sequence_data_parallel_group: the same with sequence parallelism; wins.
+        sequence_data_parallel_group: the same with sequence parallelism.
         remote_device: not there yet, except None, "none" and "cpu" on backends whose memory is the host's.
         config_dict_or_path, config: the DeepSpeed configuration; decides the dtype.
         enabled: False makes it do nothing.
@@ -146,6 +146,10 @@ class Init:
         comm.init_distributed(dist_backend=backend.collectives.process_group_backend, verbose=False)
         self.device = backend.runtime.device(comm.get_local_rank())
         if sequence_data_parallel_group is not None:
+            if data_parallel_group is not None:
+                raise ConfigError(
+                    "zero.Init was given data_parallel_group and sequence_data_parallel_group: pass the latter alone"
+                )
             data_parallel_group = sequence_data_parallel_group
         if data_parallel_group is None and mpu is not None:
             data_parallel_group = grid_from_mpu(mpu).group
@@ -203,6 +207,10 @@ class Init:
                     self._divide(module)
             self._divide_touched()
 
+
+# What help() and editors show; __new__ would hide it.
+_ARGUMENTS = list(inspect.signature(Init.__init__).parameters.values())[1:]
+setattr(Init, "__signature__", inspect.Signature(_ARGUMENTS))  # noqa: B010 - types know no such attribute
 
 _original: dict[str, Any] = {}
 
