@@ -177,6 +177,68 @@ def test_zero_init_follows_the_engine(ranks: Any) -> None:
         assert native[2][1] == pytest.approx(theirs[2][1], rel=1e-4)
 
 
+class Tied(torch.nn.Module):
+    """The second layer's forward uses the first one's weight, from a list, which is announced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(training.FEATURES, 12)
+        self.last = Last([self.first.weight])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+class Last(torch.nn.Module):
+    def __init__(self, given: list[torch.nn.Parameter]) -> None:
+        super().__init__()
+        self.given = given
+        xtrain.zero.register_external_parameter(self, given[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.given[0])[:, : training.OUTPUTS]
+
+
+def _helpers(engine: str, stage: int) -> list[list[float]]:
+    """Masters and gradients by xtrain.utils: of a step, and after a script has changed the gradient."""
+    torch.manual_seed(0)
+    model = Tied()
+    trained = xtrain.initialize(
+        model=model, model_parameters=model.parameters(), config=_config(stage, "bf16", engine)
+    )[0]
+    x, y = training.samples(0)
+    found = []
+    for _ in range(2):
+        for _ in range(2):
+            trained.backward(training.loss_of(trained, x[:4], y[:4]))
+            if trained.is_gradient_accumulation_boundary():
+                grad = xtrain.utils.safe_get_full_grad(model.first.weight)
+                found.append(grad.flatten().tolist())
+                xtrain.utils.safe_set_full_grad(model.first.weight, grad * 0 + 0.25)
+            trained.step()
+        found.append(xtrain.utils.safe_get_full_fp32_param(model.first.weight).flatten().tolist())
+        state = xtrain.utils.safe_get_full_optimizer_state(model.first.weight, "exp_avg")
+        found.append(state.flatten().tolist())
+    return found
+
+
+def _both_helpers(stage: int) -> Any:
+    with fresh_deepspeed():
+        theirs = _helpers("deepspeed", stage)
+    return _helpers("native", stage), theirs
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_helpers_on_parameters_follow_the_engine(ranks: Any, stage: int) -> None:
+    pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    for ours, theirs in ranks(2, _both_helpers, stage):
+        assert len(ours) == len(theirs) == 6
+        for mine, its in zip(ours, theirs, strict=True):
+            assert len(mine) == training.FEATURES * 12
+            assert mine == pytest.approx(its, rel=0.02, abs=0.002)
+
+
 def _pipeline(record: str) -> list[float]:
     """DeepSpeed's own pipeline of two stages, which xtrain's engine does not have."""
     with fresh_deepspeed():

@@ -6,12 +6,17 @@ Only a hand-over: the backend is presented, the config goes without its "xtrain"
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xtrain import comm, managed
 from xtrain.backends import Backend, registry
@@ -20,6 +25,29 @@ from xtrain.delegate.accelerator import import_deepspeed, present
 from xtrain.errors import ConfigError
 from xtrain.parallel import grid_from_mpu
 from xtrain.zero.home import home_of
+from xtrain.zero.hooks import external_parameters
+
+_trained: Any = WeakIdKeyDictionary()
+"""Parameters that DeepSpeed's engine trains."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def follows_the_engine(function: Function) -> Function:
+    """Let a function of `xtrain.utils` be DeepSpeed's of the same name for parameters of its engine.
+
+    The function's first argument is a parameter, or a list of them.
+    """
+
+    @wraps(function)
+    def chosen(param: Any, *args: Any, **kwargs: Any) -> Any:
+        first = param[0] if isinstance(param, list | tuple) and param else param
+        if isinstance(first, torch.Tensor) and first in _trained:
+            theirs = importlib.import_module("deepspeed.utils.tensor_fragment")
+            return getattr(theirs, function.__name__)(param, *args, **kwargs)
+        return function(param, *args, **kwargs)
+
+    return cast(Function, chosen)
 
 
 def deepspeed_for(backend: Backend) -> Any:
@@ -72,10 +100,15 @@ def initialize(config: XtrainConfig, backend: Backend, args: Any, model: nn.Modu
             "config to zero.Init(config_dict_or_path=...), which then is DeepSpeed's"
         )
     deepspeed = deepspeed_for(backend)
+    for module in model.modules():
+        for param in external_parameters(module):
+            deepspeed.zero.register_external_parameter(module, param)
     result = deepspeed.initialize(
         args=_without_config(args), model=model, config=config_for_deepspeed(config), **call
     )
     who = {"engine": "deepspeed", "deepspeed": deepspeed.__version__}
+    for param in result[0].module.parameters():
+        _trained[param] = True
     managed.attach(result[0], config, backend, who, grid_from_mpu(call["mpu"]).reports_loss)
     return result
 
@@ -98,3 +131,9 @@ def gathered(params: list[Any], modifier_rank: int | None, fwd_module: nn.Module
         return nullcontext()
     deepspeed = sys.modules["deepspeed"]  # it has made them
     return deepspeed.zero.GatheredParameters(theirs, modifier_rank=modifier_rank, fwd_module=fwd_module)
+
+
+def register_external(module: nn.Module, param: nn.Parameter) -> None:
+    """Tell DeepSpeed too, of a parameter that its ZeRO stage 3 has divided."""
+    if hasattr(param, "ds_tensor"):
+        sys.modules["deepspeed"].zero.register_external_parameter(module, param)

@@ -112,6 +112,7 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
             "register_external_parameter() takes a module and a parameter, not "
             f"{type(module).__name__} and {type(parameter).__name__}"
         )
+    delegate.register_external(module, parameter)
     announced = external_parameters(module)
     if any(parameter is other for other in announced):
         return
