@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.parallel import ModelParallel, ProcessGrid, grid_from_mpu
 from xtrain.parallel.grid import counted_once
 from xtrain.utils import groups
+from xtrain.zero.holdings import counted_parts
+from xtrain.zero.layout import cut
 
 _KINDS = (
     "data_parallel", "model_parallel", "tensor_model_parallel", "pipeline_model_parallel", "sequence_parallel",
@@ -130,6 +134,35 @@ def _ulysses() -> Any:
 
 def test_an_mpu_of_sequences_alone(ranks: Any) -> None:
     assert ranks(4, _ulysses) == [(4, rank, 2, 2, rank // 2) for rank in range(4)]
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=12),
+    partitions=st.integers(1, 5),
+    bucket_size=st.integers(1, 60),
+    align=st.sampled_from([1, 4]),
+)
+def test_every_element_counts_on_exactly_one_tensor_rank(
+    sizes: list[tuple[int, bool]], partitions: int, bucket_size: int, align: int
+) -> None:
+    """Divided parameters differ and count on both ranks; replicated ones on the first; padding is anybody's."""
+    layout = cut([size for size, _ in sizes], partitions, bucket_size, align)
+    members = [SimpleNamespace(tensor_model_parallel=divided) for _, divided in sizes]
+    owner: list[Any] = [None] * layout.total  # of each element of the flat buffer
+    for start, (size, divided) in zip(layout.starts, sizes, strict=True):
+        owner[start : start + size] = [divided] * size
+    for tensor_rank in range(2):
+        model = ModelParallel(tensor=2, tensor_rank=tensor_rank)
+        for partition in range(partitions):
+            group: Any = SimpleNamespace(layout=layout, members=members, partition=partition)
+            parts = counted_parts(group, model)
+            for bucket, found in zip(layout.buckets, parts, strict=True):
+                low, high = layout.owned(bucket, partition)
+                flags = [counts for start, stop, counts in found for _ in range(start, stop)]
+                assert [start for start, _, _ in found[1:]] == [stop for _, stop, _ in found[:-1]]
+                assert len(flags) == high - low
+                for divided, counts in zip(owner[low:high], flags, strict=True):
+                    assert counts == (divided is not False or tensor_rank == 0)
 
 
 def test_which_rank_counts_a_parameter() -> None:
