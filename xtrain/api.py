@@ -129,7 +129,7 @@ def initialize(
         collate_fn=collate_fn,
         mpu=mpu,
     )
-    managed.attach(engine, checked, backend, {"engine": "native"}, engine.grid.reports_loss)
+    managed.attach(engine, checked, backend, {"engine": "native"}, engine.grid.model.reports_loss)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -179,6 +179,11 @@ class Extras:
         Raises:
             CheckpointError: on every rank, when the file cannot be written.
         """
+        if self.grid.model.size > 1:
+            raise NotImplementedYetError(
+                "save_16bit_model() of a model whose parts are on several ranks",
+                "use save_checkpoint(), or write engine.module_state_dict() on each",
+            )
         zero = self.xtrain_config.values.zero_optimization
         path = Path(save_dir) / save_filename
         if zero.stage == 3 and not zero.gathers_weights_to_save:

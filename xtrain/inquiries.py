@@ -106,8 +106,8 @@ class Inquiries:
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup | None:
-        """The data-parallel process group."""
-        return self.grid.samples_group or self.grid.group or comm.get_world_group()
+        """The ranks that see different samples; None where sequences are divided and the mpu has no such group."""
+        return self.grid.data_group if self.grid.sequence > 1 else self.grid.group or comm.get_world_group()
 
     @property
     def seq_data_parallel_group(self) -> dist.ProcessGroup | None:

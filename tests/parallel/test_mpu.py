@@ -15,7 +15,7 @@ from tests.live_deepspeed import fresh_deepspeed, live_deepspeed
 from tests.parallel.models import CLIP, MLP, config, reference, shard, train, whole_weights
 from tests.training import FEATURES, GLOBAL_BATCH, OUTPUTS, samples
 from xtrain.align.record import read_record
-from xtrain.errors import CheckpointError, ConfigError
+from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.parallel import ProcessGrid
 
 STEPS = 5
@@ -112,6 +112,8 @@ def _save(folder: str, stage: int, dtype: str) -> Any:
     engine, grid = _build(stage, dtype)
     _, client = engine.load_checkpoint(folder)
     assert client == {"part": engine.get_model_parallel_rank()}
+    with pytest.raises(NotImplementedYetError, match="save_16bit_model"):
+        engine.save_16bit_model(folder)
     assert all(torch.equal(value, saved[name]) for name, value in _weights(engine).items())
     with tracker.fork():
         assert torch.equal(torch.rand(3), drawn)

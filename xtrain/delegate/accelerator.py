@@ -7,7 +7,6 @@ device graphs) is DeepSpeed's own for the type of device.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import types
 from functools import cached_property

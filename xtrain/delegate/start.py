@@ -23,7 +23,7 @@ from xtrain.backends import Backend, registry
 from xtrain.config import XtrainConfig
 from xtrain.delegate.accelerator import import_deepspeed, present
 from xtrain.errors import ConfigError
-from xtrain.parallel import grid_from_mpu
+from xtrain.parallel import model_from_mpu
 from xtrain.zero.home import home_of
 from xtrain.zero.hooks import external_parameters
 
@@ -109,7 +109,7 @@ def initialize(config: XtrainConfig, backend: Backend, args: Any, model: nn.Modu
     who = {"engine": "deepspeed", "deepspeed": deepspeed.__version__}
     for param in result[0].module.parameters():
         _trained[param] = True
-    managed.attach(result[0], config, backend, who, grid_from_mpu(call["mpu"]).reports_loss)
+    managed.attach(result[0], config, backend, who, model_from_mpu(call["mpu"]).reports_loss)
     return result
 
 

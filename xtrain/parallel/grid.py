@@ -36,9 +36,10 @@ class ModelParallel:
     pipeline: int = 1
     pipeline_rank: int = 0
 
-    def describe(self) -> str:
-        """For messages, such as `4 model-parallel ranks (tensor 2, pipeline 2)`."""
-        return f"{self.size} model-parallel ranks (tensor {self.tensor}, pipeline {self.pipeline})"
+    @property
+    def reports_loss(self) -> bool:
+        """Whether this rank's loss counts in the mean: that of the last stage, once for all tensor ranks."""
+        return self.tensor_rank == 0 and self.pipeline_rank == self.pipeline - 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class DataParallelGrid:
         source: global rank of the first of them, from which parameters are broadcast.
         sequence: ranks that share one sample.
         replica: number of this process's samples among the `replicas`.
-        samples_group: the data-parallel group alone: the ranks that see different samples; None: `group`.
+        samples_group: with sequence parallelism, the data-parallel group alone, if the script has one.
         sequence_group: the ranks that share one sample; None when each sample is whole.
         model: the ranks that hold the other parts of the model.
     """
@@ -80,9 +81,9 @@ class DataParallelGrid:
         return self.size // self.sequence
 
     @property
-    def reports_loss(self) -> bool:
-        """Whether this rank's loss counts in the mean: that of the last stage, once for all tensor ranks."""
-        return self.model.tensor_rank == 0 and self.model.pipeline_rank == self.model.pipeline - 1
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that see different samples; None when the script has no such group, or for all ranks."""
+        return self.group if self.sequence == 1 else self.samples_group
 
 
 _NAMES = {
@@ -132,7 +133,15 @@ def _check_size(what: str, group: dist.ProcessGroup | None, size: int) -> None:
         raise ConfigError(f"the mpu object says that {what} has {size} ranks, but its group has {actual}")
 
 
-def _model(mpu: _Answers) -> ModelParallel:
+def model_from_mpu(given: Any | None) -> ModelParallel:
+    """The ranks that hold one copy of the model together, as an mpu says; this one alone when it is None.
+
+    Raises:
+        ConfigError: the mpu lacks a method that is needed, or its sizes contradict each other.
+    """
+    if given is None:
+        return ModelParallel()
+    mpu = _Answers(given)
     purpose = "the ranks that hold other parts of the model"
     pipeline = mpu.size("pipeline")
     # With pipelines, get_model_parallel_world_size() counts both dimensions in some mpus, and one in others.
@@ -175,7 +184,7 @@ def grid_from_mpu(mpu: Any | None) -> DataParallelGrid:
             "offer those ranks as get_sequence_parallel_group() and get_sequence_data_parallel_group()",
         )
     answers = _Answers(mpu)
-    model, sequence = _model(answers), answers.size("sequence")
+    model, sequence = model_from_mpu(mpu), answers.size("sequence")
     purpose = "the data-parallel ranks"
     if sequence > 1:
         shared = "the ranks that hold the same parameters"
@@ -194,7 +203,7 @@ def grid_from_mpu(mpu: Any | None) -> DataParallelGrid:
         group, sequence_group = answers.ask("data", "group", purpose), None
         replicas = size = answers.ask("data", "world_size", purpose)
         replica = rank = answers.ask("data", "rank", purpose)
-        samples_group = group
+        samples_group = None
         _check_size("the data-parallel group", group, size)
     # Not all ranks need be in it: two models may train side by side.
     if comm.get_world_size() % (model.size * size):

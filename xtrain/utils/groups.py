@@ -22,8 +22,8 @@ def _grid() -> DataParallelGrid:
 
 
 def _get_data_parallel_group() -> dist.ProcessGroup | None:
-    """The ranks that see different samples."""
-    return comm.get_world_group() if mpu is None else _grid().samples_group or _grid().group
+    """The ranks that see different samples; None where sequences are divided and the mpu has no such group."""
+    return comm.get_world_group() if mpu is None else _grid().data_group
 
 
 def _get_data_parallel_world_size() -> int:

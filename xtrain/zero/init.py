@@ -96,7 +96,7 @@ class Init:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's own when the config says that its engine trains."""
         call = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
-        given = call.get("config_dict_or_path", call.get("config"))
+        given = call.get("config_dict_or_path") or call.get("config")
         if cls is not Init or given is None or not call.get("enabled", True):
             return super().__new__(cls)
         checked = load_config(given)
