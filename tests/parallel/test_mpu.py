@@ -319,7 +319,14 @@ def _pipeline(record: str, stage: int) -> Any:
             engine.backward((hidden * grad).sum())
         engine.step()
         norms.append(engine.get_global_grad_norm())
-    return norms, _weights(engine)
+    folder = str(Path(record).parent)
+    engine.save_checkpoint(folder)
+    trained = _weights(engine)
+    again = xtrain.initialize(model=Stage(int(last)), config=given, mpu=grid)[0]
+    again.load_checkpoint(folder)
+    assert all(torch.equal(value, trained[name]) for name, value in _weights(again).items())
+    assert again.global_steps == STEPS
+    return norms, trained
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
