@@ -6,7 +6,8 @@ Run it with `xtrain launch`, with torchrun, or alone:
     torchrun --nproc-per-node 2 examples/pretrain_glm.py --steps 50
     python examples/pretrain_glm.py --steps 50
 
-With `import deepspeed` in place of the first import it runs on the real DeepSpeed.
+With `import deepspeed` in place of the first import it runs on the real DeepSpeed; so it does, unchanged, with
+`"xtrain": {"engine": "deepspeed"}` in its config.
 """
 
 import argparse

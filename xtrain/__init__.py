@@ -52,6 +52,7 @@ _SUBMODULES = (
     "monitor",
     "ops",
     "optim",
+    "parallel",
     "profiling",
     "runtime",
     "schedulers",

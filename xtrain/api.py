@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from xtrain import checkpointing, comm, log, managed, random_states
 from xtrain.backends import registry
 from xtrain.config import load_config
+from xtrain.delegate import start as delegate
 from xtrain.engine import XtrainEngine
 from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.log import log_dist
@@ -64,14 +65,16 @@ def initialize(
         lr_scheduler: an object with `step()`, or a callable that builds one from the optimizer; None
             takes the config's.
         distributed_port: port of rank 0 when the environment names none.
-        mpu: the script's process grid; its data-parallel group is used.
+        mpu: the script's process grid: see `xtrain.parallel.grid_from_mpu` for what it answers, and
+            `xtrain.parallel.ProcessGrid` for one that is there.
         dist_init_required: False asserts that the process group exists already.
         collate_fn: for `training_data`.
         config, config_params: path or dictionary; one of them, or `args.deepspeed_config`.
-        mesh_param: not there yet.
+        mesh_param: for DeepSpeed's engine; not there yet in xtrain's own.
 
     Returns:
-        (engine, optimizer, training dataloader or None, scheduler or None).
+        (engine, optimizer, training dataloader or None, scheduler or None); DeepSpeed's own with
+        `"xtrain": {"engine": "deepspeed"}`.
 
     Raises:
         ConfigError: a mistake in the config or the arguments, in one sentence.
@@ -80,9 +83,9 @@ def initialize(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"initialize() needs model=<torch module>, got {type(model).__name__}")
-    if mesh_param is not None:
-        raise NotImplementedYetError("initialize(mesh_param=...)", "leave it out, or pass an mpu")
     checked = load_config(_one_config(args, config, config_params))
+    if mesh_param is not None and checked.values.xtrain.engine == "native":
+        raise NotImplementedYetError("initialize(mesh_param=...)", "leave it out, or pass an mpu")
     log.configure(checked.values.log_level)
     backend = registry.detect(checked.values.xtrain.backend)
     backend.prepare(comm.find_local_rank(), checked.values.xtrain.aligned)
@@ -96,6 +99,22 @@ def initialize(
     random_states.use_backend(backend)
     if "activation_checkpointing" in checked.values.model_fields_set:
         checkpointing.configure_from_engine(checked.values.activation_checkpointing, mpu)
+    if checked.values.xtrain.engine == "deepspeed":
+        return delegate.initialize(
+            checked,
+            backend,
+            args,
+            model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            distributed_port=distributed_port,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            mesh_param=mesh_param,
+        )
     for notice in checked.notices:
         log_dist(notice, ranks=[0])
     if checked.values.dump_state:
@@ -112,7 +131,7 @@ def initialize(
         collate_fn=collate_fn,
         mpu=mpu,
     )
-    managed.attach(engine)
+    managed.attach(engine, checked, backend, {"engine": "native"}, engine.grid.model.reports_loss)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -25,7 +25,9 @@ def make_dataloader(
     if isinstance(dataset, IterableDataset):
         sampler = None
     elif sampler is None:
-        sampler = DistributedSampler(dataset, grid.size, grid.rank, shuffle=shuffle, drop_last=drop_last)
+        sampler = DistributedSampler(
+            dataset, grid.replicas, grid.replica, shuffle=shuffle, drop_last=drop_last
+        )
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -78,7 +78,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             values.train_batch_size,
             values.train_micro_batch_size_per_gpu,
             values.gradient_accumulation_steps,
-            grid.size,
+            grid.replicas,
         )
         self.global_steps = self.micro_steps = self.global_samples = self.skipped_steps = 0
         self._boundary_override: bool | None = None
@@ -91,7 +91,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self.world_size = comm.get_world_size()
         self.device = backend.runtime.device(self.local_rank)
         setup.check_agreement(module, config, grid)
-        self.precision = for_backend(make_policy(values), values, backend)
+        self.precision = for_backend(make_policy(values, grid.sequence > 1), values, backend)
         self._random = AlignedRandom(values.xtrain.seed, self._place) if values.xtrain.aligned else None
         setup.place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
         self.module = module
@@ -159,7 +159,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             gradients,
             make_loss_scale(values.fp16, values.torch_autocast, backend.precision.initial_scale_power),
             backend,
-            grid.group,
+            grid,
             clip=values.gradient_clipping,
             skip_non_finite=self.precision.skip_non_finite,
             round_norm=self.precision.aligned,
@@ -227,9 +227,9 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             return self.module(*inputs, **kwargs)
 
     def _place(self) -> tuple[int, int]:
-        """(step, slot) of the running micro-batch; a slot is rank x accumulation steps + index."""
+        """(step, slot) of the running micro-batch; a slot is data-parallel rank x accumulation steps + index."""
         accumulation = self.batch_sizes.accumulation
-        return self.global_steps, self.grid.rank * accumulation + self.micro_steps % accumulation
+        return self.global_steps, self.grid.replica * accumulation + self.micro_steps % accumulation
 
     def backward(
         self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -349,7 +349,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         """Samples of the step over all ranks; without managed accumulation, backwards are counted."""
         if self.managed_gradient_accumulation():
             return self.batch_sizes.train
-        return self.batch_sizes.micro * self.grid.size * self._backwards
+        return self.batch_sizes.micro * self.grid.replicas * self._backwards
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

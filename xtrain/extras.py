@@ -72,7 +72,9 @@ class Extras:
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the global batch by changing the number of accumulation steps."""
         self._between_steps("set_train_batch_size")
-        self.batch_sizes = solve_batch_sizes(train_batch_size, self.batch_sizes.micro, None, self.grid.size)
+        self.batch_sizes = solve_batch_sizes(
+            train_batch_size, self.batch_sizes.micro, None, self.grid.replicas
+        )
         self.micro_steps = 0
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
@@ -82,7 +84,7 @@ class Extras:
         """
         self._between_steps("set_train_micro_batch_size")
         accumulation = self.batch_sizes.accumulation
-        self.batch_sizes = solve_batch_sizes(None, micro_batch_size, accumulation, self.grid.size)
+        self.batch_sizes = solve_batch_sizes(None, micro_batch_size, accumulation, self.grid.replicas)
 
     # ---------------------------------------------------------------- gradients and memory
 
@@ -177,6 +179,11 @@ class Extras:
         Raises:
             CheckpointError: on every rank, when the file cannot be written.
         """
+        if self.grid.model.size > 1:
+            raise NotImplementedYetError(
+                "save_16bit_model() of a model whose parts are on several ranks",
+                "use save_checkpoint(), or write engine.module_state_dict() on each",
+            )
         zero = self.xtrain_config.values.zero_optimization
         path = Path(save_dir) / save_filename
         if zero.stage == 3 and not zero.gathers_weights_to_save:

@@ -97,31 +97,50 @@ class Inquiries:
     @property
     def dp_world_size(self) -> int:
         """Data-parallel ranks."""
-        return self.grid.size
+        return self.grid.replicas
 
     @property
     def mp_world_size(self) -> int:
-        """Model-parallel ranks; more than one are refused at initialisation."""
-        return 1
+        """Model-parallel ranks: tensor x pipeline."""
+        return self.grid.model.size
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup | None:
-        """The data-parallel process group."""
+        """The ranks that see different samples; None where sequences are divided and the mpu has no such group."""
+        return self.grid.data_group if self.grid.sequence > 1 else self.grid.group or comm.get_world_group()
+
+    @property
+    def seq_data_parallel_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same parameters: data- and sequence-parallel ones together."""
         return self.grid.group or comm.get_world_group()
+
+    @property
+    def seq_dp_world_size(self) -> int:
+        """How many they are."""
+        return self.grid.size
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """Ranks that share one sample."""
+        return self.grid.sequence
 
     def get_data_parallel_rank(self) -> int:
         """Number of this process among the data-parallel ranks."""
-        return self.grid.rank
+        return self.grid.replica
 
     def get_model_parallel_rank(self) -> int:
-        """Number of this process among the model-parallel ranks, of which there is one."""
-        return 0
+        """Number of this process among the model-parallel ranks."""
+        return self.grid.model.rank
 
-    get_tensor_parallel_rank = get_model_parallel_rank
+    def get_tensor_parallel_rank(self) -> int:
+        """Number of this process among the ranks that a layer is divided over."""
+        return self.grid.model.tensor_rank
 
     def get_sequence_parallel_group(self) -> dist.ProcessGroup | None:
-        """None: sequences are not divided."""
-        return None
+        """The ranks that share one sample; None when each has samples of its own."""
+        return self.grid.sequence_group
+
+    seq_parallel_group = property(get_sequence_parallel_group)
 
     # Instruments
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 import os
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from xtrain.align.recorder import Recorder
+from xtrain.backends import Backend
+from xtrain.config import XtrainConfig
 from xtrain.errors import RunInterrupted
 from xtrain.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE, STOP, STOPPED
 
-if TYPE_CHECKING:
-    from xtrain.engine import XtrainEngine
-
-_engines: list[weakref.ref[XtrainEngine]] = []
+_engines: list[weakref.ref[Any]] = []
 """Every engine of this process that was started in a run folder, in order of creation."""
 
 
@@ -32,9 +31,17 @@ def _save_all(run_dir: Path) -> None:
             engine.save_checkpoint(str(folder / f"engine{number}" if number else folder))
 
 
-def attach(engine: XtrainEngine) -> None:
-    """Attach a recorder when the config or the launcher asks for one, and the stop file's watcher."""
-    section = engine.xtrain_config.values.xtrain
+def attach(
+    engine: Any, config: XtrainConfig, backend: Backend, who: dict[str, str], counts: bool = True
+) -> None:
+    """Attach a recorder when the config or the launcher asks for one, and the stop file's watcher.
+
+    Args:
+        engine: xtrain's own or DeepSpeed's.
+        who: goes into the record's header: which engine it is.
+        counts: whether this rank's loss counts in the recorded mean.
+    """
+    section = config.values.xtrain
     run_dir = Path(os.environ[RUN_DIR_VARIABLE]) if RUN_DIR_VARIABLE in os.environ else None
     number = len(_engines)
     if run_dir is not None:
@@ -45,12 +52,13 @@ def attach(engine: XtrainEngine) -> None:
         return
     recorder = Recorder(
         path,
-        header={"engine": "native", "backend": engine.backend.name, "config": engine.xtrain_config.public()},
+        header={**who, "backend": backend.name, "config": config.public()},
         tokens_per_sample=section.tokens_per_sample,
         flag=(run_dir / STOP).exists if run_dir else None,
+        counts=counts,
     )
 
-    def stop_if_asked(engine: XtrainEngine) -> None:
+    def stop_if_asked(engine: Any) -> None:
         if recorder.raised and run_dir is not None:
             _save_all(run_dir)
             if engine.global_rank == 0:

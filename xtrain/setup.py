@@ -89,6 +89,20 @@ def _describe_parameters(module: nn.Module) -> list[str]:
 def check_agreement(module: nn.Module, config: XtrainConfig, grid: DataParallelGrid) -> None:
     """Fail on every rank, naming the first difference, when ranks disagree on parameters or config.
 
+    Only ranks that hold the same parameters are compared; those that hold other parts of the model fail with them.
+    """
+    problem = _disagreement(module, config, grid)
+    if grid.model.size > 1:
+        problems: list[str | None] = [None] * grid.model.size
+        comm.all_gather_object(problems, problem, group=grid.model.group)
+        problem = problem or next((other for other in problems if other), None)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _disagreement(module: nn.Module, config: XtrainConfig, grid: DataParallelGrid) -> str | None:
+    """The first difference between ranks that hold the same parameters; equal on all of them.
+
     Without this check a disagreement shows as a hang or as a wrong curve. Fingerprints are exchanged
     first; the full descriptions only when they differ.
     """
@@ -100,19 +114,18 @@ def check_agreement(module: nn.Module, config: XtrainConfig, grid: DataParallelG
     fingerprints = [""] * grid.size
     comm.all_gather_object(fingerprints, hashlib.sha256(text.encode()).hexdigest(), group=grid.group)
     if len(set(fingerprints)) == 1:
-        return
+        return None
     everyone: list[dict[str, Any]] = [{}] * grid.size
     comm.all_gather_object(everyone, description, group=grid.group)
     other = next(rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0])
     if everyone[0]["config"] != everyone[other]["config"]:
-        raise ConfigError(
-            f"ranks 0 and {other} were given different configs: {everyone[0]['config']} and {everyone[other]['config']}"
-        )
+        configs = f"{everyone[0]['config']} and {everyone[other]['config']}"
+        return f"ranks 0 and {other} were given different configs: {configs}"
     ours, theirs = everyone[0]["parameters"], everyone[other]["parameters"]
     for mine, its in zip(ours, theirs, strict=False):
         if mine != its:
-            raise ConfigError(f"ranks 0 and {other} disagree on a parameter: {mine!r} and {its!r}")
-    raise ConfigError(f"rank 0 has {len(ours)} parameters and rank {other} has {len(theirs)}")
+            return f"ranks 0 and {other} disagree on a parameter: {mine!r} and {its!r}"
+    return f"rank 0 has {len(ours)} parameters and rank {other} has {len(theirs)}"
 
 
 def _broadcast(tensor: torch.Tensor, grid: DataParallelGrid) -> None:

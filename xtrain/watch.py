@@ -106,6 +106,8 @@ def check_unused(names: Sequence[str], grid: DataParallelGrid, device: torch.dev
     count = torch.tensor([len(names)], dtype=torch.int32, device=device)
     if grid.size > 1:
         comm.all_reduce(count, comm.ReduceOp.MAX, group=grid.group)
+    if grid.model.size > 1:
+        comm.all_reduce(count, comm.ReduceOp.MAX, group=grid.model.group)
     if not count.item():
         return
     everyone: list[list[str]] = [[]] * grid.size
@@ -118,7 +120,8 @@ def check_unused(names: Sequence[str], grid: DataParallelGrid, device: torch.dev
         f"{name!r} on {'every rank' if len(where) == grid.size else 'rank ' + ', '.join(where)}"
         for name, where in ranks.items()
     ]
+    here = _listed(told) if told else "some of another model-parallel rank, which names them"
     raise ConfigError(
-        f"parameters without a gradient: {_listed(told)}; use them in the loss, freeze them, or set "
+        f"parameters without a gradient: {here}; use them in the loss, freeze them, or set "
         "zero_optimization.ignore_unused_parameters to true"
     )

@@ -20,6 +20,9 @@ on xtrain. "Implemented" says that the name is there and takes DeepSpeed's argum
 named; what it does is the business of the other tests. "Refused" is followed by the message that a script gets,
 with NAME for the name.
 
+All of it is about xtrain's own engine. With `"xtrain": {{"engine": "deepspeed"}}` every configuration key is the
+installed DeepSpeed's, and so are the engine, the optimizer and the loader that `initialize` returns.
+
 | | there | refused |
 | --- | ---: | ---: |
 """

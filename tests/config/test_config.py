@@ -51,7 +51,6 @@ def test_mistakes_name_the_key_and_what_to_do(config: dict[str, Any], said: str)
         {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}},
         {"data_efficiency": {"enabled": True}},
         {"autotuning": {"enabled": True}},
-        {"xtrain": {"engine": "deepspeed"}},
     ],
 )
 def test_features_not_there_yet_are_refused_by_name(config: dict[str, Any]) -> None:

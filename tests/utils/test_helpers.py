@@ -60,7 +60,7 @@ def test_groups(ranks: Any) -> None:
 
 def test_groups_that_are_not_there() -> None:
     assert not hasattr(groups, "_get_expert_parallel_group")
-    with pytest.raises(AttributeError, match="data parallelism only"):
+    with pytest.raises(AttributeError, match="expert parallelism is not there"):
         groups._get_expert_parallel_group("ep_size_2")
 
 

@@ -1,7 +1,7 @@
 """Writes the run record while a DeepSpeed-like engine trains.
 
 Works on any engine with DeepSpeed's methods (xtrain's own or the real one): it wraps `backward` and
-`step` of the instance and asks nothing that is not public.
+`step` (or `train_batch`) of the instance and asks nothing that is not public.
 """
 
 from __future__ import annotations
@@ -22,10 +22,18 @@ from xtrain.align.record import VERSION
 from xtrain.version import __version__
 
 
-class Recorder:
-    """Records loss, gradient norm, learning rate, tokens and time of each optimizer step.
+def _loss_scale(engine: Any) -> float | None:
+    """The scale of the gradients that the next step applies. DeepSpeed's engine.loss_scale() is the config's."""
+    optimizer = getattr(engine, "optimizer", None)
+    scale = getattr(optimizer, "cur_scale", getattr(optimizer, "loss_scale", None))
+    return None if scale is None else float(scale)
 
-    The loss of a step is the mean over micro-batches and data-parallel ranks, added up in float64.
+
+class Recorder:
+    """Records loss, gradient norm, learning rate, loss scale, tokens and time of each optimizer step.
+
+    The loss of a step is the mean over micro-batches and over ranks with (parts of) samples of their own, added up
+    in float64.
 
     Args:
         path: the record; lines are appended.
@@ -33,6 +41,8 @@ class Recorder:
         tokens_per_sample: with it, every line says how many tokens the step consumed.
         flag: asked once per step on rank 0; the answer reaches all ranks in the same collective as the
             loss (see `raised`).
+        counts: whether this rank's losses are in the mean: not where another has the same, or where a pipeline
+            stage that is not the last has none.
     """
 
     def __init__(
@@ -41,11 +51,13 @@ class Recorder:
         header: dict[str, Any] | None = None,
         tokens_per_sample: int | None = None,
         flag: Callable[[], bool] | None = None,
+        counts: bool = True,
     ) -> None:
         self.path = Path(path)
         self.header = header or {}
         self.tokens_per_sample = tokens_per_sample
         self.flag = flag
+        self.counts = counts
         self.raised = False
         """Whether `flag` answered True on rank 0 at the last step; the same on every rank."""
         self._losses: list[torch.Tensor] = []
@@ -63,17 +75,37 @@ class Recorder:
 
         @wraps(step)
         def recorded_step(*args: Any, **kwargs: Any) -> Any:
-            before, lr = engine.global_steps, list(engine.get_lr())
+            before, lr, scale = engine.global_steps, list(engine.get_lr()), _loss_scale(engine)
             result = step(*args, **kwargs)
             if engine.global_steps != before:
-                self._write_step(engine, lr)
+                self._write_step(engine, lr, scale)
                 if after_step is not None:
                     after_step(engine)
             return result
 
         # Instance attributes; nn.Module keeps functions apart from parameters and modules.
-        engine.backward, engine.step = recorded_backward, recorded_step
+        if callable(train_batch := getattr(engine, "train_batch", None)):
+            engine.train_batch = self._recorded_train_batch(engine, train_batch, after_step)
+        else:
+            engine.backward, engine.step = recorded_backward, recorded_step
         self._start = self._last = time.perf_counter()
+
+    def _recorded_train_batch(
+        self, engine: Any, train_batch: Callable[..., Any], after_step: Callable[[Any], None] | None
+    ) -> Callable[..., Any]:
+        """For DeepSpeed's pipeline engine, whose one call is a step and returns the mean loss on every rank."""
+
+        @wraps(train_batch)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            lr, scale = list(engine.get_lr()), _loss_scale(engine)
+            loss = train_batch(*args, **kwargs)
+            self._losses.append(loss.detach().clone())
+            self._write_step(engine, lr, scale)
+            if after_step is not None:
+                after_step(engine)
+            return loss
+
+        return recorded
 
     def _open(self, engine: Any) -> None:
         """Write the header, just before the first step: the engine may have loaded a checkpoint before."""
@@ -106,18 +138,22 @@ class Recorder:
         mean = torch.stack(losses).cpu().double().mean()  # float64 is the host's: not every device adds it
         self._losses.clear()
         raised = bool(self.flag and engine.global_rank == 0 and self.flag())
-        mine = torch.tensor([float(mean), float(raised)], dtype=torch.float64).to(engine.device)
+        mine = torch.tensor(
+            [float(mean) if self.counts else 0.0, float(self.counts), float(raised)], dtype=torch.float64
+        ).to(engine.device)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         rows = [mine]
         if ranks > 1:
             # Moved and added here, in rank order: not every library adds float64.
             rows = [torch.empty_like(mine) for _ in range(ranks)]
             dist.all_gather(rows, mine)
-        loss, flags = (math.fsum(column) for column in zip(*(row.tolist() for row in rows), strict=True))
+        loss, counted, flags = (
+            math.fsum(column) for column in zip(*(row.tolist() for row in rows), strict=True)
+        )
         self.raised = flags > 0
-        return loss / ranks
+        return loss / counted
 
-    def _write_step(self, engine: Any, lr: list[float]) -> None:
+    def _write_step(self, engine: Any, lr: list[float], scale: float | None) -> None:
         loss = self._mean_loss(engine)
         now = time.perf_counter()
         norm = engine.get_global_grad_norm()
@@ -128,6 +164,7 @@ class Recorder:
             "loss_hex": loss.hex(),
             "grad_norm": None if norm is None else float(norm),
             "lr": lr,
+            "loss_scale": scale,
             "applied": bool(engine.was_step_applied()),
             "seconds": now - self._last,
             "elapsed": now - self._start,

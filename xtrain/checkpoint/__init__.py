@@ -6,8 +6,12 @@ A checkpoint is the directory `save_dir/tag`:
 - `optimizer-{r}-of-{n}.safetensors`: what rank r owned: runs of master weights and optimizer states (in
   ZeRO stage 3 of weights, too), named `kind|parameter|start`, one-dimensional;
 - `state.pt`: counters, schedule, scalar optimizer state and the script's client state;
-- `rng-{r}-of-{n}.pt`: the rank's random-number states;
+- `rng-{r}-of-{n}.pt`: the rank's random-number states, named ones (Megatron's tracker) included;
 - `manifest.json`: written last; sizes and SHA-256 of all files, and which file holds which run.
+
+Where an mpu divides the model, each model-parallel rank has a part of its own: files are called
+`model-part-{p}-of-{m}.safetensors` and so on, and the manifest lists parameters and runs by part. Such a checkpoint
+loads into any number of data-parallel ranks and any stage, and into the same division of the model only.
 
 Reading never executes code from a file: tensors are safetensors, the rest is loaded with
 `weights_only=True`.

@@ -20,6 +20,39 @@ MASTER, WEIGHT = "master", "weight"
 or as master alone where that has its dtype."""
 
 
+def part_of(name: str, part: int, parts: int) -> str:
+    """A file's name for model-parallel rank `part` of `parts`: `model-part-00001-of-00002.safetensors`, say.
+
+    The name itself when the model is not divided.
+    """
+    stem, suffix = name.rsplit(".", 1)
+    return name if parts == 1 else f"{stem}-part-{part:05d}-of-{parts:05d}.{suffix}"
+
+
+def select_part(
+    manifest: dict[str, Any], directory: Path, part: int, tensor: int, pipeline: int
+) -> dict[str, Any]:
+    """The manifest as model-parallel rank `part` sees it: `parameters` and `runs` are its own.
+
+    Raises:
+        CheckpointError: the model was divided otherwise when the checkpoint was written.
+    """
+    saved = manifest.get("model_parallel", {"tensor": 1, "pipeline": 1})
+    if (saved["tensor"], saved["pipeline"]) != (tensor, pipeline):
+        raise CheckpointError(
+            f"checkpoint {directory} was written with tensor parallelism {saved['tensor']} and pipeline parallelism "
+            f"{saved['pipeline']}, this run has {tensor} and {pipeline}: use the same sizes"
+        )
+    parts = tensor * pipeline
+    own = manifest["parts"][part] if parts > 1 else {}
+    return {**manifest, **own, "part": (part, parts)}
+
+
+def own_file(manifest: dict[str, Any], name: str) -> str:
+    """A file's name in a manifest that `select_part` returned."""
+    return part_of(name, *manifest["part"])
+
+
 def optimizer_file(rank: int, ranks: int) -> str:
     """Name of the file with what data-parallel rank `rank` of `ranks` owned."""
     return f"optimizer-{rank:05d}-of-{ranks:05d}.safetensors"

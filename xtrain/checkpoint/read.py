@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from xtrain import random_states
 from xtrain.agree import together
 from xtrain.checkpoint import layout
 from xtrain.checkpoint.safe import safe_load
@@ -84,7 +85,9 @@ class _Weights:
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self._runs = _Runs(directory, manifest)
-        self._file = safe_open(str(layout.verified(directory, manifest, layout.MODEL)), framework="pt")
+        self._file = safe_open(
+            str(layout.verified(directory, manifest, layout.own_file(manifest, layout.MODEL))), framework="pt"
+        )
         self._whole = set(self._file.keys())
         self._shapes = {name: entry["shape"] for name, entry in manifest["parameters"].items()}
         self._dtypes = {name: entry["dtype"] for name, entry in manifest["parameters"].items()}
@@ -233,6 +236,7 @@ def _load_rng(engine: XtrainEngine, directory: Path, manifest: dict[str, Any]) -
         return
     states = _read_torch(directory, manifest, layout.rng_file(engine.global_rank, engine.world_size))
     torch.set_rng_state(states["torch"])
+    random_states.tracker.set_states({**random_states.tracker.get_states(), **states.get("named", {})})
     written_on = states.get("device_type", "cpu")
     if written_on == engine.device.type:
         engine.backend.runtime.set_rng_state(states["device"])
@@ -277,9 +281,13 @@ def load(
     whole: dict[str, Any] = {}  # for custom_load_fn
 
     def read_module() -> None:
-        manifest.update(layout.read_manifest(directory))
+        model = engine.grid.model
+        whole_manifest = layout.read_manifest(directory)
+        manifest.update(
+            layout.select_part(whole_manifest, directory, model.rank, model.tensor, model.pipeline)
+        )
         _check_shapes(engine, manifest, directory)
-        state.update(_read_torch(directory, manifest, layout.STATE))
+        state.update(_read_torch(directory, manifest, layout.own_file(manifest, layout.STATE)))
         extra = state.get("module_extra", {})
         if custom_load_fn is None:
             _load_module(engine, directory, manifest, extra, strict)

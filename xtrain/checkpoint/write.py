@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from xtrain import comm
+from xtrain import comm, random_states
 from xtrain.agree import together
 from xtrain.checkpoint import layout
 from xtrain.checkpoint.safe import safe_load
@@ -141,20 +141,28 @@ def _write_torch(value: Any, path: Path, what: str) -> None:
 def _write_part(
     engine: XtrainEngine, directory: Path, client_state: dict[str, Any], exclude_frozen: bool
 ) -> dict[str, Any]:
-    """Write this rank's files; return their manifest entries and the index of runs."""
+    """Write this rank's files; return their manifest entries, the index of runs, and what parameters there are."""
+    model = engine.grid.model
     written: list[str] = []
     index: dict[str, list[list[Any]]] = {}
-    if engine.global_rank == 0:
-        save_file(_module_tensors(engine, exclude_frozen), directory / layout.MODEL)
-        _write_torch(
-            _state(engine, client_state), directory / layout.STATE, "client_state or the scheduler's state"
+    parameters: dict[str, Any] = {}
+    if engine.grid.rank == 0:
+        weights, state = (
+            layout.part_of(name, model.rank, model.size) for name in (layout.MODEL, layout.STATE)
         )
-        written += [layout.MODEL, layout.STATE]
+        save_file(_module_tensors(engine, exclude_frozen), directory / weights)
+        _write_torch(_state(engine, client_state), directory / state, "client_state or the scheduler's state")
+        written += [weights, state]
+        parameters = {
+            name: {"shape": list(full_shape(param)), "dtype": str(param.dtype).removeprefix("torch.")}
+            for name, param in engine.module.named_parameters()
+        }
     # In stage 0 every rank owns the same states: the first data-parallel rank writes them.
     partitioned = engine.zero_optimization()
     has_states = engine.optimizer is not None or bool(engine.partition.sharded)
     if has_states and (partitioned or engine.grid.rank == 0):
         name = layout.optimizer_file(engine.grid.rank, engine.grid.size if partitioned else 1)
+        name = layout.part_of(name, model.rank, model.size)
         tensors, index = _owned_states(engine, exclude_frozen)
         save_file(tensors, directory / name)
         index = {parameter: [[name, *run] for run in runs] for parameter, runs in index.items()}
@@ -164,6 +172,7 @@ def _write_part(
         "torch": torch.get_rng_state(),
         "device": engine.backend.runtime.get_rng_state(),
         "device_type": engine.device.type,
+        "named": random_states.tracker.get_states(),
     }
     _write_torch(states, directory / rng, "the random-number state")
     written.append(rng)
@@ -172,16 +181,25 @@ def _write_part(
         with (directory / name).open("rb") as file:
             os.fsync(file.fileno())
         files[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)}
-    return {"files": files, "runs": index}
+    return {"files": files, "part": model.rank, "parameters": parameters, "runs": index}
+
+
+def _merge(parts: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    """`parameters` and `runs` of one model-parallel rank, from what the ranks have written."""
+    parameters: dict[str, Any] = {}
+    runs: dict[str, list[list[Any]]] = {}
+    for part in parts:
+        if part["part"] == number:
+            parameters.update(part["parameters"])
+            for parameter, entries in part["runs"].items():
+                runs.setdefault(parameter, []).extend(entries)
+    return {"parameters": parameters, "runs": runs}
 
 
 def _publish(
     engine: XtrainEngine, temporary: Path, target: Path, parts: list[dict[str, Any]], latest: bool
 ) -> None:
-    runs: dict[str, list[list[Any]]] = {}
-    for part in parts:
-        for parameter, entries in part["runs"].items():
-            runs.setdefault(parameter, []).extend(entries)
+    model = engine.grid.model
     manifest = {
         "format": layout.FORMAT,
         "version": layout.VERSION,
@@ -191,12 +209,12 @@ def _publish(
         "data_parallel_ranks": engine.grid.size,
         "zero_stage": engine.zero_optimization_stage(),
         "files": {name: entry for part in parts for name, entry in sorted(part["files"].items())},
-        "parameters": {
-            name: {"shape": list(full_shape(param)), "dtype": str(param.dtype).removeprefix("torch.")}
-            for name, param in engine.module.named_parameters()
-        },
-        "runs": runs,
+        **_merge(parts, 0),
     }
+    if model.size > 1:
+        manifest["model_parallel"] = {"tensor": model.tensor, "pipeline": model.pipeline}
+        manifest["parts"] = [_merge(parts, number) for number in range(model.size)]
+        manifest.update(parameters={}, runs={})  # they stand in the parts
     write_text(temporary / layout.MANIFEST, json.dumps(manifest, indent=1))
     sync_directory(temporary)
     if target.exists():

@@ -43,7 +43,7 @@ class MissingModuleError(NotImplementedYetError, ImportError):
 MISSING: tuple[Missing, ...] = (
     Missing(
         "pipeline parallelism",
-        "divide states over data-parallel ranks with zero_optimization.stage",
+        "pass an mpu with a pipeline of your own, or import it from deepspeed and let DeepSpeed's engine train",
         ("pipe", "runtime.pipe", "Pipeline*", "DualPipeV*", ),
     ),
     Missing(
@@ -59,8 +59,8 @@ MISSING: tuple[Missing, ...] = (
     ),
     Missing(
         "sequence parallelism",
-        "shorten the sequence, or use torch's context parallelism in the model",
-        ("sequence", "runtime.sequence_parallel", "engine.*seq*"),
+        "pass an mpu whose sequence-parallel ranks share a sample, with attention of your own",
+        ("sequence", "runtime.sequence_parallel"),
     ),
     Missing(
         "inference and generation",

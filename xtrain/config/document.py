@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
+from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, OnlyNative, Section
 from xtrain.config.schema import Config
 from xtrain.files import write_text
 
@@ -40,6 +40,8 @@ def _status(info: FieldInfo) -> str:
             return f"no effect: {mark.reason}"
         if isinstance(mark, OnlyInStage3):
             return "implemented; only read in stage 3"
+        if isinstance(mark, OnlyNative):
+            return "implemented; refused with xtrain.engine deepspeed"
     return "implemented"
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from xtrain.config.combine import check_combinations
-from xtrain.config.rules import Section, apply_rules, drop_auto
+from xtrain.config.rules import Section, apply_rules, apply_rules_of_deepspeed, drop_auto
 from xtrain.config.schema import Config
 from xtrain.errors import ConfigError, NotImplementedYetError, nearest
 
@@ -164,8 +164,12 @@ def load_config(config: str | Path | Mapping[str, Any]) -> XtrainConfig:
     except ValidationError as error:
         raise ConfigError(_describe(error.errors()[0], source)) from None
     try:
-        notices = apply_rules(values, values.zero_optimization.stage)
-        check_combinations(values)
+        notices: list[str] = []
+        if values.xtrain.engine == "deepspeed":
+            apply_rules_of_deepspeed(values)
+        else:
+            notices = apply_rules(values, values.zero_optimization.stage)
+            check_combinations(values)
     except (NotImplementedYetError, ConfigError) as error:
         error.args = (f"{source}: {error.args[0]}",)
         raise

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from xtrain.errors import NotImplementedYetError
+from xtrain.errors import ConfigError, NotImplementedYetError
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,13 @@ class NoEffect:
 @dataclass(frozen=True)
 class OnlyInStage3:
     """The key is implemented, and has no effect below ZeRO stage 3."""
+
+
+@dataclass(frozen=True)
+class OnlyNative:
+    """The key is for xtrain's own engine; another engine refuses it. `fine`: values that ask it for nothing."""
+
+    fine: tuple[Any, ...] = (None, False, 0)
 
 
 class Section(BaseModel):
@@ -86,3 +93,21 @@ def apply_rules(config: Section, stage: int) -> list[str]:
             if isinstance(mark, OnlyInStage3) and stage < 3:
                 notices.append(f"config key {dotted!r} has no effect: it is only read in ZeRO stage 3")
     return notices
+
+
+def apply_rules_of_deepspeed(config: Section) -> None:
+    """Raise for the first key that DeepSpeed's engine cannot honour.
+
+    What `NotYet` refuses, DeepSpeed has; what has no effect in xtrain's engine may have one in DeepSpeed's; which
+    keys go together is its own affair.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for dotted, value, info in _set_fields(config, ""):
+        for mark in info.metadata:
+            if isinstance(mark, OnlyNative) and value not in mark.fine:
+                raise ConfigError(
+                    f"config key {dotted!r} = {value!r} is for xtrain's own engine, and 'xtrain.engine' is "
+                    "'deepspeed': remove one of the two"
+                )

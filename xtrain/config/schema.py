@@ -20,7 +20,7 @@ from xtrain.config.instruments import (
     TimersConfig,
     WandbConfig,
 )
-from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
+from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, OnlyNative, Section
 
 FeatureDict = dict[str, Any]  # a section of a feature that is not there yet: checked for "enabled" only
 
@@ -268,7 +268,9 @@ class CheckpointConfig(Section):
     parallel_write: Annotated[FeatureDict | None, NoEffect("every rank writes its own part already")] = None
     writer: Annotated[FeatureDict | None, NotYet("leave it out: files are written by each rank")] = None
     format: Annotated[
-        Literal["xtrain", "deepspeed"], NotYet("checkpoints are written in xtrain's own format")
+        Literal["xtrain", "deepspeed"],
+        NotYet("checkpoints are written in xtrain's own format"),
+        OnlyNative(fine=("deepspeed",)),
     ] = "xtrain"
 
     @field_validator("tag_validation", mode="before")
@@ -325,15 +327,15 @@ class XtrainSection(Section):
 
     backend: str | None = None
     """Name of the backend; overrides XTRAIN_BACKEND, DS_ACCELERATOR and detection."""
-    engine: Annotated[
-        Literal["native", "deepspeed"], NotYet("run the script with `import deepspeed` to use its engine")
-    ] = "native"
-    aligned: bool = False
+    engine: Literal["native", "deepspeed"] = "native"
+    """"deepspeed": the installed DeepSpeed trains, on this backend and with this recorder. Every key of its config is
+    then its own affair, and keys that only xtrain's engine has are refused."""
+    aligned: Annotated[bool, OnlyNative()] = False
     """Bits that do not depend on ZeRO stage or on how a batch is split over ranks and accumulation (powers
     of two): canonical sums in float32, one optimizer arithmetic, counter-based dropout. See docs/aligned.md."""
-    seed: int = Field(1234, ge=0)
+    seed: Annotated[int, OnlyNative()] = Field(1234, ge=0)
     """Seed of the dropout masks in aligned mode."""
-    max_skipped_steps: int = Field(20, ge=0)
+    max_skipped_steps: Annotated[int, OnlyNative()] = Field(20, ge=0)
     """Steps in a row with gradients that are not finite, after which training ends with an error; 0: never. Does not
     count where the loss scale adapts: there the smallest scale is the limit."""
     record: str | None = None
@@ -364,6 +366,8 @@ class Config(Section):
     zero_allow_untested_optimizer: bool = False
     communication_data_type: DtypeName | None = None
     """Dtype in which gradients travel. None: the one in which they are accumulated."""
+    seq_parallel_communication_data_type: DtypeName | None = None
+    """The same where the mpu divides sequences over ranks. None: fp32, as in DeepSpeed."""
     prescale_gradients: bool = False
     """Average over ranks before the reduction instead of after it."""
     gradient_predivide_factor: float = Field(1.0, gt=0)
@@ -392,15 +396,16 @@ class Config(Section):
     log_level: str | None = None
 
     # Not there yet.
-    seq_parallel_communication_data_type: Annotated[
-        str | None, NotYet("sequence parallelism is not there yet")
-    ] = None
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
     amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
-    pipeline: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
-    tensor_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
+    pipeline: Annotated[FeatureDict | None, NotYet("pass an mpu, with a pipeline of your own")] = None
+    tensor_parallel: Annotated[
+        FeatureDict | None, NotYet("pass an mpu, with tensor-parallel layers of your own")
+    ] = None
     expert_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
-    sequence_parallel_size: Annotated[int, NotYet("use data parallelism")] = 1
+    sequence_parallel_size: Annotated[
+        int, NotYet("pass mpu=xtrain.parallel.ProcessGrid(sequence=...) to initialize()")
+    ] = 1
     data_parallel_size: Annotated[
         int | None, NotYet("leave it out: it is the number of ranks, or what mpu says")
     ] = None

@@ -62,8 +62,11 @@ def _skips_non_finite(config: Config) -> bool:
     return config.zero_optimization.stage > 0
 
 
-def make_policy(config: Config) -> PrecisionPolicy:
+def make_policy(config: Config, sequence_parallel: bool = False) -> PrecisionPolicy:
     """Read the sections that concern precision.
+
+    Args:
+        sequence_parallel: gradients are also summed over the parts of a sample, which has a dtype of its own.
 
     Raises:
         ConfigError: fp16 and bf16 are both enabled, or aligned mode is combined with a dtype it rules out.
@@ -72,15 +75,13 @@ def make_policy(config: Config) -> PrecisionPolicy:
         raise ConfigError("config keys 'fp16.enabled' and 'bf16.enabled' are both true: choose one")
     module = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
     accumulation = config.data_types.grad_accum_dtype
-    communication = config.communication_data_type
+    key = "seq_parallel_communication_data_type" if sequence_parallel else "communication_data_type"
+    communication = getattr(config, key) or ("fp32" if sequence_parallel else None)
     if config.xtrain.aligned:
-        for key, name in (
-            ("data_types.grad_accum_dtype", accumulation),
-            ("communication_data_type", communication),
-        ):
+        for named, name in (("data_types.grad_accum_dtype", accumulation), (key, communication)):
             if name is not None and DTYPES[name] != torch.float32:
                 raise ConfigError(
-                    f"config key {key!r} is {name!r}, but aligned mode adds in fp32: remove the key"
+                    f"config key {named!r} is {name!r}, but aligned mode adds in fp32: remove the key"
                 )
         accumulation = communication = "fp32"
     return PrecisionPolicy(

@@ -2,7 +2,7 @@
 
 DeepSpeed's functions and names. All are collective over the data-parallel group: every rank makes the same
 call. For a parameter that no engine trains (a frozen one, say) getters return None and setters do nothing.
-What getters return are copies.
+What getters return are copies. Parameters of DeepSpeed's engine are given to DeepSpeed's functions.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from xtrain.delegate.start import follows_the_engine
 from xtrain.errors import ConfigError
 from xtrain.zero.owners import Owner, owner_of
 
 
+@follows_the_engine
 def safe_get_full_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     """The master weight, whole: float32 (float64 for float64 parameters), in the parameter's shape."""
     owner = owner_of(param)
     return None if owner is None else owner.gather(owner.master())
 
 
+@follows_the_engine
 def safe_set_full_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set the master weight, and the parameter itself rounded to its own dtype, from a whole value."""
     if (owner := owner_of(param)) is not None:
         owner.store(value)
 
 
+@follows_the_engine
 def safe_get_full_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
     """An optimizer state with one value an element (`exp_avg` of Adam), whole, in the parameter's shape.
 
@@ -37,6 +41,7 @@ def safe_get_full_optimizer_state(param: torch.nn.Parameter, optim_state_key: st
     return None if owner is None else owner.gather(owner.state(optim_state_key))
 
 
+@follows_the_engine
 def safe_set_full_optimizer_state(
     param: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str
 ) -> None:
@@ -45,6 +50,7 @@ def safe_set_full_optimizer_state(
         owner.scatter(value, owner.state(optim_state_key))
 
 
+@follows_the_engine
 def safe_get_full_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     """The gradient, averaged over ranks, whole: float32 (float64 for float64 parameters), in the parameter's shape.
 
@@ -61,6 +67,7 @@ def safe_get_full_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     return None if own is None else own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
 
 
+@follows_the_engine
 def safe_set_full_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set the averaged gradient (this rank's own, where `safe_get_full_grad` returns that) from a whole value.
 
@@ -78,6 +85,7 @@ def safe_set_full_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
         raise _no_gradient(owner)
 
 
+@follows_the_engine
 def safe_update_full_grad_vectorized(
     param_list: Sequence[torch.nn.Parameter],
     update_func: Callable[[torch.Tensor, torch.nn.Parameter], torch.Tensor],
@@ -88,12 +96,14 @@ def safe_update_full_grad_vectorized(
             safe_set_full_grad(param, update_func(grad, param))
 
 
+@follows_the_engine
 def safe_get_local_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
     """This rank's elements of the master weight, one-dimensional; empty when it holds none."""
     owner = owner_of(param)
     return None if owner is None else _local(owner, owner.master())
 
 
+@follows_the_engine
 def safe_set_local_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set this rank's elements of the master weight, then the parameter itself on all ranks."""
     if (owner := owner_of(param)) is not None:
@@ -101,12 +111,14 @@ def safe_set_local_fp32_param(param: torch.nn.Parameter, value: torch.Tensor) ->
         owner.store(owner.gather(owner.master()))
 
 
+@follows_the_engine
 def safe_get_local_optimizer_state(param: torch.nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
     """This rank's elements of an optimizer state, one-dimensional; empty when it holds none."""
     owner = owner_of(param)
     return None if owner is None else _local(owner, owner.state(optim_state_key))
 
 
+@follows_the_engine
 def safe_set_local_optimizer_state(
     param: torch.nn.Parameter, value: torch.Tensor, optim_state_key: str
 ) -> None:
@@ -115,6 +127,7 @@ def safe_set_local_optimizer_state(
         owner.set_local(value, owner.state(optim_state_key))
 
 
+@follows_the_engine
 def safe_get_local_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     """This rank's elements of the averaged gradient, one-dimensional; None before it is averaged."""
     owner = owner_of(param)
@@ -123,6 +136,7 @@ def safe_get_local_grad(param: torch.nn.Parameter) -> torch.Tensor | None:
     return _local(owner, owner.gradient())
 
 
+@follows_the_engine
 def safe_set_local_grad(param: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set this rank's elements of the averaged gradient.
 

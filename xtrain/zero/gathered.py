@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xtrain import comm
+from xtrain.delegate import start as delegate
 from xtrain.errors import ConfigError
 from xtrain.zero.gather import UnitHome
 from xtrain.zero.home import Home, home_of
@@ -58,12 +59,14 @@ class GatheredParameters:
     ) -> None:
         found = _as_parameters(params) if enabled else []
         self._homes = [(param, home) for param in found if (home := home_of(param)) is not None]
+        self._theirs = delegate.gathered(found, modifier_rank, fwd_module)
         self._modifier = modifier_rank
         if fwd_module is not None:
             for param, _ in self._homes:
                 register_external_parameter(fwd_module, param)
 
     def __enter__(self) -> None:
+        self._theirs.__enter__()
         for _, home in self._homes:
             home.hold()
 
@@ -75,6 +78,7 @@ class GatheredParameters:
                 self._keep(param, home, self._modifier)
         for _, home in self._homes:
             home.drop()
+        self._theirs.__exit__(kind, error, trace)
 
     @staticmethod
     @torch.no_grad()
@@ -108,6 +112,7 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
             "register_external_parameter() takes a module and a parameter, not "
             f"{type(module).__name__} and {type(parameter).__name__}"
         )
+    delegate.register_external(module, parameter)
     announced = external_parameters(module)
     if any(parameter is other for other in announced):
         return

@@ -48,6 +48,8 @@ class Gradients(ABC):
         predivide: they are divided by it first.
         aligned: add micro-batches and ranks by one fixed pairwise tree over slot numbers.
         average: the mean over ranks; False: the sum.
+        replicas: by how many the sum is divided for the mean; None: all ranks. Ranks that share a sample
+            (sequence parallelism) count as one.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Gradients(ABC):
         predivide: float = 1.0,
         aligned: bool = False,
         average: bool = True,
+        replicas: int | None = None,
     ) -> None:
         self.group = group
         self.dtype = dtype
@@ -67,7 +70,7 @@ class Gradients(ABC):
         self.communication_dtype = communication_dtype or dtype
         self.predivide = predivide
         self.aligned = aligned
-        self.mean_factor = predivide / self.world_size if average else predivide
+        self.mean_factor = predivide / (replicas or self.world_size) if average else predivide
 
     def _average(self, total: torch.Tensor) -> torch.Tensor:
         """Turn a sum over ranks into the mean, in place (or leave it, when sums are wanted)."""

@@ -1,4 +1,4 @@
-"""Tells a parameterwise optimizer which elements of which parameters its master slices hold, on every rank.
+"""Which elements of which parameters a master slice holds: for optimizers that need whole parameters, and for the norm.
 
 What an optimizer does with that is its own affair (xtrain/optim/parameterwise.py).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xtrain.optim.parameterwise import Holding, Run
+from xtrain.parallel.grid import ModelParallel, counted_once
 from xtrain.zero.flat import FlatGroup
 
 
@@ -37,4 +38,30 @@ def holdings(groups: Sequence[FlatGroup], param_groups: int) -> list[list[Holdin
     result: list[list[Holding]] = [[] for _ in range(param_groups)]
     for group in groups:
         result[group.group_index] += _of_group(group)
+    return result
+
+
+def counted_parts(group: FlatGroup, model: ModelParallel) -> list[list[tuple[int, int, bool]]]:
+    """For each of the group's master slices: (start, stop, whether it counts in the gradient norm), in order.
+
+    A slice of which everything counts, padding included, is one part.
+    """
+    others = [
+        piece
+        for piece in group.layout.pieces(group.partition)
+        if not counted_once(group.members[piece.member], model)
+    ]
+    result = []
+    for bucket in group.layout.buckets:
+        base = bucket.start // group.layout.partitions
+        position, size = 0, bucket.stop // group.layout.partitions - base
+        parts = []
+        for piece in others:
+            start = piece.shard_start - base
+            if 0 <= start < size:
+                stop = start + piece.stop - piece.start
+                parts += [(position, start, True), (start, stop, False)]
+                position = stop
+        parts.append((position, size, True))
+        result.append([part for part in parts if part[0] < part[1]])
     return result

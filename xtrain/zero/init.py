@@ -7,6 +7,7 @@ its constructor has run by then. What code inside the context does to divided pa
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from xtrain import comm
 from xtrain.backends import registry
 from xtrain.config import load_config
+from xtrain.delegate import start as delegate
 from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.parallel import grid_from_mpu
 from xtrain.precision import for_backend, make_policy
 from xtrain.zero.gathered import GatheredParameters
 from xtrain.zero.home import LooseShard, home_of
@@ -77,6 +80,7 @@ class Init:
     Args:
         module: divide this model's parameters at once; no context is needed then.
         data_parallel_group: ranks to divide over; None: those of `mpu`, or all.
+        sequence_data_parallel_group: the same with sequence parallelism.
         remote_device: not there yet, except None, "none" and "cpu" on backends whose memory is the host's.
         config_dict_or_path, config: the DeepSpeed configuration; decides the dtype.
         enabled: False makes it do nothing.
@@ -88,6 +92,17 @@ class Init:
     """
 
     _open: list[Init] = []
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's own when the config says that its engine trains."""
+        call = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
+        given = call.get("config_dict_or_path") or call.get("config")
+        if cls is not Init or given is None or not call.get("enabled", True):
+            return super().__new__(cls)
+        checked = load_config(given)
+        if checked.values.xtrain.engine == "native":
+            return super().__new__(cls)
+        return delegate.zero_init(checked, call)
 
     def __init__(
         self,
@@ -111,7 +126,6 @@ class Init:
             ("zero_param_parallel_group", zero_param_parallel_group is not None),
             ("zero_quantized_weights", zero_quantized_weights),
             ("zero_quantized_nontrainable_weights", zero_quantized_nontrainable_weights),
-            ("sequence_data_parallel_group", sequence_data_parallel_group is not None),
             ("param_swapper", param_swapper is not None),
             (f"remote_device={remote_device!r}", remote_device not in (None, "none", "cpu")),
         ):
@@ -131,8 +145,14 @@ class Init:
         backend.prepare(comm.get_local_rank(), checked is not None and checked.values.xtrain.aligned)
         comm.init_distributed(dist_backend=backend.collectives.process_group_backend, verbose=False)
         self.device = backend.runtime.device(comm.get_local_rank())
+        if sequence_data_parallel_group is not None:
+            if data_parallel_group is not None:
+                raise ConfigError(
+                    "zero.Init was given data_parallel_group and sequence_data_parallel_group: pass the latter alone"
+                )
+            data_parallel_group = sequence_data_parallel_group
         if data_parallel_group is None and mpu is not None:
-            data_parallel_group = mpu.get_data_parallel_group()
+            data_parallel_group = grid_from_mpu(mpu).group
         self.process_group = data_parallel_group
         self.source = 0 if data_parallel_group is None else dist.get_global_rank(data_parallel_group, 0)
         self._built: list[weakref.ref[nn.Module]] = []
@@ -187,6 +207,10 @@ class Init:
                     self._divide(module)
             self._divide_touched()
 
+
+# What help() and editors show; __new__ would hide it.
+_ARGUMENTS = list(inspect.signature(Init.__init__).parameters.values())[1:]
+setattr(Init, "__signature__", inspect.Signature(_ARGUMENTS))  # noqa: B010 - types know no such attribute
 
 _original: dict[str, Any] = {}
 

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.backends import Backend
 from xtrain.errors import NotImplementedYetError
 from xtrain.optim.elementwise import updates_one_by_one
 from xtrain.optim.parameterwise import ParameterwiseOptimizer
+from xtrain.parallel import DataParallelGrid
 from xtrain.precision import LossScale
 from xtrain.zero.gradients import Gradients
-from xtrain.zero.holdings import holdings
+from xtrain.zero.holdings import counted_parts, holdings
 from xtrain.zero.offload import Memory, move_into
 from xtrain.zero.owners import register
 
@@ -49,7 +49,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         gradients: those of each flat group; it belongs to `optimizer.param_groups[group.group_index]`.
         loss_scale: by which the loss was multiplied; learns from overflows.
         backend: decides the dtype in which the norm is summed.
-        process_group: the data-parallel group.
+        grid: the ranks that share states, and those that hold other parts of the model.
         clip: largest 2-norm of the gradients, 0 for none.
         round_norm: round the norm to float32, which removes what is left of the order of its summation.
         skip_non_finite: whether steps may be skipped because gradients are infinite or NaN; the weights are
@@ -64,7 +64,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         gradients: Sequence[Gradients],
         loss_scale: LossScale,
         backend: Backend,
-        process_group: dist.ProcessGroup | None,
+        grid: DataParallelGrid,
         clip: float,
         skip_non_finite: bool,
         round_norm: bool = False,
@@ -79,7 +79,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.groups = [item.group for item in gradients]
         self.loss_scaler = loss_scale
         self.backend = backend
-        self.process_group = process_group
+        self.process_group = process_group = grid.group
+        self.model_parallel = grid.model
         self.discard: Callable[[], None] = lambda: None
         """Called by zero_grad, so that a window in flight is given up too; set by the engine."""
         self.reducer: GradientReducer | None = None
@@ -100,6 +101,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             param_group["params"] = [
                 master for group in self.groups if group.group_index == index for master in group.masters
             ]
+        self._parts = [parts for group in self.groups for parts in counted_parts(group, grid.model)]
         self._rebuild_initial_state()
         register(self)
 
@@ -154,32 +156,46 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for number, (master, grad) in zip(numbers, self._slices(), strict=True):
             yield number, master, grad
 
-    def _compute_norm(self, slices: Iterable[torch.Tensor], unscale: float) -> float:
-        """2-norm of what all ranks hold in `slices`, times `unscale`; equal on every rank."""
+    def _compute_norm(self, slices: Iterable[torch.Tensor | None], unscale: float) -> float:
+        """2-norm of what all ranks hold in `slices`, times `unscale`; equal on every rank.
+
+        What is whole on several model-parallel ranks counts once; on the others it is looked at only for whether
+        it is finite, which zero times infinity carries into the sum.
+        """
         dtype = self.backend.precision.norm_dtype
         chunk = self.backend.zero.update_chunk
-        squares = [_sum_of_squares(flat, dtype, chunk) for flat in slices]
+        squares = []
+        for flat, parts in zip(slices, self._parts, strict=True):
+            for start, stop, counts in parts if flat is not None else ():
+                assert flat is not None
+                square = _sum_of_squares(flat[start:stop], dtype, chunk)
+                squares.append(square if counts else square * 0.0)
         if not squares:
             return 0.0
         total = torch.stack(squares).sum().to(self.groups[0].device)  # masters may be offloaded
-        if self._divided:
-            comm.all_reduce(total, group=self.process_group)
+        self._over_ranks(total, comm.ReduceOp.SUM)
         norm = math.sqrt(total.item()) * unscale
         return torch.tensor(norm, dtype=torch.float32).item() if self.round_norm else norm
+
+    def _over_ranks(self, value: torch.Tensor, op: Any, divided: bool | None = None) -> None:
+        """Reduce a number over the ranks that share states (if they divide them) and hold other parts of the model."""
+        if self._divided if divided is None else divided:
+            comm.all_reduce(value, op, group=self.process_group)
+        if self.model_parallel.size > 1:
+            comm.all_reduce(value, op, group=self.model_parallel.group)
 
     def _all_finite(self) -> bool:
         """Whether every gradient on every rank is finite."""
         flags = [grad.isfinite().all() for _, grad in self._slices()]
         finite = torch.stack(flags).all().float() if flags else torch.ones(())
-        if self._divided:
-            comm.all_reduce(finite, comm.ReduceOp.MIN, group=self.process_group)
+        finite = finite.to(self.groups[0].device) if self.groups else finite
+        self._over_ranks(finite, comm.ReduceOp.MIN)
         return bool(finite)
 
     def _saturated(self) -> bool:
         """Whether the device of any rank counts an overflow since the last step."""
         flag = torch.tensor(float(self.backend.precision.take_overflow()), device=self.groups[0].device)
-        if comm.get_world_size(self.process_group) > 1:
-            comm.all_reduce(flag, comm.ReduceOp.MAX, group=self.process_group)
+        self._over_ranks(flag, comm.ReduceOp.MAX, divided=comm.get_world_size(self.process_group) > 1)
         return bool(flag)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -237,12 +253,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._hand_over(master, grad, factor)
         if isinstance(optimizer, ParameterwiseOptimizer) and rewrites:
             optimizer.rewrite_gradients()
-            updates = [master.grad for master, _ in self._slices() if master.grad is not None]
+            updates = [master.grad for master, _ in self._slices()]
             if self.compute_norm:
                 self.grad_norm = self._compute_norm(updates, 1.0)
             if (factor := self._clip_factor()) != 1.0:
                 for update in updates:
-                    update.mul_(factor)
+                    if update is not None:
+                        update.mul_(factor)
 
     @staticmethod
     def _hand_over(master: torch.nn.Parameter, grad: torch.Tensor, factor: float) -> None:

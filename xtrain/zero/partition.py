@@ -172,9 +172,10 @@ class Partitioner:
             precision.accumulation_of(dtype),
             self.grid.group,
             precision.communication,
-            precision.predivide if precision.predivide is not None else float(self.grid.size),
+            precision.predivide if precision.predivide is not None else float(self.grid.replicas),
             precision.aligned,
             precision.average,
+            self.grid.replicas,
         )
 
     def _gatherer(self, groups: list[ShardedGroup]) -> Gatherer:
