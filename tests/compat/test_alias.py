@@ -18,7 +18,8 @@ import xtrain
 from xtrain.checkpoint.utils import clone_tensors_for_torch_save
 from xtrain.compat import alias
 from xtrain.compat.missing import MissingModuleError
-from xtrain.errors import ConfigError
+from xtrain.delegate.accelerator import import_deepspeed
+from xtrain.errors import BackendError, ConfigError
 
 
 @pytest.fixture
@@ -64,6 +65,12 @@ def test_too_late_once_the_real_one_is_imported(fresh: None) -> None:
     sys.modules["deepspeed"] = ModuleType("deepspeed")
     with pytest.raises(ConfigError, match=r"import xtrain\.as_deepspeed first"):
         alias.install()
+
+
+def test_deepspeeds_engine_cannot_be_had_under_the_alias(fresh: None) -> None:
+    alias.install()
+    with pytest.raises(BackendError, match=r"hides the installed deepspeed"):
+        import_deepspeed("cpu")
 
 
 def test_modules_are_attributes_without_an_import_of_their_own() -> None:

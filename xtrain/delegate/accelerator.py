@@ -33,7 +33,7 @@ def import_deepspeed(device_type: str) -> ModuleType:
     given = os.environ.get(_CHOICE)
     os.environ[_CHOICE] = device_type if device_type in ("cpu", "cuda", "npu") else "cpu"
     try:
-        return importlib.import_module("deepspeed")
+        found = importlib.import_module("deepspeed")
     except ModuleNotFoundError as error:
         if error.name != "deepspeed":
             raise BackendError(f"the installed deepspeed cannot be imported: {error}") from error
@@ -47,6 +47,12 @@ def import_deepspeed(device_type: str) -> ModuleType:
             del os.environ[_CHOICE]
         else:
             os.environ[_CHOICE] = given
+    if found.__name__ != "deepspeed":
+        raise BackendError(
+            "config key 'xtrain.engine' is 'deepspeed', and the script has imported xtrain.as_deepspeed, which hides "
+            "the installed deepspeed: leave one of them out"
+        )
+    return found
 
 
 class BackendAccelerator(Accelerator):
