@@ -11,9 +11,11 @@ interpreters, so there the clock starts after the import, and every time is that
     new     `new_group` of all ranks, once more
     reduce  the first all-reduce of one number
 
-Two models are fitted, t = a + b n and t = a + b n + c n^2 (gloo connects every pair), by least squares of the relative
-errors, coefficients not negative. Dozens of processes share few cores here and all their work adds up, which on a
-cluster is done side by side: what a fit says for 8192 is an upper bound that knows nothing of networks.
+Beside the time stands the processor time of the busiest rank. Dozens of ranks share few cores here, so their times are
+sums of everybody's work; on a cluster each rank has a core, and what cannot be done side by side is the work of the
+busiest one: that of rank 0, which serves the store, and for gloo that of every rank, which connects to all others. Both
+grow with n, so the model is t = a + b n, fitted to the busiest rank's processor time by least squares of the relative
+errors (a, b not negative). It leaves out the network, and for MPI it is an upper bound, because waiting ranks poll.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("meet", "group", "new", "reduce")
+COLUMNS = tuple(f"{part}{what}" for part in PARTS for what in ("", " cpu"))
 TARGET = 8192
 Times = dict[str, float]
 
@@ -42,9 +45,9 @@ Times = dict[str, float]
 
 
 def _timed(times: Times, name: str, action: Callable[[], Any]) -> Any:
-    begun = time.perf_counter()
+    begun, work = time.perf_counter(), time.process_time()
     result = action()
-    times[name] = time.perf_counter() - begun
+    times[name], times[f"{name} cpu"] = time.perf_counter() - begun, time.process_time() - work
     return result
 
 
@@ -130,7 +133,7 @@ def _free_port() -> int:
 
 
 def over_tcp(ranks: int) -> Times:
-    """The slowest rank's times."""
+    """The slowest rank's times, and the busiest rank's processor times."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "xtrain.comm"])
     begin, port = context.Barrier(ranks), _free_port()
@@ -147,61 +150,48 @@ def over_tcp(ranks: int) -> Times:
         pipe.send(None)
     for process in processes:
         process.join()
-    return {name: max(times[name] for times in found) for name in PARTS}
+    return {name: max(times[name] for times in found) for name in COLUMNS}
 
 
 def over_mpi(ranks: int) -> Times:
-    """The slowest rank's times."""
+    """The slowest rank's times, and the busiest rank's processor times."""
     mpiexec = Path(sys.executable).parent / "mpiexec"
     with tempfile.TemporaryDirectory() as name:
         command = [str(mpiexec), "-n", str(ranks), sys.executable, __file__, "--rank-of-mpi", name]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found = [json.loads(path.read_text()) for path in Path(name).glob("*.json")]
     assert len(found) == ranks
-    return {part: max(times[part] for times in found) for part in PARTS}
+    return {name: max(times[name] for times in found) for name in COLUMNS}
 
 
 # ---------------------------------------------------------------- the model
 
 
-def fit(
-    sizes: list[int], seconds: list[float], quadratic: bool
-) -> tuple[Callable[[float], float], str, float]:
-    """Least squares with weights 1/t, coefficients not negative: (model, its text, largest relative residual)."""
+def fit(sizes: list[int], seconds: list[float]) -> tuple[float, float]:
+    """a and b of t = a + b n, by least squares with weights 1/t; a negative one is left out."""
     import numpy as np
 
     n, t = np.array(sizes, dtype=float), np.array(seconds)
-    terms = {"1": n**0, "n": n, "n²": n**2} if quadratic else {"1": n**0, "n": n}
-    names = list(terms)
-    while True:  # a negative coefficient means that the term is not there
-        columns = np.stack([terms[name] for name in names], axis=1)
-        found, *_ = np.linalg.lstsq(columns / t[:, None], np.ones_like(t), rcond=None)
-        if (found >= 0).all() or len(names) == 1:
-            break
-        names.pop(int(np.argmin(found)))
-    powers = [{"1": 0, "n": 1, "n²": 2}[name] for name in names]
-
-    def model(ranks: float) -> float:
-        return float(sum(c * ranks**p for c, p in zip(found, powers, strict=True)))
-
-    text = " + ".join(
-        f"{1000 * c:.3g} ms{'' if name == '1' else f' {name}'}" for c, name in zip(found, names, strict=True)
-    )
-    residual = max(abs(model(size) / value - 1) for size, value in zip(sizes, seconds, strict=True))
-    return model, text, residual
+    columns = np.stack([n**0, n], axis=1) / t[:, None]
+    (a, b), *_ = np.linalg.lstsq(columns, np.ones_like(t), rcond=None)
+    if a < 0:
+        return 0.0, float((1 / columns[:, 1]).mean())
+    return (float(a), float(b)) if b > 0 else (float(1 / columns[:, 0].mean()), 0.0)
 
 
-def extrapolated(
-    sizes: list[int], rounds: list[list[float]], quadratic: bool
-) -> tuple[str, float, float, float, float]:
-    """(model, residual, prediction, and its range when any one size is left out of the fit)."""
-    medians = [statistics.median(row) for row in rounds]
-    model, text, residual = fit(sizes, medians, quadratic)
+def extrapolated(sizes: list[int], medians: list[float]) -> str:
+    """The fit, its largest residual, and what it says for TARGET ranks, with each size left out once, too."""
+    a, b = fit(sizes, medians)
+    residual = max(abs((a + b * n) / t - 1) for n, t in zip(sizes, medians, strict=True))
     others = []
     for out in range(len(sizes)):
         left = [i for i in range(len(sizes)) if i != out]
-        others.append(fit([sizes[i] for i in left], [medians[i] for i in left], quadratic)[0](TARGET))
-    return text, residual, model(TARGET), min(others), max(others)
+        a_, b_ = fit([sizes[i] for i in left], [medians[i] for i in left])
+        others.append(a_ + b_ * TARGET)
+    return (
+        f"t = {1000 * a:.3g} ms + {1000 * b:.3g} ms n, residual up to {100 * residual:.0f} %; {TARGET} ranks: "
+        f"{a + b * TARGET:.3g} s, {min(others):.3g} … {max(others):.3g} s with one size left out"
+    )
 
 
 def main() -> None:
@@ -219,28 +209,18 @@ def main() -> None:
         mpi_rank(args.rank_of_mpi)
         return
     measure, found = over_mpi if args.mpi else over_tcp, {}
-    print(
-        "ranks  " + "  ".join(f"{part:>22}" for part in PARTS) + "   median (smallest … largest), ms",
-        flush=True,
-    )
+    print("medians, ms; cpu: the busiest rank's processor time")
+    print("ranks  " + "  ".join(f"{name:>10}" for name in COLUMNS), flush=True)
     for size in args.sizes:
         rows = [measure(size) for _ in range(args.rounds)]
-        found[size] = {part: [row[part] for row in rows] for part in PARTS}
-        cells = [
-            f"{1000 * statistics.median(v):.4g} ({1000 * min(v):.4g} … {1000 * max(v):.4g})"
-            for v in found[size].values()
-        ]
-        print(f"{size:>5}  " + "  ".join(f"{cell:>22}" for cell in cells), flush=True)
+        found[size] = {name: [row[name] for row in rows] for name in COLUMNS}
+        cells = [f"{1000 * statistics.median(values):.4g}" for values in found[size].values()]
+        print(f"{size:>5}  " + "  ".join(f"{cell:>10}" for cell in cells), flush=True)
     if args.json:
         args.json.write_text(json.dumps(found))
     for part in PARTS if len(args.sizes) > 3 else ():
-        rounds = [found[size][part] for size in args.sizes]
-        for quadratic in (False, True):
-            text, residual, at, least, most = extrapolated(args.sizes, rounds, quadratic)
-            print(
-                f"{part:<7} t = {text:<45} residual up to {100 * residual:.0f} %; {TARGET} ranks: {at:.3g} s, "
-                f"{least:.3g} … {most:.3g} s with one size left out"
-            )
+        medians = [statistics.median(found[size][f"{part} cpu"]) for size in args.sizes]
+        print(f"{part:<7} {extrapolated(args.sizes, medians)}")
 
 
 if __name__ == "__main__":
