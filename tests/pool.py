@@ -71,6 +71,7 @@ def _run(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE)
         )
+        dist.barrier()  # else a rank that is done already could leave while another still connects to it
         ledger.reset()
         torch.manual_seed(0)
         return function(*args), None, ""
