@@ -267,8 +267,16 @@ def test_a_model_can_be_given_to_a_second_engine(ranks: Any) -> None:
     assert ranks(2, _again)[0] == [-4.0] * 4
 
 
-def _dropped(stage: int, destroy: bool) -> list[bool]:
-    model = Weight()
+class KeepsItsLoss(Weight):
+    """The garbage collector does not see through the graph that hangs on the attribute."""
+
+    def forward(self, x: float) -> torch.Tensor:
+        self.loss = super().forward(x)
+        return self.loss
+
+
+def _dropped(stage: int, destroy: bool, model_class: type[Weight]) -> list[bool]:
+    model = model_class()
     engine, optimizer, _, _ = xtrain.initialize(
         model=model,
         config={
@@ -284,13 +292,17 @@ def _dropped(stage: int, destroy: bool) -> list[bool]:
         engine.destroy()
     del engine, optimizer, model
     gc.collect()
+    gc.collect()  # what a graph held that the first one freed
     return [state() is None for state in states]
 
 
+@pytest.mark.parametrize("model_class", [Weight, KeepsItsLoss])
 @pytest.mark.parametrize("destroy", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_what_a_script_drops_is_freed(ranks: Any, stage: int, destroy: bool) -> None:
-    assert ranks(2, _dropped, stage, destroy)[0] == [True] * 4
+def test_what_a_script_drops_is_freed(
+    ranks: Any, stage: int, destroy: bool, model_class: type[Weight]
+) -> None:
+    assert ranks(2, _dropped, stage, destroy, model_class)[0] == [True] * 4
 
 
 def _optimizers() -> list[float]:

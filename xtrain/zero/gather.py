@@ -135,7 +135,7 @@ class Gatherer:
         self.units = list(units)
         self.process_group = process_group
         self.policy = policy
-        self.hooks: ModelHooks | None = None
+        self._hooks: weakref.ref[ModelHooks] | None = None
         self._expected: dict[bool, list[Unit]] = {}  # the last iteration's uses, by whether it was training
         self._uses: list[Unit] = []
         self._kept: list[Unit] = []
@@ -145,6 +145,16 @@ class Gatherer:
             for group, bucket in unit.parts:
                 for member in bucket.members:
                     set_home(group.members[member], UnitHome(self, unit, group, member))
+
+    @property
+    def hooks(self) -> ModelHooks | None:
+        """The model's hooks; the model keeps them alive. Every parameter leads here through its home, so that a
+        strong reference would tie the model to any graph of its own that it keeps (see `ForwardCall`)."""
+        return None if self._hooks is None else self._hooks()
+
+    @hooks.setter
+    def hooks(self, hooks: ModelHooks | None) -> None:
+        self._hooks = None if hooks is None else weakref.ref(hooks)
 
     # ---------------------------------------------------------------- uses by the model
 

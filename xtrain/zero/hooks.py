@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -61,13 +62,15 @@ def _tensors_in(outputs: Any, depth: int = 4) -> Iterator[torch.Tensor]:
 class ForwardCall:
     """A use of a unit in forward, by a module that runs: the backward of what it computed needs the unit again.
 
+    The autograd graph keeps it alive, and a model may keep a graph (a loss in an attribute). The garbage collector
+    does not see through graphs, so it holds nothing that leads back to the model.
+
     Args:
         started: when the module began to use it.
     """
 
     def __init__(self, hooks: ModelHooks, unit: Unit, started: float) -> None:
-        self.hooks = hooks
-        self.unit = unit
+        self._hooks, self._unit = weakref.ref(hooks), weakref.ref(unit)
         self.started = started
         self.ended = math.inf
         self.entered = False
@@ -75,27 +78,31 @@ class ForwardCall:
 
     def enter(self, _: torch.Tensor) -> None:
         """A gradient has reached an output."""
-        self.hooks.leave_later_than(self.ended)
+        hooks, unit = self._hooks(), self._unit()
+        if hooks is None or unit is None:
+            return  # the engine is gone
+        hooks.leave_later_than(self.ended)
         if not self.entered:
             self.entered = True
-            self.hooks.running.append(self)
-            self.hooks.gatherer.use(self.unit)
+            hooks.running.append(self)
+            hooks.gatherer.use(unit)
             self.differentiated = torch.is_grad_enabled()
             # For the calls that nothing precedes, and for re-entrant checkpoints, whose backward is nested.
             torch.autograd.Variable._execution_engine.queue_callback(self.leave)
 
     def leave(self) -> None:
         """Backward is done with it (or was given up)."""
-        if self.entered:
+        hooks, unit = self._hooks(), self._unit()
+        if self.entered and hooks is not None and unit is not None:
             self.entered = False
-            self.hooks.running.remove(self)
-            self.unit.calls.discard(self)
-            self.unit.backward_ended = True
+            hooks.running.remove(self)
+            unit.calls.discard(self)
+            unit.backward_ended = True
             if self.differentiated:
-                self.hooks.gatherer.keep(self.unit)
+                hooks.gatherer.keep(unit)
             else:
-                self.hooks.gatherer.done(self.unit)
-            self.hooks.on_backward_end()
+                hooks.gatherer.done(unit)
+            hooks.on_backward_end()
 
 
 class _Frame:
