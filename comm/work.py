@@ -16,12 +16,12 @@ class Outcome:
     """How one operation ends, well or with an error: known to waiters, and to a future where one was asked for.
 
     Args:
-        what: name and sizes, for messages.
+        what: name and sizes, for messages; made into text only then.
         outputs: what the future's value is.
         timeout: seconds that a wait may take.
     """
 
-    def __init__(self, what: str, outputs: list[torch.Tensor], timeout: float) -> None:
+    def __init__(self, what: object, outputs: list[torch.Tensor], timeout: float) -> None:
         self.what, self.outputs, self.timeout = what, outputs, timeout
         self.done = False
         self.error: BaseException | None = None

@@ -1,0 +1,79 @@
+"""How the ranks of a new group find each other's memory: through torch's store. Makes the group."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from xtrain.comm.shm import arena
+from xtrain.comm.shm.exchange import Exchange
+from xtrain.comm.shm.group import ShmProcessGroup
+from xtrain.comm.shm.hosts import Hosts, by_host, positions
+from xtrain.comm.shm.window import Block, Member, Window
+from xtrain.errors import BackendError
+
+
+def create(options: Any, _: Any) -> ShmProcessGroup:
+    """For torch: the process group of `options`, made by its ranks alone."""
+    store, me, size, timeout = options.store, options.group_rank, options.group_size, options.timeout
+    ranks = list(options.global_ranks_in_group) or list(range(size))
+    inner = _gloo("inner", store, me, size, timeout)
+    block = Block()
+    store.set(f"shm {me}", json.dumps({"offset": block.offset, **arena.describe(block.address)}))
+    found = [json.loads(text) for text in _values(store, [f"shm {rank}" for rank in range(size)])]
+    hosts = by_host([one["host"] for one in found])
+    mates = next(mates for mates in hosts if me in mates)
+    members = []
+    for mate in mates:
+        offset = found[mate].pop("offset")
+        members.append(Member(ranks[mate], arena.Address(**found[mate]), offset))
+    window = Window(block, members, mates.index(me))
+    _finish(window, timeout, f"backend shm, rank {ranks[me]}: group {options.group_id!r} of ranks {ranks}")
+    arena.own().forget_file()
+    here = Exchange(window)
+    exchange: Exchange | Hosts = here
+    if len(hosts) > 1:
+        partners = positions(hosts, me)
+        across = None
+        if partners is not None:
+            position, others = partners
+            across = _gloo(f"across {position}", store, others.index(me), len(others), timeout)
+        exchange = Hosts(here, hosts, me, across)
+    return ShmProcessGroup(store, me, ranks, options.group_id, timeout, exchange, inner)
+
+
+def _gloo(name: str, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, size, timeout)
+
+
+def _values(store: Any, keys: list[str]) -> list[bytes]:
+    """Several values, waiting for all; in one request where the store can."""
+    extended = store.has_extended_api()
+    values: list[bytes] = store.multi_get(keys) if extended else [store.get(key) for key in keys]
+    return values
+
+
+def _finish(window: Window, timeout: timedelta, what: str) -> None:
+    """Wait until all have mapped everything.
+
+    Raises:
+        BackendError: some rank does not come, or is gone.
+    """
+    steps: Iterator[None] = window.meet()
+    until = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            next(steps)
+        except StopIteration:
+            return
+        time.sleep(0.0005)
+        reason = window.lost()
+        if reason is None and time.monotonic() > until:
+            reason = f"not every rank came within {timeout.total_seconds():g} s"
+        if reason is not None:
+            raise BackendError(f"{what} was not made: {reason}")
