@@ -33,7 +33,7 @@ CODES = (
     "barrier",
 )
 
-SMALL = 2**14
+SMALL = 2**16
 """Bytes up to which every rank adds everything itself: one step instead of two."""
 
 _ALIGN = 64
@@ -53,6 +53,10 @@ class Exchange:
     def __init__(self, window: Window) -> None:
         self.window, self.me, self.size = window, window.me, window.size
         self._others = [member for member in range(window.size) if member != window.me]
+
+    def doze(self, seconds: float) -> None:
+        """Sleep until a rank comes that is missing, but not longer than `seconds`."""
+        self.window.doze(seconds)
 
     # What all of them begin and end with.
 
@@ -116,6 +120,9 @@ class Exchange:
                 slot[last : len(piece)].copy_(piece[last:])
             if step == 1:
                 calls = self._announced()
+                if root < 0 and all(call.place >= 0 for call in calls):
+                    yield from self._all_reduce_in_place(flat, calls, reduction)
+                    return
             if 0 < step <= rounds:
                 self._reduce_piece(flat, (step - 1) * per, calls, reduction, root)
             if step > 1 and root in (-1, self.me):
@@ -135,6 +142,29 @@ class Exchange:
                 for member in range(self.size)
             ]
             reduction.into(flat, rows)
+
+    def _all_reduce_in_place(self, flat: Tensor, calls: list[Call], reduction: Reduction) -> Steps:
+        """Where all buffers can be read: no slots, and three steps whatever the size."""
+        dtype, per = flat.dtype, SLOT // flat.element_size()
+        first, last = self._part(len(flat), dtype, self.me)
+        for start in range(first, last, per):
+            stop = min(start + per, last)
+            rows = [
+                flat[start:stop]
+                if member == self.me
+                else self._from(member, call.place, 0, start, stop, dtype, False)
+                for member, call in enumerate(calls)
+            ]
+            reduction.into(rows[self.me], rows)
+            yield  # other groups may have to go on
+        yield from self.window.meet()
+        for member in self._others:
+            first, last = self._part(len(flat), dtype, member)
+            for start in range(first, last, 4 * per):
+                stop = min(start + 4 * per, last)
+                flat[start:stop].copy_(self._from(member, calls[member].place, 0, start, stop, dtype, True))
+                yield
+        yield from self._end(calls)
 
     def _part(self, elements: int, dtype: torch.dtype, member: int) -> tuple[int, int]:
         """Which elements of a piece a member adds."""

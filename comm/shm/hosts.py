@@ -7,6 +7,7 @@ first inside a host and then over hosts in their order, in fp32 for 16-bit float
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xtrain.comm.shm.exchange import Exchange, Steps
+from xtrain.comm.shm.exchange import Exchange, Steps, as_bytes
 from xtrain.comm.shm.reduction import NARROW, Reduction
+
+_NAP = 0.0001
 
 _Kind: Any = dist.ReduceOp.RedOpType
 
@@ -37,23 +40,34 @@ class Hosts:
         self._host = next(i for i, ranks in enumerate(hosts) if me in ranks)
         self._order = torch.tensor([rank for ranks in hosts for rank in ranks])
         self._equal = len({len(ranks) for ranks in hosts}) == 1
+        self._abroad = False
 
     # Between hosts.
 
-    @staticmethod
-    def _wait(work: Any) -> Steps:
-        while not work.is_completed():
-            yield
-        work.wait()
+    def _wait(self, work: Any) -> Steps:
+        self._abroad = True
+        try:
+            while not work.is_completed():
+                yield
+            work.wait()
+        finally:
+            self._abroad = False
+
+    def doze(self, seconds: float) -> None:
+        """Sleep until a rank of this host comes that is missing, or a little where gloo is waited for."""
+        if self._abroad:
+            time.sleep(_NAP)
+        else:
+            self.window.doze(seconds)
 
     def _sum_across(self, out: Tensor, flat: Tensor, reduction: Reduction) -> Steps:
         """The h-th of equal pieces of all hosts' `flat` added into host h's `out`."""
         received = torch.empty_like(flat)
-        yield from self._wait(self._across.alltoall_base(received, flat, [], []))
+        yield from self._wait(self._across.alltoall_base(as_bytes(received), as_bytes(flat), [], []))
         reduction.into(out, list(received.chunk(len(self._hosts))))
 
     def _gather_across(self, flat: Tensor, mine: Tensor) -> Steps:
-        yield from self._wait(self._across._allgather_base(flat, mine))
+        yield from self._wait(self._across._allgather_base(as_bytes(flat), as_bytes(mine)))
 
     # Reductions.
 
@@ -143,7 +157,7 @@ class Hosts:
         if self._here.me == 0:
             options = dist.distributed_c10d.BroadcastOptions()
             options.rootRank = source
-            yield from self._wait(self._across.broadcast([flat], options))
+            yield from self._wait(self._across.broadcast([as_bytes(flat)], options))
         if self._host != source:
             yield from self._here.broadcast(flat, 0)
 

@@ -6,7 +6,6 @@ by side, so that ranks may call them in different orders. An operation is a gene
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -17,8 +16,8 @@ import torch
 from xtrain.comm.work import Outcome
 from xtrain.errors import BackendError
 
-_YIELDS = 0.002
-"""Seconds that a waiter only lets others run before it begins to sleep between its looks."""
+_SPIN = 0.00002
+"""Seconds that a waiter only looks before it begins to sleep between its looks."""
 _LONGEST_NAP = 0.001
 _LINGER = 0.5
 """Seconds without operations after which the thread sleeps until there is one."""
@@ -76,12 +75,18 @@ class Lane:
 
     Args:
         lost: why the running operation can never end; None while it can.
+        doze: sleep until it may go on, but not longer than some seconds.
         failed: called with the error of the first one that fails; all that follow fail as well.
     """
 
-    def __init__(self, lost: Callable[[], str | None], failed: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        lost: Callable[[], str | None],
+        doze: Callable[[float], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
         self.queue: deque[Operation] = deque()
-        self.lost, self._failed = lost, failed
+        self.lost, self.doze, self._failed = lost, doze, failed
 
     def advance(self) -> bool:
         """Go on with the first one, and the next when it is over; whether any is. Called under the lock."""
@@ -163,8 +168,7 @@ class Progress:
             if operation.done:
                 return
             waited = time.monotonic() - begun
-            if waited < _YIELDS:
-                os.sched_yield()
+            if waited < _SPIN:
                 continue
             if waited > timeout:
                 self._give_up(
@@ -174,7 +178,15 @@ class Progress:
             if waited > look:
                 look = waited + _LOOK
                 self._ask()
-            time.sleep(min(_LONGEST_NAP, waited / 50))
+            self._doze()
+
+    def _doze(self) -> None:
+        """Sleep until the rank comes that is waited for; not long where other groups have to go on, too."""
+        lanes = self._lanes
+        if len(lanes) == 1:
+            lanes[0].doze(_LOOK / 2)
+        else:
+            time.sleep(_LONGEST_NAP / 4)
 
     def _give_up(self, operation: Operation, reason: str) -> None:
         with self.lock:

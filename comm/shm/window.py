@@ -7,19 +7,22 @@ What is written in a step is read in the next one, and written over in the one a
 
 from __future__ import annotations
 
+import os
 import platform
 import struct
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from xtrain.comm.shm import arena
+from xtrain.comm.shm import arena, sleep
 from xtrain.comm.shm.arena import PAGE, Address
 
-SLOT = 2**20
+SLOT = int(os.environ.get('SLOT', 2**20))
 """Bytes of a slot: what is copied in one step stays in the processor's cache until the others have read it."""
 
 _FAILED, _CLOSED, _CALL, _TEXT = (
@@ -55,6 +58,11 @@ class Call(NamedTuple):
     def agreed(self) -> tuple[int, ...]:
         """What all ranks must agree on."""
         return self[:4]
+
+
+def address_of(page: memoryview) -> int:
+    """Where a page lies in this process."""
+    return int(np.frombuffer(page, dtype=np.uint8).ctypes.data)
 
 
 _PACKED = struct.Struct("6q")
@@ -102,9 +110,11 @@ class Window:
                 pages.append(theirs.buffer(member.offset, PAGE))
                 slots.append(theirs.bytes[member.offset + PAGE : member.offset + PAGE + 4 * SLOT])
         self._pages = pages
-        numbers = [page.cast("q") for page in pages]
-        self._mine = numbers[me]
-        self._others = [page for i, page in enumerate(numbers) if i != me]
+        self._numbers = [page.cast("q") for page in pages]
+        # The low half of the step, on which others sleep.
+        self._words = [address_of(page) + 4 * (sys.byteorder == "big") for page in pages]
+        self._mine = self._numbers[me]
+        self._others = [page for i, page in enumerate(self._numbers) if i != me]
         self._slots = [[whole[i * SLOT : (i + 1) * SLOT] for i in range(4)] for whole in slots]
         self._typed: dict[torch.dtype, list[list[torch.Tensor]]] = {}
         self._fence = threading.Lock()
@@ -144,12 +154,21 @@ class Window:
                 with self._fence:
                     pass
         step = self._mine[0] = self.step
+        sleep.wake(self._words[self.me])
         for page in self._others:
             while page[0] < step:
                 yield
         if not _STORES_IN_ORDER:
             with self._fence:
                 pass
+
+    def doze(self, seconds: float) -> None:
+        """Sleep until a rank that is missing comes, but not longer than `seconds`."""
+        for numbers, word in zip(self._numbers, self._words, strict=True):
+            seen = numbers[0]
+            if seen < self.step:
+                sleep.until_changed(word, seen, seconds)
+                return
 
     def announce(self, call: Call) -> None:
         """Say what begins, as part of the current step."""
@@ -167,19 +186,20 @@ class Window:
         text = reason.encode()[: PAGE - _TEXT - 1] + b"\0"
         self._pages[self.me][_TEXT : _TEXT + len(text)] = text
         self._mine[_FAILED // 8] = 1
+        sleep.wake(self._words[self.me])
 
     def lost(self) -> str | None:
         """Why the current step can never end; None while it can."""
-        missing = [i for i, page in enumerate(self._pages) if page.cast("q")[0] < self.step]
+        missing = [i for i, page in enumerate(self._numbers) if page[0] < self.step]
         for i in missing:
             theirs = self._arenas[i]
             how = theirs.gone() if theirs is not None else None
-            if how is None and self._pages[i].cast("q")[_CLOSED // 8]:
+            if how is None and self._numbers[i][_CLOSED // 8]:
                 how = "has destroyed the group"
             if how is not None:
                 return f"rank {self.members[i].rank} {how}"
         for i in missing:
-            if self._pages[i].cast("q")[_FAILED // 8]:
+            if self._numbers[i][_FAILED // 8]:
                 text = bytes(self._pages[i][_TEXT:]).partition(b"\0")[0].decode(errors="replace")
                 return f"rank {self.members[i].rank} has given up: {text}"
         return None
@@ -194,8 +214,8 @@ class Window:
     def forsaken(self) -> bool:
         """Whether nobody uses it any more."""
         return all(
-            page.cast("q")[_CLOSED // 8] or (theirs is not None and theirs.gone())
-            for page, theirs in zip(self._pages, self._arenas, strict=True)
+            page[_CLOSED // 8] or (theirs is not None and theirs.gone())
+            for page, theirs in zip(self._numbers, self._arenas, strict=True)
         )
 
 
