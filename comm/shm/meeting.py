@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -18,14 +19,39 @@ from xtrain.comm.shm.window import Block, Member, Window
 from xtrain.errors import BackendError
 
 
+class _Meetings:
+    """A place in the world's store for each new group, on which its ranks agree without asking: they count theirs.
+
+    torch's own names of groups differ between ranks after a `new_group(..., use_local_synchronization=True)`.
+    """
+
+    def begin(self, store: dist.Store) -> None:
+        """A new world."""
+        self._store = store
+        self._made: Counter[str] = Counter()
+
+    def next(self, ranks: list[int]) -> dist.Store:
+        """For a new group of these ranks."""
+        listed = ",".join(map(str, ranks))
+        self._made[listed] += 1
+        return dist.PrefixStore(f"shm {listed} {self._made[listed]}", self._store)
+
+
+_meetings = _Meetings()
+
+
 def create(options: Any, _: Any) -> ShmProcessGroup:
     """For torch: the process group of `options`, made by its ranks alone."""
-    store, me, size, timeout = options.store, options.group_rank, options.group_size, options.timeout
-    ranks = list(options.global_ranks_in_group) or list(range(size))
+    me, size, timeout = options.group_rank, options.group_size, options.timeout
+    ranks = list(options.global_ranks_in_group)
+    if not ranks:  # the world
+        _meetings.begin(options.store)
+        ranks = list(range(size))
+    store = _meetings.next(ranks)
     inner = _gloo("inner", store, me, size, timeout)
     block = Block()
-    store.set(f"shm {me}", json.dumps({"offset": block.offset, **arena.describe(block.address)}))
-    found = [json.loads(text) for text in _values(store, [f"shm {rank}" for rank in range(size)])]
+    store.set(f"memory {me}", json.dumps({"offset": block.offset, **arena.describe(block.address)}))
+    found = [json.loads(text) for text in _values(store, [f"memory {rank}" for rank in range(size)])]
     hosts = by_host([one["host"] for one in found])
     mates = next(mates for mates in hosts if me in mates)
     members = []
@@ -44,7 +70,7 @@ def create(options: Any, _: Any) -> ShmProcessGroup:
             position, others = partners
             across = _gloo(f"across {position}", store, others.index(me), len(others), timeout)
         exchange = Hosts(here, hosts, me, across)
-    return ShmProcessGroup(store, me, ranks, options.group_id, timeout, exchange, inner)
+    return ShmProcessGroup(options.store, me, ranks, options.group_id, timeout, exchange, inner)
 
 
 def _gloo(name: str, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:

@@ -7,7 +7,6 @@ What is written in a step is read in the next one, and written over in the one a
 
 from __future__ import annotations
 
-import os
 import platform
 import struct
 import sys
@@ -22,7 +21,7 @@ import torch
 from xtrain.comm.shm import arena, sleep
 from xtrain.comm.shm.arena import PAGE, Address
 
-SLOT = int(os.environ.get('SLOT', 2**20))
+SLOT = 2**20
 """Bytes of a slot: what is copied in one step stays in the processor's cache until the others have read it."""
 
 _FAILED, _CLOSED, _CALL, _TEXT = (
