@@ -51,6 +51,7 @@ from xtrain.comm.ledger import (
     log_summary,
     reset_log,
 )
+from xtrain.comm.memory import zeros
 from xtrain.comm.point_to_point import P2POp, batch_isend_irecv, irecv, isend, recv, send
 from xtrain.comm.tensor_lists import (
     all_gather,
@@ -126,4 +127,5 @@ __all__ = [
     "scatter",
     "send",
     "tree_sum",
+    "zeros",
 ]

@@ -13,8 +13,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import (
-    AllgatherOptions,
-    AllToAllOptions,
     BarrierOptions,
     BroadcastOptions,
     GatherOptions,
@@ -23,7 +21,6 @@ from torch.distributed.distributed_c10d import (
 )
 
 from xtrain.comm.shm.base import Call, GroupOfRanks, chain
-from xtrain.comm.shm.exchange import Exchange
 from xtrain.comm.shm.reduction import has
 from xtrain.comm.transfer import plain
 from xtrain.comm.work import AllWorks, op_and_timeout
@@ -150,8 +147,6 @@ class ShmProcessGroup(GroupOfRanks):
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """Every rank's input in the tensors of a list; sizes may differ between ranks."""
-        if not isinstance(self.exchange, Exchange):
-            return self.inner.allgather(outputs, inputs, opts or AllgatherOptions())
         call, steps = Call("all_gather"), []
         for pieces, source in zip(outputs, inputs, strict=True):
             into = [call.writing(piece).view(-1) for piece in pieces]
@@ -169,8 +164,6 @@ class ShmProcessGroup(GroupOfRanks):
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """Every rank's input in the root's list."""
         opts = opts or GatherOptions()
-        if not isinstance(self.exchange, Exchange):
-            return self.inner.gather(outputs, inputs, opts)
         call, root = Call("gather"), opts.rootRank
         pieces = outputs[0] if self._me == root else []
         into: list[Tensor | None] = [call.writing(piece).view(-1) for piece in pieces]
@@ -181,8 +174,6 @@ class ShmProcessGroup(GroupOfRanks):
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> dist.Work:
         """The r-th tensor of the root's list in rank r's output."""
         opts = opts or ScatterOptions()
-        if not isinstance(self.exchange, Exchange):
-            return self.inner.scatter(outputs, inputs, opts)
         call, root, size = Call("scatter"), opts.rootRank, self._size
         out = call.writing(outputs[0]).view(-1)
         given: list[Tensor | None] = [None] * size
@@ -202,10 +193,6 @@ class ShmProcessGroup(GroupOfRanks):
         """The r-th piece of `source` goes to rank r; pieces are counted in rows, equal ones by default."""
         received = self._rows(output, output_splits)
         given = self._rows(source, input_splits)
-        if not isinstance(self.exchange, Exchange):
-            return self.inner.alltoall_base(
-                output, source, output_splits or [], input_splits or [], opts or AllToAllOptions()
-            )
         call = Call("all_to_all")
         out = call.writing(output).view(-1)
         flat = call.reading(source, apart_from=out).view(-1)
@@ -228,8 +215,6 @@ class ShmProcessGroup(GroupOfRanks):
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """The r-th input goes to rank r; the r-th output comes from it."""
-        if not isinstance(self.exchange, Exchange):
-            return self.inner.alltoall(outputs, inputs, opts or AllToAllOptions())
         call = Call("all_to_all")
         into = [call.writing(output).view(-1) for output in outputs]
         given = [call.reading(source).view(-1) for source in inputs]

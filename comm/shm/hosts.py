@@ -31,10 +31,13 @@ class Hosts:
         hosts: the group's ranks by host, in ascending order.
         me: this rank in the group.
         across: a gloo group of the ranks in this one's position on every host; None where it is not needed.
+        inner: a gloo group of all ranks.
     """
 
-    def __init__(self, here: Exchange, hosts: Sequence[Sequence[int]], me: int, across: Any) -> None:
-        self._here, self._hosts, self._across = here, hosts, across
+    def __init__(
+        self, here: Exchange, hosts: Sequence[Sequence[int]], me: int, across: Any, inner: Any
+    ) -> None:
+        self._here, self._hosts, self._across, self._inner = here, hosts, across, inner
         self.window = here.window
         self._me, self._size = me, sum(map(len, hosts))
         self._host = next(i for i, ranks in enumerate(hosts) if me in ranks)
@@ -137,10 +140,7 @@ class Hosts:
     def all_gather(self, flat: Tensor, mine: Tensor) -> Steps:
         """Every rank's `mine`, one after the other, in `flat`."""
         if not self._equal:
-            whole = torch.zeros_like(flat).view(self._size, -1)
-            whole[self._me].copy_(mine)
-            yield from self.all_reduce(whole.view(torch.uint8).view(-1), _Kind.BOR)
-            flat.copy_(whole.view(-1))
+            yield from self.spread("all_gather", mine, list(flat.view(self._size, -1)))
             return
         column = torch.empty(len(self._hosts) * len(mine), dtype=flat.dtype)
         yield from self._gather_across(column, mine)
@@ -160,6 +160,31 @@ class Hosts:
             yield from self._wait(self._across.broadcast([as_bytes(flat)], options))
         if self._host != source:
             yield from self._here.broadcast(flat, 0)
+
+    def spread(
+        self, what: str, source: Tensor | None, outputs: Sequence[Tensor | None], root: int = -1
+    ) -> Steps:
+        """Every rank's source to all ranks (all_gather) or to the root (gather), by gloo alone."""
+        wanted = [source if root in (-1, rank) else None for rank in range(self._size)]
+        return self.deal(what, wanted, outputs, root)
+
+    def deal(
+        self,
+        what: str,
+        sources: Sequence[Tensor | None],
+        outputs: Sequence[Tensor | None],
+        root: int = -1,
+        whole: Tensor | None = None,
+    ) -> Steps:
+        """The r-th source to rank r, whose output for this rank it fills; by gloo alone."""
+        nothing = torch.empty(0, dtype=torch.uint8)
+        given = [nothing if one is None else as_bytes(one) for one in sources]
+        into = [nothing if one is None else as_bytes(one) for one in outputs]
+        sizes = [[len(one) for one in side] for side in (into, given)]
+        received = torch.empty(sum(sizes[0]), dtype=torch.uint8)
+        yield from self._wait(self._inner.alltoall_base(received, torch.cat(given), *sizes))
+        for target, piece in zip(into, received.split(sizes[0]), strict=True):
+            target.copy_(piece)
 
     def barrier(self) -> Steps:
         """Nothing but waiting."""

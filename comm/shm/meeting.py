@@ -69,7 +69,7 @@ def create(options: Any, _: Any) -> ShmProcessGroup:
         if partners is not None:
             position, others = partners
             across = _gloo(f"across {position}", store, others.index(me), len(others), timeout)
-        exchange = Hosts(here, hosts, me, across)
+        exchange = Hosts(here, hosts, me, across, inner)
     return ShmProcessGroup(options.store, me, ranks, options.group_id, timeout, exchange, inner)
 
 
