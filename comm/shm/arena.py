@@ -18,7 +18,7 @@ import uuid
 import weakref
 from bisect import insort
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +36,11 @@ class Address:
     """How another process finds an arena, and its owner among those that live.
 
     Attributes:
-        host: processes with equal hosts can map each other's arenas.
         started: in clock ticks since the machine's start, so that a reused process number is not mistaken.
         path: of the file; it may be gone once everybody has mapped it.
         name: different for every arena.
     """
 
-    host: str
     pid: int
     started: int
     path: str
@@ -51,7 +49,7 @@ class Address:
 
 
 def host_name() -> str:
-    """What processes share that can map each other's memory: the running kernel and the namespace of process numbers.
+    """The same for processes that can map each other's arenas: the running kernel and the namespace of process numbers.
 
     XTRAIN_SHM_HOST replaces it, for tests that pretend to have several hosts.
     """
@@ -80,7 +78,7 @@ class Arena:
         self._map = _map(descriptor, size, path)
         own = started(os.getpid())
         assert own is not None
-        self.address = Address(host_name(), os.getpid(), own, path, uuid.uuid4().hex, size)
+        self.address = Address(os.getpid(), own, path, uuid.uuid4().hex, size)
         self._file = descriptor  # what peers open belongs to it
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         self._base = self._bytes.ctypes.data
@@ -209,7 +207,7 @@ _peers: weakref.WeakValueDictionary[str, PeerArena] = weakref.WeakValueDictionar
 def own() -> Arena:
     """This process's arena, made at the first call (and anew in a forked child)."""
     global _own
-    if _own is None or _own.address.pid != os.getpid() or _own.address.host != host_name():
+    if _own is None or _own.address.pid != os.getpid():
         _own = Arena()
     return _own
 
@@ -220,8 +218,3 @@ def peer(address: Address) -> PeerArena:
     if found is None:
         found = _peers[address.name] = PeerArena(address)
     return found
-
-
-def describe(address: Address) -> dict[str, str | int]:
-    """For the store."""
-    return asdict(address)

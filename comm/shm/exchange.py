@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtrain.comm.shm import arena
 from xtrain.comm.shm.reduction import DTYPES, Reduction
 from xtrain.comm.shm.window import SLOT, Call, Window
 from xtrain.errors import BackendError
@@ -84,7 +83,7 @@ class Exchange:
         return calls
 
     def _place(self, flat: Tensor) -> int:
-        return arena.own().offset_of(flat) if flat.nbytes > SMALL else -1
+        return self.window.offset_of(flat) if flat.nbytes > SMALL else -1
 
     def _end(self, calls: list[Call]) -> Steps:
         """Before a buffer that is read in place may change: wait until all have read."""

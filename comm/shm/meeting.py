@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -50,14 +51,14 @@ def create(options: Any, _: Any) -> ShmProcessGroup:
     store = _meetings.next(ranks)
     inner = _gloo("inner", store, me, size, timeout)
     block = Block()
-    store.set(f"memory {me}", json.dumps({"offset": block.offset, **arena.describe(block.address)}))
+    own = {"host": arena.host_name(), "offset": block.offset, "address": asdict(block.address)}
+    store.set(f"memory {me}", json.dumps(own))
     found = [json.loads(text) for text in _values(store, [f"memory {rank}" for rank in range(size)])]
     hosts = by_host([one["host"] for one in found])
     mates = next(mates for mates in hosts if me in mates)
-    members = []
-    for mate in mates:
-        offset = found[mate].pop("offset")
-        members.append(Member(ranks[mate], arena.Address(**found[mate]), offset))
+    members = [
+        Member(ranks[mate], arena.Address(**found[mate]["address"]), found[mate]["offset"]) for mate in mates
+    ]
     window = Window(block, members, mates.index(me))
     _finish(window, timeout, f"backend shm, rank {ranks[me]}: group {options.group_id!r} of ranks {ranks}")
     arena.own().forget_file()

@@ -80,9 +80,9 @@ class Block:
     """This rank's page and slots, in its own arena."""
 
     def __init__(self) -> None:
-        self._arena = arena.own()
-        self._memory = self._arena.take(PAGE + 4 * SLOT)
-        self.address, self.offset = self._arena.address, self._arena.offset_of_block(self._memory)
+        self.arena = arena.own()
+        self._memory = self.arena.take(PAGE + 4 * SLOT)
+        self.address, self.offset = self.arena.address, self.arena.offset_of_block(self._memory)
         self.page = self._memory[:PAGE].data
         self.slots = torch.from_numpy(self._memory[PAGE:])
 
@@ -140,6 +140,10 @@ class Window:
         theirs = self._arenas[member]
         assert theirs is not None
         return theirs.bytes[offset : offset + elements * dtype.itemsize].view(dtype)
+
+    def offset_of(self, flat: torch.Tensor) -> int:
+        """Where a tensor of this rank lies for the others, in bytes; -1: they cannot reach it."""
+        return self._block.arena.offset_of(flat)
 
     # Steps.
 

@@ -1,15 +1,14 @@
-"""Ways in which a rank goes wrong on shared memory, one per start; tests/comm/test_shm.py starts the ranks.
-
-RANK=0 WORLD_SIZE=3 python -m tests.comm.shm_failures KIND FILE
-"""
+"""Ways in which a rank goes wrong on shared memory, one per start; tests/comm/test_shm.py starts the ranks."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
-import sys
 import time
+import traceback
 from datetime import timedelta
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -17,12 +16,21 @@ import torch.distributed as dist
 from xtrain import comm
 
 
-def main(kind: str, file: str) -> None:
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def run(kind: str, rank: int, ranks: int, store: str, out: str) -> None:
+    """One rank; what it has to say, errors included, goes to the file `out`."""
+    with open(out, "w", buffering=1) as text:
+        try:
+            _go(kind, rank, ranks, store, text)
+        except Exception:
+            traceback.print_exc(file=text)
+    atexit._run_exitfuncs()  # a process of multiprocessing leaves them out
+
+
+def _go(kind: str, rank: int, ranks: int, store: str, text: TextIO) -> None:
     torch.set_num_threads(1)
     patience = timedelta(seconds=1.5 if kind == "stuck" else 30)
     comm.init_distributed(
-        "shm", verbose=False, init_method=f"file://{file}", rank=rank, world_size=ranks, timeout=patience
+        "shm", verbose=False, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience
     )
     dist.all_reduce(torch.ones(1))
     if rank == 1:
@@ -46,8 +54,4 @@ def main(kind: str, file: str) -> None:
         else:
             dist.all_reduce(torch.ones(2**25 if kind == "inside" else 1000))
     finally:
-        print(f"rank {rank} waited {time.monotonic() - begun:.1f} s", flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+        print(f"rank {rank} waited {time.monotonic() - begun:.1f} s", file=text)
