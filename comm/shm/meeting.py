@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,36 +20,29 @@ from xtrain.comm.shm.hosts import Hosts, by_host, positions
 from xtrain.comm.shm.window import Block, Member, Window
 from xtrain.errors import BackendError
 
+_made: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()
+"""How many groups of which ranks each world has made."""
 
-class _Meetings:
-    """A place in the world's store for each new group, on which its ranks agree without asking: they count theirs.
+
+def _place(options: Any, ranks: list[int]) -> dist.Store:
+    """A place for a new group in the world's store, on which its ranks agree without asking: they count theirs.
 
     torch's own names of groups differ between ranks after a `new_group(..., use_local_synchronization=True)`.
     """
-
-    def begin(self, store: dist.Store) -> None:
-        """A new world."""
-        self._store = store
-        self._made: Counter[str] = Counter()
-
-    def next(self, ranks: list[int]) -> dist.Store:
-        """For a new group of these ranks."""
-        listed = ",".join(map(str, ranks))
-        self._made[listed] += 1
-        return dist.PrefixStore(f"shm {listed} {self._made[listed]}", self._store)
-
-
-_meetings = _Meetings()
+    world = dist.group.WORLD
+    if world is None:  # this group is to be the world
+        return dist.PrefixStore("shm", options.store)
+    listed = ",".join(map(str, ranks))
+    made = _made.setdefault(world, Counter())
+    made[listed] += 1
+    return dist.PrefixStore(f"shm {listed} {made[listed]}", dist.distributed_c10d._get_default_store())
 
 
 def create(options: Any, _: Any) -> ShmProcessGroup:
     """For torch: the process group of `options`, made by its ranks alone."""
     me, size, timeout = options.group_rank, options.group_size, options.timeout
-    ranks = list(options.global_ranks_in_group)
-    if not ranks:  # the world
-        _meetings.begin(options.store)
-        ranks = list(range(size))
-    store = _meetings.next(ranks)
+    ranks = list(options.global_ranks_in_group) or list(range(size))
+    store = _place(options, ranks)
     inner = _gloo("inner", store, me, size, timeout)
     block = Block()
     own = {"host": arena.host_name(), "offset": block.offset, "address": asdict(block.address)}
