@@ -200,7 +200,7 @@ def run_cases(cases: list[tuple[str, torch.dtype, int, int, int]]) -> None:
 
 
 @pytest.mark.parametrize("number", [2, 4])
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases=CASES)
 def test_any_case(ranks: Any, tmp_path_factory: Any, number: int, cases: list[Any]) -> None:
     file = tmp_path_factory.mktemp("store") / "store"
