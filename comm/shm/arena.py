@@ -17,6 +17,7 @@ import threading
 import uuid
 import weakref
 from bisect import insort
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,7 @@ class Arena:
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         self._base = self._bytes.ctypes.data
         self._free = [(PAGE, size)]
+        self._returned: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()
         atexit.register(self._leave)
 
@@ -94,6 +96,7 @@ class Arena:
         """
         need = -(-max(nbytes, 1) // PAGE) * PAGE
         with self._lock:
+            self._collect()
             place = next((free for free in self._free if free[1] - free[0] >= need), None)
             if place is None:
                 raise BackendError(
@@ -108,18 +111,26 @@ class Arena:
         return block
 
     def _give_back(self, start: int, stop: int) -> None:
+        """Called by the garbage collector, at any time and in any thread: takes no lock."""
         if os.getpid() != self.address.pid:
             return  # a forked child forgets its copy of a tensor; the memory is the parent's
-        self._map.madvise(mmap.MADV_REMOVE, start, stop - start)  # the pages go, zeros come back
-        with self._lock:
-            insort(self._free, (start, stop))
-            merged = [self._free[0]]
-            for first, last in self._free[1:]:
-                if first == merged[-1][1]:
-                    merged[-1] = (merged[-1][0], last)
-                else:
-                    merged.append((first, last))
-            self._free = merged
+        try:
+            self._map.madvise(mmap.MADV_REMOVE, start, stop - start)  # the pages go, zeros come back
+        except OSError:  # a file system that cannot
+            self._bytes[start:stop] = 0
+        self._returned.append((start, stop))
+
+    def _collect(self) -> None:
+        """Join what was given back to what is free."""
+        while self._returned:
+            insort(self._free, self._returned.popleft())
+        merged: list[tuple[int, int]] = []
+        for first, last in self._free:
+            if merged and first == merged[-1][1]:
+                merged[-1] = (merged[-1][0], last)
+            else:
+                merged.append((first, last))
+        self._free = merged
 
     def zeros(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """A flat tensor in the arena."""

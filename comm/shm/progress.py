@@ -25,6 +25,9 @@ _LOOK = 0.2
 """Seconds of waiting between two questions whether a rank is gone."""
 
 
+_OVER = object()
+
+
 class Operation(Outcome):
     """One call: its steps, and what it keeps alive.
 
@@ -49,19 +52,16 @@ class Operation(Outcome):
         """As far as it goes without waiting; whether it is over."""
         try:
             with torch.no_grad():
-                next(self._steps)
-        except StopIteration:
-            self._finish()
+                if next(self._steps, _OVER) is not _OVER:
+                    return False
+                for step in self._after:
+                    step()
         except Exception as error:  # the waiter must see it, whatever thread this is
-            self.fail(error if isinstance(error, BackendError) else BackendError(f"{error}"))
-        return self.done
-
-    def _finish(self) -> None:
-        with torch.no_grad():
-            for step in self._after:
-                step()
-        self._after = []
-        self.end()
+            self.fail(error)
+        else:
+            self._after = []
+            self.end()
+        return True
 
     def fail(self, error: BaseException) -> None:
         """Give up."""
