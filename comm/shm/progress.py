@@ -19,6 +19,8 @@ from xtrain.errors import BackendError
 _SPIN = 0.00002
 """Seconds that a waiter only looks before it begins to sleep between its looks."""
 _LONGEST_NAP = 0.001
+_LONGEST_DOZE = 0.005
+"""Seconds that a waiter sleeps for its own group, while another thread may begin something in another one."""
 _LINGER = 0.5
 """Seconds without operations after which the thread sleeps until there is one."""
 _LOOK = 0.2
@@ -153,11 +155,13 @@ class Progress:
             BackendError: not within `timeout` seconds, or a rank is gone or has given up.
         """
         if not operation.done:
-            self._waiters += 1  # only a hint for the thread: a lost update costs a look too many
+            with self._arrived:
+                self._waiters += 1
             try:
                 self._wait(operation, timeout)
             finally:
-                self._waiters -= 1
+                with self._arrived:
+                    self._waiters -= 1
         if operation.error is not None:
             raise operation.error
 
@@ -184,7 +188,7 @@ class Progress:
         """Sleep until the rank comes that is waited for; not long where other groups have to go on, too."""
         lanes = self._lanes
         if len(lanes) == 1:
-            lanes[0].doze(_LOOK / 2)
+            lanes[0].doze(_LONGEST_DOZE)
         else:
             time.sleep(_LONGEST_NAP / 4)
 
