@@ -54,6 +54,7 @@ from xtrain.comm.ledger import (
     reset_log,
 )
 from xtrain.comm.meeting import check_same
+from xtrain.comm.memory import zeros
 from xtrain.comm.point_to_point import P2POp, batch_isend_irecv, irecv, isend, recv, send
 from xtrain.comm.tensor_lists import (
     all_gather,
@@ -132,4 +133,5 @@ __all__ = [
     "send",
     "tell_other_library",
     "tree_sum",
+    "zeros",
 ]

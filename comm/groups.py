@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtrain.backends import registry
-from xtrain.comm import discovery, libraries, meeting, mpi
+from xtrain.comm import discovery, libraries, meeting, mpi, shm
 from xtrain.comm.launchers import launched
 from xtrain.errors import BackendError, ConfigError, unknown_name
 from xtrain.log import log_dist
@@ -130,7 +130,7 @@ def init_distributed(
 
     Args:
         dist_backend: process-group library; None takes the one of the detected backend. "mpi" is comm/mpi, where
-            the ranks are MPI's.
+            the ranks are MPI's; "shm" is comm/shm, for ranks that share a host.
         auto_mpi_discovery: whether MPI's and Slurm's variables count where the five are not set.
         distributed_port: port of rank 0 when the environment has no MASTER_PORT.
         verbose: whether rank 0 logs what was found.
@@ -161,6 +161,8 @@ def init_distributed(
     if library.lower() == "mpi":
         mpi.start(rank, world_size, timeout, init_method)
     else:
+        if library.lower() == shm.NAME:
+            shm.register()
         if init_method is None or "rank" not in parse_qs(urlsplit(init_method).query):
             place = discovery.discover(
                 os.environ,

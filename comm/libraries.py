@@ -1,7 +1,7 @@
 """Which process-group libraries there are: torch's, those that packages register with it, and xtrain's own.
 
-A library of xtrain's own is a package below xtrain.comm with a function `start`, as comm/mpi. It is found by being
-there; it may answer `unavailable_reason()` and `version()`, and say in DEVICES for which device types it is (host
+A library of xtrain's own is a package below xtrain.comm with NAME, its name in torch, as comm/mpi. It is found by
+being there; it may answer `unavailable_reason()` and `version()`, and say in DEVICES for which device types it is (host
 memory), and in STARTED_BY which program starts its ranks (any launcher).
 """
 
@@ -29,12 +29,12 @@ def own() -> dict[str, ModuleType]:
         for info in pkgutil.iter_modules(xtrain.comm.__path__)
         if info.ispkg
     }
-    return {name: module for name, module in modules.items() if hasattr(module, "start")}
+    return {name: module for name, module in modules.items() if hasattr(module, "NAME")}
 
 
 def names() -> list[str]:
     """All libraries that can be asked for; of torch's, gloo and nccl even where this build lacks them."""
-    registered = {getattr(module, "NAME", name) for name, module in own().items()} - set(own())
+    registered = {module.NAME for module in own().values()} - set(own())
     there = [
         name
         for name in dist.Backend.backend_list

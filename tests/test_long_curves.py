@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import xtrain
 from tests import training
+from tests.comm import test_mpi
 from tests.parity.cases import BETAS, CLIP, EPS, LR, flags, load_script
 from tests.parity.corpus import write_corpus
 from tests.parity.record import largest_difference
+from xtrain import comm
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +80,38 @@ def _floats(curve: list[str]) -> list[float]:
     return [float.fromhex(loss) for loss in curve]
 
 
+def _shared_memory_curves(folder: str) -> list[list[str]]:
+    """Aligned, by stage."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    where = f"file://{folder}/store{ranks}"
+    comm.init_distributed("shm", init_method=where, rank=rank, world_size=ranks, verbose=False)
+    return [_curve(folder, stage, "fp32", True) for stage in STAGES]
+
+
+def _mpi_main(folder: str) -> None:
+    """Under mpiexec: the same over MPI as the `sunway` backend, written by rank 0."""
+    torch.set_num_threads(1)
+    comm.init_distributed("mpi", verbose=False)
+    curves = [_curve(folder, stage, "fp32", True) for stage in STAGES]
+    if dist.get_rank() == 0:
+        (Path(folder) / f"mpi{dist.get_world_size()}.json").write_text(json.dumps(curves))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_libraries_give_the_same_bits(ranks: Any, tmp_path: Path, world: int) -> None:
+    """gloo, shared memory and (where it is installed) MPI as sunway has it, in every stage."""
+    write_corpus(tmp_path)
+    expected = [ranks(world, _curve, str(tmp_path), 0, "fp32", True)[0]] * len(STAGES)
+    assert ranks(world, _shared_memory_curves, str(tmp_path))[0] == expected
+    if not test_mpi.MPI_MISSING:
+        outcome = test_mpi.start(
+            "tests.test_long_curves", str(tmp_path), ranks=world, seconds=900, XTRAIN_BACKEND="sunway"
+        )
+        assert outcome.returncode == 0, outcome.stderr[-3000:]
+        assert json.loads((tmp_path / f"mpi{world}.json").read_text()) == expected
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_aligned_stages_and_splits_give_the_same_bits(ranks: Any, tmp_path: Path, dtype: str) -> None:
     """1 x 4, 2 x 2 and 4 x 1 (ranks x accumulation) in every stage, with dropout."""
@@ -101,3 +138,7 @@ def test_fp32_curve_against_float64(ranks: Any, tmp_path: Path, stage: int) -> N
     exact = ranks(1, _float64_curve, str(tmp_path))[0]
     ours = _floats(ranks(2, _curve, str(tmp_path), stage, "fp32", False)[0])
     assert largest_difference(ours, exact) < 1e-5
+
+
+if __name__ == "__main__":
+    _mpi_main(sys.argv[1])

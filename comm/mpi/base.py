@@ -10,10 +10,11 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from xtrain.comm.mpi.buffers import Transfer, describe
+from xtrain.comm.mpi.buffers import Transfer
 from xtrain.comm.mpi.progress import Operation
 from xtrain.comm.mpi.work import MpiWork
 from xtrain.comm.mpi.world import World
+from xtrain.comm.transfer import describe
 from xtrain.errors import BackendError
 
 # torch declares some calls of a group in three forms, of which a subclass has to answer one.

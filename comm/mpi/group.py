@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 from torch.distributed.distributed_c10d import (
@@ -24,9 +23,11 @@ from torch.distributed.distributed_c10d import (
 )
 
 from xtrain.comm.mpi.base import GroupOfRanks
-from xtrain.comm.mpi.buffers import Reduction, Transfer, as_in_memory, check, describe, parts, spec
+from xtrain.comm.mpi.buffers import Reduction, Transfer, check, parts, spec
 from xtrain.comm.mpi.work import MpiWork
 from xtrain.comm.mpi.world import current
+from xtrain.comm.transfer import as_in_memory, describe
+from xtrain.comm.work import AllWorks, op_and_timeout
 from xtrain.errors import BackendError
 
 
@@ -53,7 +54,7 @@ class MpiProcessGroup(GroupOfRanks):
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> MpiWork:
         """Each tensor reduced over the group, in place."""
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        op, timeout = _op_and_timeout(opts, timeout)
+        op, timeout = op_and_timeout(opts, timeout)
         transfer = Transfer("all_reduce")
 
         def call(buffer: Tensor, reduction: Reduction) -> Any:
@@ -114,7 +115,7 @@ class MpiProcessGroup(GroupOfRanks):
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> MpiWork:
         """The r-th tensor of every rank's list reduced into rank r's output."""
-        op, timeout = _op_and_timeout(opts, None)
+        op, timeout = op_and_timeout(opts, None)
         transfers = []
         starts = []
         for output, pieces in zip(outputs, inputs, strict=True):
@@ -131,7 +132,7 @@ class MpiProcessGroup(GroupOfRanks):
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> MpiWork:
         """Several inputs of n times their output's elements, as one operation."""
-        op, timeout = _op_and_timeout(opts, None)
+        op, timeout = op_and_timeout(opts, None)
         transfers = [Transfer("reduce_scatter") for _ in outputs]
         starts = [
             self._scatter_sum(one, output, source, [output.numel()] * self._size, op)
@@ -361,31 +362,6 @@ class MpiProcessGroup(GroupOfRanks):
     alltoall_base = all_to_all_single
 
 
-class AllWorks(dist.Work):
-    """Several pieces of work, waited for together."""
-
-    def __init__(self, works: list[MpiWork]) -> None:
-        super().__init__()
-        self._works = works
-
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Until all are done."""
-        for work in self._works:
-            work.wait(timeout)
-        return True
-
-    def is_completed(self) -> bool:
-        """Whether all are done."""
-        return all(work.is_completed() for work in self._works)
-
-    def get_future(self) -> Any:
-        """A future of the outputs of all."""
-        futures = [work.get_future() for work in self._works]
-        return torch.futures.collect_all(futures).then(
-            lambda done: [tensor for future in done.value() for tensor in future.value()]
-        )
-
-
 def _later(reduction: Reduction, buffer: Tensor) -> Callable[[], None]:
     return lambda: reduction.complete(buffer)
 
@@ -396,15 +372,6 @@ def _merged(transfers: list[Transfer]) -> Transfer:
         whole.keep += transfer.keep
         whole.after += transfer.after
     return whole
-
-
-def _op_and_timeout(opts: Any, timeout: timedelta | None) -> tuple[Any, timedelta | None]:
-    """From torch's options, or from a bare ReduceOp, which some of torch's signatures take in their place."""
-    if opts is None:
-        return dist.ReduceOp(dist.ReduceOp.SUM), timeout
-    if hasattr(opts, "reduceOp"):
-        return opts.reduceOp, opts.timeout
-    return opts, timeout
 
 
 def create(options: Any, _: Any) -> MpiProcessGroup:

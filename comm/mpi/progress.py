@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from xtrain.comm.work import Outcome
 from xtrain.errors import BackendError, PeerLostError
 
 _SPIN = 0.010
@@ -26,7 +27,7 @@ _LOOK = 1.0
 """Seconds of waiting between two questions whether a rank has ended."""
 
 
-class Operation:
+class Operation(Outcome):
     """One call in the hands of MPI: its requests, the memory they use, and what follows.
 
     Args:
@@ -53,14 +54,10 @@ class Operation:
         lost: Callable[[float], str | None],
         failed: Callable[[BaseException], None],
     ) -> None:
-        self.what, self.outputs, self.timeout, self.lost = what, outputs, timeout, lost
-        self.done = False
-        self.error: BaseException | None = None
+        super().__init__(what, outputs, timeout)
+        self.lost = lost
         self.source = MPI.Status()
-        self.started = time.monotonic()
         self._requests, self._keep, self._after, self._failed = requests, keep, after, failed
-        self._future: Any = None  # torch types a future's exception as its value
-        self._guard = threading.Lock()
 
     def test(self) -> bool:
         """Let MPI go on; whether it has finished (or failed). Called under the lock of the progress."""
@@ -93,33 +90,7 @@ class Operation:
             self._failed(self.error)
         if release:
             self._keep, self._after, self._requests = [], [], []
-        with self._guard:
-            self.done = True
-            future = self._future
-        if future is not None:
-            self._settle(future)
-
-    def _settle(self, future: Any) -> None:
-        if self.error is None:
-            future.set_result(self.outputs)
-        else:
-            future.set_exception(self.error)
-
-    @property
-    def has_future(self) -> bool:
-        """Whether somebody may wait for the future, whose wait cannot keep time itself."""
-        return self._future is not None
-
-    def future(self) -> torch.futures.Future[list[torch.Tensor]]:
-        """Completed with `outputs`, or with the error, by whichever thread finishes the operation."""
-        with self._guard:
-            if self._future is not None:
-                return self._future
-            future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
-            self._future, done = future, self.done
-        if done:
-            self._settle(future)
-        return future
+        self.end()
 
 
 class Progress:

@@ -28,7 +28,7 @@ SECONDS = 120.0
 
 _beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 MPIEXEC = shutil.which("mpiexec", path=_beside)
-_missing = [
+MPI_MISSING = [
     name
     for name, there in (
         ("mpi4py", importlib.util.find_spec("mpi4py") is not None),
@@ -37,12 +37,12 @@ _missing = [
     if not there
 ]
 needs_mpi = pytest.mark.skipif(
-    bool(_missing), reason=f"not installed: {' and '.join(_missing)} (xtrain[mpi])"
+    bool(MPI_MISSING), reason=f"not installed: {' and '.join(MPI_MISSING)} (xtrain[mpi])"
 )
 
 
 def start(
-    module: str, *arguments: str, ranks: int = 0, **environment: str
+    module: str, *arguments: str, ranks: int = 0, seconds: float = SECONDS, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a module of the tests on `ranks` ranks; 0: in one process without mpiexec."""
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
@@ -55,7 +55,7 @@ def start(
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places, **environment},
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=seconds,
     )
 
 

@@ -84,7 +84,7 @@ class FlatGroup:
 
     def _take_over(self) -> None:
         """Move the parameters' data into the buffer."""
-        self.params = torch.zeros(self.layout.total, dtype=self.dtype, device=self.device)
+        self.params = comm.zeros(self.layout.total, self.dtype, self.device, self.process_group)
         for member, param in enumerate(self.members):
             view = self.member_view(self.params, member)
             with whole(param) as data:

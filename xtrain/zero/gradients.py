@@ -125,7 +125,7 @@ class WholeGradients(Gradients):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         group = self.group
-        self.buffer = torch.zeros(group.layout.total, dtype=self.dtype, device=group.device)
+        self.buffer = comm.zeros(group.layout.total, self.dtype, group.device, self.process_group)
         self._partials: list[torch.Tensor | None] = []
         # While the buffer is on another device than the parameters: which of them showed their gradient.
         self._shown_before: list[bool] | None = None
