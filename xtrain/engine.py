@@ -35,6 +35,7 @@ from xtrain.schedulers import build_scheduler
 from xtrain.settings import Settings
 from xtrain.utils import groups as process_groups
 from xtrain.watch import LossWatch, check_unused
+from xtrain.zero.kinds import optimizer_class
 from xtrain.zero.offload import OffloadDeviceEnum, offload_states, reload_states
 from xtrain.zero.optimizer import ZeroOptimizer
 from xtrain.zero.partition import Partitioner
@@ -154,7 +155,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             overlap=backend.zero.overlap_comm if zero.overlap_comm is None else zero.overlap_comm,
             gatherer=self.partition.gatherer,
         )
-        self.optimizer = ZeroOptimizer(
+        self.optimizer = optimizer_class(basic_optimizer, values, self.precision.module)(
             basic_optimizer,
             gradients,
             make_loss_scale(values.fp16, values.torch_autocast, backend.precision.initial_scale_power),

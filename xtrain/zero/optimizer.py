@@ -126,6 +126,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     }
 
     @property
+    def masters(self) -> list[torch.nn.Parameter]:
+        """The master slices that this rank owns, in the order of the wrapped optimizer's groups and buckets."""
+        return [master for group in self.groups for master in group.masters]
+
+    @property
     def loss_scale(self) -> float:
         """Factor by which the loss of the next backward is multiplied; 1 for fp32 and bf16."""
         return self.loss_scaler.value
