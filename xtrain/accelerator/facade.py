@@ -331,3 +331,8 @@ def get_accelerator() -> Accelerator:
         BackendError: the backend asked for cannot be used here.
     """
     return _of(registry.detect())
+
+
+def is_current_accelerator_supported() -> bool:
+    """True: `get_accelerator` returns what a backend supports, or raises."""
+    return get_accelerator().is_available()

@@ -14,10 +14,25 @@ import torch
 
 from xtrain import comm
 from xtrain.config import Config, load_config, solve_batch_sizes
+from xtrain.errors import ConfigError as DeepSpeedConfigError
 from xtrain.errors import NotImplementedYetError
 from xtrain.log import logger
 from xtrain.monitor.config import DeepSpeedMonitorConfig
 from xtrain.precision.policy import DTYPES
+
+ADAGRAD_OPTIMIZER = "adagrad"
+ADAM_OPTIMIZER = "adam"
+ADAMW_OPTIMIZER = "adamw"
+LAMB_OPTIMIZER = "lamb"
+LION_OPTIMIZER = "lion"
+MUON_OPTIMIZER = "muon"
+DEEPSPEED_OPTIMIZERS = [
+    ADAGRAD_OPTIMIZER, ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER, LION_OPTIMIZER, MUON_OPTIMIZER,
+]  # fmt: skip
+"""Values of the config key `optimizer.type`, in any case, for which there is a class of xtrain's own or a choice."""
+TORCH_ADAM_PARAM = "torch_adam"
+ADAM_W_MODE = "adam_w_mode"
+"""Keys of `optimizer.params`."""
 
 _COPIED = (
     "managed_gradient_accumulation", "steps_per_print", "dump_state", "disable_python_gc", "disable_allgather",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -92,6 +93,20 @@ class GatheredParameters:
             if comm.get_world_size(group) > 1:
                 comm.broadcast(flat.reshape(-1).view(torch.uint8), source, group=group)
             home.store(flat)
+
+
+@contextmanager
+def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
+    """Gather an engine's weights once for many forward passes, as generation makes; every rank must enter.
+
+    Args:
+        model: an engine; below stage 3 nothing is done.
+
+    Yields:
+        the engine.
+    """
+    with GatheredParameters(model.module):
+        yield model
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
