@@ -52,9 +52,27 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _loads(text: str) -> Any:
+    """JSON; or Hjson, which DeepSpeed reads too, where its package is installed and the text reads as an object."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError:
+        try:
+            import hjson
+        except ImportError:
+            hjson = None
+        if hjson is None:
+            raise
+        try:
+            return hjson.loads(text, object_pairs_hook=_no_duplicates)
+        except hjson.HjsonDecodeError:
+            pass  # the error of JSON is the one to show
+        raise
+
+
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
-        data = json.loads(text, object_pairs_hook=_no_duplicates)
+        data = _loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{source} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
@@ -89,6 +107,8 @@ def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """(the dictionary, where it came from)."""
     if isinstance(config, Mapping):
         return dict(config), "config"
+    if isinstance(config, os.PathLike):
+        config = Path(os.fspath(config))
     if not isinstance(config, str | Path):
         raise ConfigError(f"config must be a path or a dictionary, not {type(config).__name__}")
     packed = None if isinstance(config, Path) or os.path.exists(config) else _from_base64(config)

@@ -85,7 +85,7 @@ class ZeroConfig(Section):
     load_from_fp32_weights: Annotated[
         bool, NotYet("leave it out: masters are restored from the fp32 weights of the checkpoint")
     ] = True
-    offload_param: OffloadConfig | None = None
+    offload_param: Annotated[OffloadConfig | None, OnlyInStage3()] = None
     """Where this rank's slices of the parameters live (stage 3)."""
     offload_optimizer: OffloadConfig | None = None
     """Where master weights and optimizer states live (stages 1 to 3); the update is computed there."""
@@ -170,12 +170,9 @@ class ZeroConfig(Section):
 
     @model_validator(mode="after")
     def _check_offload_stage(self) -> ZeroConfig:
-        for name, section, lowest in (
-            ("offload_optimizer", self.offload_optimizer, 1),
-            ("offload_param", self.offload_param, 3),
-        ):
-            if section is not None and section.device != "none" and self.stage < lowest:
-                raise ValueError(f"{name} needs ZeRO stage {lowest} or higher, not {self.stage}")
+        offload = self.offload_optimizer
+        if offload is not None and offload.device != "none" and self.stage < 1:
+            raise ValueError("offload_optimizer needs ZeRO stage 1 or higher, not 0")
         return self
 
 
