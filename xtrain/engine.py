@@ -271,7 +271,9 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Close a micro-batch; at a boundary, update the weights and the schedule."""
         if not self._syncing:
-            raise ConfigError("step() was called inside no_sync(): leave the context before it")
+            raise ConfigError(
+                "It is illegal to call Engine.step() inside no_sync context manager: leave the context before it"
+            )
         if self.optimizer is None:
             raise ConfigError("step() needs an optimizer: name one in the config or pass it to initialize()")
         if not self._reducer.ran_backward:
@@ -357,9 +359,12 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         """Backward passes inside add up locally and reduce nothing. Not for stage 2 and above."""
         if self.zero_optimization_stage() >= 2:
             raise ConfigError(
-                f"no_sync() cannot work in ZeRO stage {self.zero_optimization_stage()}, where no rank keeps whole "
-                "gradients: use gradient_accumulation_steps, or stage 1"
+                "no_sync context manager is incompatible with ZeRO stage "
+                f"{self.zero_optimization_stage()}, where no rank keeps whole gradients: use "
+                "gradient_accumulation_steps, or stage 1"
             )
+        if not self._syncing:
+            raise ConfigError("no_sync context manager reentry is unsupported: leave the outer one out")
         self._syncing = False
         try:
             yield

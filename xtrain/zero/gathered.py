@@ -60,13 +60,18 @@ class GatheredParameters:
         found = _as_parameters(params) if enabled else []
         self._homes = [(param, home) for param in found if (home := home_of(param)) is not None]
         self._modifier = modifier_rank
+        self._lent: dict[nn.Parameter, torch.Tensor] = {}
         if fwd_module is not None:
             for param, _ in self._homes:
                 register_external_parameter(fwd_module, param)
 
     def __enter__(self) -> None:
-        for _, home in self._homes:
+        for param, home in self._homes:
             home.hold()
+            if isinstance(home, UnitHome) and param.device.type == "cpu":
+                # `.cpu()` copies nothing here: what a script takes out must outlive the buffer, which is emptied.
+                self._lent[param] = param.data
+                param.data = param.data.clone()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -74,7 +79,11 @@ class GatheredParameters:
         if self._modifier is not None and kind is None:
             for param, home in self._homes:
                 self._keep(param, home, self._modifier)
-        for _, home in self._homes:
+        for param, home in self._homes:
+            if (lent := self._lent.pop(param, None)) is not None:
+                if self._modifier is not None and kind is None:
+                    lent.copy_(param.data)  # for who holds it outside of this block
+                param.data = lent
             home.drop()
 
     @staticmethod

@@ -150,7 +150,11 @@ class Init:
             for param in module.parameters():
                 if home_of(param) is None:
                     as_built = self.dtype is None or not param.is_floating_point()
-                    param.data = param.data.to(device=self.device, dtype=None if as_built else self.dtype)
+                    dtype = param.dtype if as_built else self.dtype
+                    if param.is_meta:  # torch.nn.utils.skip_init: its values do not matter
+                        param.data = torch.empty_like(param, device=self.device, dtype=dtype)
+                    else:
+                        param.data = param.data.to(device=self.device, dtype=dtype)
                     LooseShard(param, self.process_group, self.source)
 
     def _touch(self, param: nn.Parameter, home: LooseShard) -> None:

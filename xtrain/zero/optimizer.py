@@ -126,6 +126,29 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     }
 
     @property
+    def averaged_gradients(self) -> dict[int, list[torch.Tensor]]:
+        """Parameter group -> this rank's part of each parameter's averaged gradient, one-dimensional views.
+
+        Between the last backward of a window and the step; empty otherwise. Collective. DeepSpeed's name.
+        """
+        if self.reducer is None or not self.reducer.settle():
+            return {}
+        result: dict[int, list[torch.Tensor]] = {}
+        for item in self.gradients:
+            for member in range(len(item.group.members)):
+                if (found := item.group.piece_of(member)) is not None:
+                    piece, bucket, _ = found
+                    first = piece.shard_start - bucket.start // item.group.layout.partitions
+                    mine = item.owned(bucket)[first : first + piece.stop - piece.start]
+                    result.setdefault(item.group.group_index, []).append(mine)
+        return result
+
+    @property
+    def _global_grad_norm(self) -> float | None:
+        """DeepSpeed's private name of `grad_norm`, which scripts log."""
+        return self.grad_norm
+
+    @property
     def masters(self) -> list[torch.nn.Parameter]:
         """The master slices that this rank owns, in the order of the wrapped optimizer's groups and buckets."""
         return [master for group in self.groups for master in group.masters]
