@@ -276,7 +276,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             )
         if self.optimizer is None:
             raise ConfigError("step() needs an optimizer: name one in the config or pass it to initialize()")
-        if not self._reducer.ran_backward:
+        if not self._reducer.ran_backward and not self._reducer.adopt():
             raise ConfigError(
                 "step() was called, but no gradient has arrived since the last one: call backward(loss)"
             )

@@ -40,10 +40,14 @@ def get_fp32_state_dict_from_zero_checkpoint(
         CheckpointError: there is no complete checkpoint, or it is damaged.
     """
     if lazy_mode:
-        raise NotImplementedYetError("lazy_mode=True", "leave it out: files are mapped, and tensors are copied")
+        raise NotImplementedYetError(
+            "lazy_mode=True", "leave it out: files are mapped, and tensors are copied"
+        )
     found = layout.find_tag(Path(checkpoint_dir), tag)
     if found is None:
-        raise CheckpointError(f"{checkpoint_dir} holds no checkpoint: pass the folder that save_checkpoint wrote to")
+        raise CheckpointError(
+            f"{checkpoint_dir} holds no checkpoint: pass the folder that save_checkpoint wrote to"
+        )
     directory = Path(checkpoint_dir) / found
     manifest = layout.read_manifest(directory)
     weights = Weights(directory, manifest, layout.MASTER)
@@ -70,7 +74,12 @@ def load_state_dict_from_zero_checkpoint(
     model.cpu()
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:
-        logger.warning("loading %s: the model's %s are not in it, its %s are not the model's", checkpoint_dir, missing, unexpected)
+        logger.warning(
+            "loading %s: the model's %s are not in it, its %s are not the model's",
+            checkpoint_dir,
+            missing,
+            unexpected,
+        )
     return model
 
 
@@ -98,7 +107,9 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     shards = _shards(state, limit)
     where = {}
     for number, shard in enumerate(shards, 1):
-        name = f"{stem}.{suffix}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        name = (
+            f"{stem}.{suffix}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        )
         with atomic_path(folder / name) as temporary:
             if safe_serialization:
                 save_file(shard, temporary, metadata={"format": "pt"})
@@ -114,7 +125,9 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 def _bytes(size: str | int) -> int:
     match = re.fullmatch(r"(\d+)\s*([KMGT]B)?", str(size).strip().upper())
     if match is None or not int(match[1]):
-        raise ConfigError(f"max_shard_size={size!r} is not a size: write a number of bytes, or for example '5GB'")
+        raise ConfigError(
+            f"max_shard_size={size!r} is not a size: write a number of bytes, or for example '5GB'"
+        )
     return int(match[1]) * _UNITS[match[2] or ""]
 
 

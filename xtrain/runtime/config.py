@@ -14,7 +14,6 @@ import torch
 
 from xtrain import comm
 from xtrain.config import Config, load_config, solve_batch_sizes
-from xtrain.errors import ConfigError as DeepSpeedConfigError
 from xtrain.errors import NotImplementedYetError
 from xtrain.log import logger
 from xtrain.monitor.config import DeepSpeedMonitorConfig

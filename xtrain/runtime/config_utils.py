@@ -55,7 +55,9 @@ class DeepSpeedConfigModel(BaseModel):
         for part in path:
             section = getattr(section, part)
         if name in section.model_fields_set:
-            raise ConfigError(f"the keys {old!r}, which is deprecated, and {new!r} are both given: leave {old!r} out")
+            raise ConfigError(
+                f"the keys {old!r}, which is deprecated, and {new!r} are both given: leave {old!r} out"
+            )
         convert = extra.get("new_param_fn", lambda value: value)
         setattr(section, name, convert(getattr(self, old)))
 

@@ -60,7 +60,9 @@ def get_only_unique_item(items: Iterable[Any]) -> Any:
     return found.pop()
 
 
-def move_to_device(item: Any, device: torch.device | str, criterion_func: Callable[[Any], bool] | None = None) -> Any:
+def move_to_device(
+    item: Any, device: torch.device | str, criterion_func: Callable[[Any], bool] | None = None
+) -> Any:
     """A copy of nested lists, tuples and dictionaries whose tensors are on the device.
 
     Args:

@@ -2,7 +2,8 @@
 
 A parameter that xtrain has taken over carries a `Home`. ZeRO stage 3 leaves `param.data` empty between
 uses; the home makes it whole again. The attributes that DeepSpeed gives such parameters (`ds_id`,
-`ds_shape`, `ds_numel`, `ds_status`, `ds_persist`: it stays whole; `ds_tensor`: this rank's part) are set here too, because scripts and libraries read them.
+`ds_shape`, `ds_numel`, `ds_status`, `ds_persist`: it stays whole, `ds_tensor`: this rank's part) are set here
+too, because scripts and libraries read them.
 """
 
 from __future__ import annotations

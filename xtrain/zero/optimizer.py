@@ -313,13 +313,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
             group.refresh_masters()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part, in the wrapped optimizer's format. Checkpoints are written by parameter name
-        (see xtrain.checkpoint), not with this."""
-        return self.optimizer.state_dict()
+        """This rank's part, in the wrapped optimizer's format, and the loss scale. Checkpoints are written by
+        parameter name (see xtrain.checkpoint), not with this."""
+        return {**self.optimizer.state_dict(), "loss_scale": self.loss_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on a rank that owned the same slices."""
-        self.optimizer.load_state_dict(state_dict)
+        state = dict(state_dict)
+        if (scale := state.pop("loss_scale", None)) is not None:
+            self.loss_scaler.load_state_dict(scale)
+        self.optimizer.load_state_dict(state)
 
     def __repr__(self) -> str:
         return f"ZeroOptimizer({self.optimizer!r})"

@@ -18,7 +18,7 @@ class ZeroStageEnum(int, enum.Enum):
     optimizer_states = 1
     gradients = 2
     weights = 3
-    max_stage = 3
+    max_stage = 3  # noqa: PIE796 - DeepSpeed's other name of it
 
 
 class DeepSpeedZeroConfig(ZeroConfig):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from xtrain.errors import ConfigError
-from xtrain.zero.gradients import WholeGradients
 from xtrain.zero.offload import OffloadStateTypeEnum
 
 if TYPE_CHECKING:
@@ -31,5 +30,4 @@ def get_state_devices(model: XtrainEngine, state: OffloadStateTypeEnum) -> set[t
     if kind is OffloadStateTypeEnum.optim_states:
         states = [value for state in model.optimizer.state.values() for value in state.values()]
         return {value.device for value in states if torch.is_tensor(value) and value.ndim}
-    buffers = [item.buffer if isinstance(item, WholeGradients) else item.shard for item in partition.gradients]
-    return {buffer.device for buffer in buffers}
+    return {item.device for item in partition.gradients}
