@@ -151,7 +151,8 @@ def clip_grad_norm_(
     """
     parameters = [parameters] if torch.is_tensor(parameters) else parameters
     grads = [param.grad for param in parameters if param.grad is not None]
-    total = torch.nn.utils.get_total_norm(grads, float(norm_type))
+    norms = [torch.linalg.vector_norm(grad, norm_type) for grad in grads] or [torch.zeros(())]
+    total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if mpu is not None:
         group = mpu.get_model_parallel_group()
         if math.isinf(norm_type):
