@@ -62,6 +62,19 @@ def all_reduce(
     return finish(clock, dist.all_reduce(tensor, op=op, group=group, async_op=async_op))
 
 
+def inference_all_reduce(
+    tensor: torch.Tensor,
+    op: Any = dist.ReduceOp.SUM,
+    group: Group = None,
+    async_op: bool = False,
+    prof: bool = False,
+    log_name: str | None = None,
+    debug: str | None = None,
+) -> Any:
+    """`all_reduce` under the name that tensor-parallel layers call; there is no faster path of its own."""
+    return all_reduce(tensor, op, group, async_op, prof, log_name or "inference_all_reduce", debug)
+
+
 @explained
 def reduce_scatter_tensor(
     output_tensor: torch.Tensor,

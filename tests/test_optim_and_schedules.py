@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from xtrain import schedulers
 from xtrain.config.schema import OptimizerConfig, SchedulerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.optim import Adam, Lion, build_optimizer
@@ -251,3 +253,45 @@ def test_adam_type_means_adamw_unless_said_otherwise() -> None:
 def test_optimizer_mistakes(kind: str, params: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         _build(kind, **params)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
+def test_a_rate_that_is_a_tensor_is_filled_in_place(kind: str, shape: tuple[int, ...]) -> None:
+    """Its values are those of a schedule with numbers."""
+    options = {
+        "WarmupDecayLR": {"total_num_steps": 20},
+        "WarmupCosineLR": {"total_num_steps": 20},
+        "OneCycle": {"cycle_min_lr": 0.1, "cycle_max_lr": 0.5, "cycle_momentum": False},
+    }.get(kind, {})
+
+    def build(rate: Any) -> tuple[Any, Any]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+        return optimizer, getattr(schedulers, kind)(optimizer, **options)
+
+    held = torch.full(shape, 0.1, dtype=torch.float64)
+    optimizer, schedule = build(held)
+    expected, other = build(0.1)
+    for _ in range(4):
+        assert optimizer.param_groups[0]["lr"] is held
+        assert held.item() == pytest.approx(expected.param_groups[0]["lr"])
+        schedule.step()
+        other.step()
+
+
+def test_one_cycle_tells_the_betas_of_each_group() -> None:
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    cycle = {"cycle_min_lr": 0.1, "cycle_max_lr": 0.5, "cycle_first_step_size": 2}
+    schedule = schedulers.OneCycle(optimizer, **cycle, cycle_min_mom=0.8, cycle_max_mom=0.9)
+    assert optimizer.param_groups[0]["betas"] == (
+        0.8,
+        0.99,
+    )  # DeepSpeed's start, which the cycle does not have
+    told = []
+    for _ in range(3):
+        told.append(schedule.get_mom())
+        schedule.step()
+    assert [pair for ((pair),) in told] == [
+        (pytest.approx(0.9), 0.99), (pytest.approx(0.85), 0.99), (pytest.approx(0.8), 0.99)
+    ]  # fmt: skip
+    assert schedulers.OneCycle(optimizer, **cycle, cycle_momentum=False).get_mom() is None

@@ -49,16 +49,22 @@ _SUBMODULES = (
     "checkpointing",
     "comm",
     "config",
+    "constants",
+    "git_version_info",
+    "moe",
     "monitor",
     "ops",
     "optim",
     "parallel",
+    "pipe",
     "profiling",
     "runtime",
     "schedulers",
     "utils",
     "zero",
 )
+_GIT = {"__git_hash__": "git_hash", "__git_branch__": "git_branch"}
+__version_major__, __version_minor__, __version_patch__ = map(int, __version__.split(".")[:3])
 _ALIASES = {"DeepSpeedConfigError": "ConfigError", "DeepSpeedEngine": "XtrainEngine"}
 
 __all__ = [
@@ -87,6 +93,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_EXPORTS[name]), _ALIASES.get(name, name))
     elif name in _SUBMODULES:
         value = importlib.import_module(f"xtrain.{name}")
+    elif name in _GIT:
+        value = getattr(importlib.import_module("xtrain.git_version_info"), _GIT[name])
     elif name.startswith("_"):
         raise AttributeError(f"module 'xtrain' has no attribute {name!r}")
     else:

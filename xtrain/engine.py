@@ -35,6 +35,7 @@ from xtrain.schedulers import build_scheduler
 from xtrain.settings import Settings
 from xtrain.utils import groups as process_groups
 from xtrain.watch import LossWatch, check_unused
+from xtrain.zero.kinds import optimizer_class
 from xtrain.zero.offload import OffloadDeviceEnum, offload_states, reload_states
 from xtrain.zero.optimizer import ZeroOptimizer
 from xtrain.zero.partition import Partitioner
@@ -154,7 +155,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             overlap=backend.zero.overlap_comm if zero.overlap_comm is None else zero.overlap_comm,
             gatherer=self.partition.gatherer,
         )
-        self.optimizer = ZeroOptimizer(
+        self.optimizer = optimizer_class(basic_optimizer, values, self.precision.module)(
             basic_optimizer,
             gradients,
             make_loss_scale(values.fp16, values.torch_autocast, backend.precision.initial_scale_power),
@@ -270,10 +271,12 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Close a micro-batch; at a boundary, update the weights and the schedule."""
         if not self._syncing:
-            raise ConfigError("step() was called inside no_sync(): leave the context before it")
+            raise ConfigError(
+                "It is illegal to call Engine.step() inside no_sync context manager: leave the context before it"
+            )
         if self.optimizer is None:
             raise ConfigError("step() needs an optimizer: name one in the config or pass it to initialize()")
-        if not self._reducer.ran_backward:
+        if not self._reducer.ran_backward and not self._reducer.adopt():
             raise ConfigError(
                 "step() was called, but no gradient has arrived since the last one: call backward(loss)"
             )
@@ -356,9 +359,12 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         """Backward passes inside add up locally and reduce nothing. Not for stage 2 and above."""
         if self.zero_optimization_stage() >= 2:
             raise ConfigError(
-                f"no_sync() cannot work in ZeRO stage {self.zero_optimization_stage()}, where no rank keeps whole "
-                "gradients: use gradient_accumulation_steps, or stage 1"
+                "no_sync context manager is incompatible with ZeRO stage "
+                f"{self.zero_optimization_stage()}, where no rank keeps whole gradients: use "
+                "gradient_accumulation_steps, or stage 1"
             )
+        if not self._syncing:
+            raise ConfigError("no_sync context manager reentry is unsupported: leave the outer one out")
         self._syncing = False
         try:
             yield

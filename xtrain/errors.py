@@ -16,8 +16,11 @@ class XtrainError(Exception):
     exit_code = 2
 
 
-class ConfigError(XtrainError, ValueError):
-    """A configuration value or an argument is wrong."""
+class ConfigError(XtrainError, ValueError, AssertionError):
+    """A configuration value or an argument is wrong.
+
+    An AssertionError too, because DeepSpeed checks with `assert`: `except AssertionError` in a script goes on working.
+    """
 
 
 class NotImplementedYetError(XtrainError, NotImplementedError):

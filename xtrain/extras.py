@@ -186,7 +186,7 @@ class Extras:
             )
         zero = self.xtrain_config.values.zero_optimization
         path = Path(save_dir) / save_filename
-        if zero.stage == 3 and not zero.gathers_weights_to_save:
+        if zero.stage == 3 and not zero.gather_16bit_weights_on_model_save:
             log_dist(
                 f"{path} was not written: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true",
                 ranks=[0],

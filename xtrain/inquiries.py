@@ -190,6 +190,11 @@ class Inquiries:
         return self.xtrain_config.raw
 
     @property
+    def sparse_tensor_module_names(self) -> set[str]:
+        """Modules whose gradients travel as sparse tensors: none do."""
+        return set()
+
+    @property
     def has_moe_layers(self) -> bool:
         """Always False: expert parallelism is not there yet."""
         return False

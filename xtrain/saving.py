@@ -6,11 +6,14 @@ A mixin of XtrainEngine. Files are xtrain.checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from xtrain.checkpoint import read, write
+from xtrain.checkpoint import layout, read, write
+from xtrain.config import XtrainConfig
+from xtrain.parallel import DataParallelGrid
 from xtrain.zero.weights import custom_load, load_whole_state_dict, whole_state_dict
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ class Saving:
     """Weights and checkpoints of XtrainEngine; the attributes below are the engine's."""
 
     module: nn.Module
+    xtrain_config: XtrainConfig
+    grid: DataParallelGrid
     global_steps: int
     partition: Partition
 
@@ -106,6 +111,11 @@ class Saving:
             exclude_frozen_parameters,
         )
         return True
+
+    def _get_optimizer_ckpt_name(self, checkpoints_path: str, tag: str, expp_rank: int = 0) -> str:
+        """Path of the file with what data-parallel rank `expp_rank` owns; DeepSpeed's private name, which tools use."""
+        ranks = self.grid.size if self.xtrain_config.values.zero_optimization.stage else 1
+        return str(Path(checkpoints_path) / str(tag) / layout.optimizer_file(expp_rank, ranks))
 
     def load_checkpoint(
         self,

@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from xtrain.config.arguments import construct
 from xtrain.config.schema import SchedulerConfig
 from xtrain.errors import ConfigError, unknown_name
@@ -45,7 +47,10 @@ class Schedule(ABC):
     def _apply(self) -> None:
         self._last_lr = list(self.get_lr())
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = lr
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)  # a script, or a captured graph, holds this tensor
+            else:
+                group["lr"] = lr
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         """Advance by one iteration, or go to the given one."""
@@ -109,7 +114,7 @@ class WarmupLR(Schedule):
         last_batch_iteration: int = -1,
     ) -> None:
         if warmup_max_lr is None:
-            warmup_max_lr = [group["lr"] for group in optimizer.param_groups]
+            warmup_max_lr = [float(group["lr"]) for group in optimizer.param_groups]
         self.min_lrs = _per_group(optimizer, "warmup_min_lr", warmup_min_lr)
         self.max_lrs = _per_group(optimizer, "warmup_max_lr", warmup_max_lr)
         self.warmup_num_steps = max(2, _positive_integer("warmup_num_steps", warmup_num_steps))
@@ -174,7 +179,7 @@ class WarmupCosineLR(Schedule):
         self.warmup_min_ratio = warmup_min_ratio
         self.cos_min_ratio = cos_min_ratio
         self._warmup = _warmup_curve(warmup_type, self.warmup_num_steps)
-        self.org_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.org_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         super().__init__(optimizer, last_batch_iteration)
 
     def get_lr_ratio(self) -> float:
@@ -303,12 +308,11 @@ class OneCycle(Schedule):
         height = self._height()
         return [low + (high - low) * height for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
 
-    def get_mom(self) -> list[float] | None:
-        """The first beta of each group; None when momentum is left alone."""
-        if not self.cycle_momentum:
-            return None
-        if self.last_batch_iteration < 0:
-            return self.min_moms
+    def get_mom(self) -> list[tuple[float, float]] | None:
+        """The betas of each group, the first of which is cycled; None when momentum is left alone."""
+        return [(momentum, 0.99) for momentum in self._momenta()] if self.cycle_momentum else None
+
+    def _momenta(self) -> list[float]:
         intervals = self._decay_intervals()
         if intervals is not None:
             return [mom * (1 + self.decay_mom_rate * intervals) for mom in self.max_moms]
@@ -317,7 +321,11 @@ class OneCycle(Schedule):
 
     def _apply(self) -> None:
         super()._apply()
-        for group, momentum in zip(self.optimizer.param_groups, self.get_mom() or [], strict=False):
+        if not self.cycle_momentum:
+            return
+        # As in DeepSpeed: what is set before the first step is not what the cycle has there.
+        momenta = self.min_moms if self.last_batch_iteration < 0 else self._momenta()
+        for group, momentum in zip(self.optimizer.param_groups, momenta, strict=True):
             group["betas"] = (momentum, 0.99)
 
 

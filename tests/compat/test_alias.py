@@ -56,7 +56,7 @@ def test_the_installed_version_is_that_of_the_names(fresh: None) -> None:
 def test_what_xtrain_lacks_is_explained_and_never_taken_from_the_real_package(fresh: None) -> None:
     alias.install()
     with pytest.raises(MissingModuleError, match="pipeline parallelism"):
-        importlib.import_module("deepspeed.pipe")
+        importlib.import_module("deepspeed.runtime.pipe")
     with pytest.raises(ModuleNotFoundError, match=r"xtrain has no module 'xtrain\.never_heard_of'"):
         importlib.import_module("deepspeed.never_heard_of")
 

@@ -64,12 +64,14 @@ def test_the_record_is_the_installed_deepspeeds(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("statement", "feature"),
     [
-        ("import xtrain.pipe", "pipe (pipeline parallelism)"),
-        ("from xtrain.pipe import PipelineModule", "pipe (pipeline parallelism)"),
+        ("import xtrain.runtime.pipe.engine", "runtime.pipe (pipeline parallelism)"),
         ("from xtrain import PipelineModule", "PipelineModule (pipeline parallelism)"),
-        ("from xtrain.moe.layer import MoE", "moe (mixture of experts)"),
+        ("import xtrain.moe.sharded_moe", "moe.sharded_moe (mixture of experts)"),
         ("import xtrain.inference.engine", "inference (inference and generation)"),
-        ("from xtrain.comm import inference_all_reduce", "comm.inference_all_reduce (inference"),
+        (
+            "from xtrain.ops.op_builder import DeepCompileBuilder",
+            "ops.op_builder.DeepCompileBuilder (compiled",
+        ),
     ],
 )
 def test_an_import_that_fails_names_the_feature(statement: str, feature: str) -> None:
@@ -163,7 +165,7 @@ def test_deepspeeds_import_paths_lead_to_the_same_objects() -> None:
     assert DeepSpeedEngine is xtrain.DeepSpeedEngine
     assert RepeatingLoader is xtrain.RepeatingLoader
     assert WarmupLR is xtrain.schedulers.WarmupLR
-    assert DeepSpeedZeroOptimizer is optimizer.ZeroOptimizer
+    assert issubclass(DeepSpeedZeroOptimizer, optimizer.ZeroOptimizer)
     assert get_accelerator() is xtrain.get_accelerator()
     assert isinstance(get_accelerator(), DeepSpeedAccelerator)
     assert issubclass(DeepSpeedZeroOptimizer, torch.optim.Optimizer)

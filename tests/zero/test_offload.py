@@ -116,7 +116,7 @@ def _mistakes(folder: str) -> list[str]:
             engine_of(Model(), 1, zero={"offload_optimizer": offload})
         said.append(str(caught.value))
     with pytest.raises(ConfigError) as caught:
-        engine_of(Model(), 1, zero={"offload_param": _disk(folder)})
+        engine_of(Model(), 0, zero={"offload_optimizer": _disk(folder)})
     said.append(str(caught.value))
     engine = engine_of(Model(), 1)
     for arguments in ({"include": ["weights"]}, {"device": "nvme"}, {"device": "tape"}):
@@ -136,7 +136,7 @@ def test_mistakes_are_one_sentence(ranks: Any, tmp_path: Path) -> None:
     expected = (
         "nvme_path",
         "could not be reserved",
-        "needs ZeRO stage 3",
+        "needs ZeRO stage 1",
         "weights",
         "nvme_path",
         "tape",

@@ -7,6 +7,7 @@ device type (`torch.cuda`, `torch.npu`, `torch.cpu`); nothing in xtrain itself u
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -78,7 +79,9 @@ class Accelerator(MemoryStatistics):
         return self.device_name(self.current_device())
 
     def device_count(self) -> int:
-        """Devices that this process sees; a host is one."""
+        """Devices that this process sees; a host is one, or as many as LOCAL_SIZE says that ranks share it."""
+        if self._module is torch.cpu and (ranks := os.environ.get("LOCAL_SIZE")):
+            return int(ranks)
         return int(self._module.device_count())
 
     def communication_backend_name(self) -> str:
@@ -331,3 +334,8 @@ def get_accelerator() -> Accelerator:
         BackendError: the backend asked for cannot be used here.
     """
     return _of(registry.detect())
+
+
+def is_current_accelerator_supported() -> bool:
+    """True: `get_accelerator` returns what a backend supports, or raises."""
+    return get_accelerator().is_available()

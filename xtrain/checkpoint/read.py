@@ -64,6 +64,12 @@ class _Runs:
         """Kinds of state stored for a parameter."""
         return list(dict.fromkeys(kind for _, kind, _, _ in self.manifest["runs"].get(parameter, [])))
 
+    def dtype(self, kind: str, parameter: str) -> torch.dtype:
+        """Dtype of the stored runs of a kind of state."""
+        name, _, low, _ = next(run for run in self.manifest["runs"][parameter] if run[1] == kind)
+        empty: torch.Tensor = self._file(name).get_slice(layout.run_key(kind, parameter, low))[:0]
+        return empty.dtype
+
     def fill(self, out: torch.Tensor, kind: str, parameter: str, start: int) -> None:
         """Copy elements [start, start + len(out)) of a parameter's state into `out`."""
         stop, covered = start + out.numel(), 0
@@ -80,10 +86,15 @@ class _Runs:
             )
 
 
-class _Weights:
-    """The weights of a checkpoint by name: whole in one file, or in runs (ZeRO stage 3)."""
+class Weights:
+    """The weights of a checkpoint by name: whole in one file, or in runs (ZeRO stage 3).
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+    Args:
+        prefer: `layout.MASTER` takes the masters of all parameters that have any, in their dtype.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], prefer: str = layout.WEIGHT) -> None:
+        self._prefer = prefer
         self._runs = _Runs(directory, manifest)
         self._file = safe_open(
             str(layout.verified(directory, manifest, layout.own_file(manifest, layout.MODEL))), framework="pt"
@@ -95,16 +106,22 @@ class _Weights:
 
     def _kind(self, name: str) -> str | None:
         kinds = self._runs.kinds(name)
-        return next((kind for kind in (layout.WEIGHT, layout.MASTER) if kind in kinds), None)
+        return next((kind for kind in (self._prefer, layout.WEIGHT, layout.MASTER) if kind in kinds), None)
+
+    def has_master(self, name: str) -> bool:
+        """Whether there is a master of the parameter."""
+        return layout.MASTER in self._runs.kinds(name)
 
     def whole(self, name: str) -> torch.Tensor:
         """A whole tensor, in its shape."""
-        if name in self._whole:
+        master = self._prefer == layout.MASTER and self.has_master(name)
+        if name in self._whole and not master:
             return self._file.get_tensor(name)
         shape = torch.Size(self._shapes[name])
-        data = torch.empty(shape.numel(), dtype=getattr(torch, self._dtypes[name]))
         kind = self._kind(name)
         assert kind is not None
+        dtype = self._runs.dtype(kind, name) if master else getattr(torch, self._dtypes[name])
+        data = torch.empty(shape.numel(), dtype=dtype)
         self._runs.fill(data, kind, name, 0)
         return data.view(shape)
 
@@ -129,7 +146,7 @@ def _load_module(
     strict: bool,
 ) -> None:
     """Load weights, buffers, and `extra`: entries of the state dictionary that are not tensors."""
-    weights, divided = _Weights(directory, manifest), divided_parameters(engine.module)
+    weights, divided = Weights(directory, manifest), divided_parameters(engine.module)
     for name in weights.names & divided.keys():
         weights.load_piece(name, divided[name].group, divided[name].member)
     tensors: dict[str, Any] = {name: weights.whole(name) for name in weights.names - divided.keys()}
@@ -292,7 +309,7 @@ def load(
         if custom_load_fn is None:
             _load_module(engine, directory, manifest, extra, strict)
         else:
-            weights = _Weights(directory, manifest)
+            weights = Weights(directory, manifest)
             whole.update({name: weights.whole(name) for name in weights.names}, **extra)
 
     def read_states() -> None:

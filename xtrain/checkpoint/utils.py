@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from xtrain.errors import NotImplementedYetError
+
 _HOST = torch.device("cpu")
 
 
@@ -22,3 +24,16 @@ def clone_tensors_for_torch_save(item: Any, device: torch.device | str = _HOST) 
     if isinstance(item, dict):
         return type(item)((key, clone_tensors_for_torch_save(value, device)) for key, value in item.items())
     return item
+
+
+_OTHER_FILES = "read them by name: xtrain.checkpoint.read_manifest says which file holds what"
+
+
+def get_model_ckpt_name_for_rank(base_folder: str, mp_rank_str: str) -> str:
+    """Not there: xtrain's checkpoints have other files."""
+    raise NotImplementedYetError("DeepSpeed's names of checkpoint files", _OTHER_FILES)
+
+
+def get_zero_ckpt_name_for_rank(base_folder: str, dp_rank: int, mp_rank: int) -> str:
+    """Not there: xtrain's checkpoints have other files."""
+    raise NotImplementedYetError("DeepSpeed's names of checkpoint files", _OTHER_FILES)

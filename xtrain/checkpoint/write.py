@@ -15,7 +15,7 @@ from xtrain import comm, random_states
 from xtrain.agree import together
 from xtrain.checkpoint import layout
 from xtrain.checkpoint.safe import safe_load
-from xtrain.errors import CheckpointError
+from xtrain.errors import CheckpointError, ConfigError
 from xtrain.files import sha256, sync_directory, write_text
 from xtrain.log import log_dist
 from xtrain.version import __version__
@@ -244,7 +244,7 @@ def _check_tag(engine: XtrainEngine, tag: str) -> str:
         message = f"ranks gave different checkpoint tags: {', '.join(sorted(set(tags)))}"
         mode = engine.xtrain_config.values.checkpoint.tag_validation
         if mode == "Fail":
-            raise CheckpointError(message)
+            raise ConfigError(message)
         if mode == "Warn":
             log_dist(f"{message}; using {tags[0]!r}", ranks=[0])
     return tags[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -52,9 +53,25 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _parse(text: str, source: str) -> dict[str, Any]:
+def _loads(text: str, strict: bool) -> Any:
+    """JSON; or, unless `strict`, Hjson, which DeepSpeed reads too, where its package is installed."""
     try:
-        data = json.loads(text, object_pairs_hook=_no_duplicates)
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError:
+        if strict or importlib.util.find_spec("hjson") is None:
+            raise
+        import hjson
+
+        try:
+            return hjson.loads(text, object_pairs_hook=_no_duplicates)
+        except hjson.HjsonDecodeError:
+            pass  # the error of JSON is the one to show
+        raise
+
+
+def _parse(text: str, source: str, strict: bool = False) -> dict[str, Any]:
+    try:
+        data = _loads(text, strict)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{source} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}"
@@ -89,11 +106,13 @@ def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """(the dictionary, where it came from)."""
     if isinstance(config, Mapping):
         return dict(config), "config"
+    if isinstance(config, os.PathLike):
+        config = Path(os.fspath(config))
     if not isinstance(config, str | Path):
         raise ConfigError(f"config must be a path or a dictionary, not {type(config).__name__}")
     packed = None if isinstance(config, Path) or os.path.exists(config) else _from_base64(config)
     if packed is not None:
-        return _parse(packed, "base64 config"), "base64 config"
+        return _parse(packed, "base64 config", strict=True), "base64 config"
     return _read_json(Path(config)), str(config)
 
 

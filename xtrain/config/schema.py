@@ -51,6 +51,11 @@ class OffloadConfig(Section):
     super_offload: Annotated[bool, NotYet('use "device": "cpu" alone')] = False
     cpuadam_cores_perc: Annotated[float, NoEffect("it is only read with super_offload")] = 0.8
 
+    @property
+    def pipeline(self) -> bool:
+        """Whether pipelined reads or writes were asked for."""
+        return self.pipeline_read or self.pipeline_write
+
 
 class ZeroConfig(Section):
     """`zero_optimization`. Sizes are in elements."""
@@ -80,7 +85,7 @@ class ZeroConfig(Section):
     load_from_fp32_weights: Annotated[
         bool, NotYet("leave it out: masters are restored from the fp32 weights of the checkpoint")
     ] = True
-    offload_param: OffloadConfig | None = None
+    offload_param: Annotated[OffloadConfig | None, OnlyInStage3()] = None
     """Where this rank's slices of the parameters live (stage 3)."""
     offload_optimizer: OffloadConfig | None = None
     """Where master weights and optimizer states live (stages 1 to 3); the update is computed there."""
@@ -153,24 +158,22 @@ class ZeroConfig(Section):
     """Old spelling of stage3_gather_16bit_weights_on_model_save."""
 
     @model_validator(mode="after")
-    def _offload(self) -> ZeroConfig:
+    def _old_spellings(self) -> ZeroConfig:
         pin = {"pin_memory": bool(self.cpu_offload_use_pin_memory)}
         if self.cpu_offload and self.offload_optimizer is None:
             self.offload_optimizer = OffloadConfig(device="cpu", **pin)
         if self.cpu_offload_param and self.offload_param is None:
             self.offload_param = OffloadConfig(device="cpu", **pin)
-        for name, section, lowest in (
-            ("offload_optimizer", self.offload_optimizer, 1),
-            ("offload_param", self.offload_param, 3),
-        ):
-            if section is not None and section.device != "none" and self.stage < lowest:
-                raise ValueError(f"{name} needs ZeRO stage {lowest} or higher, not {self.stage}")
+        if self.stage3_gather_fp16_weights_on_model_save:
+            self.gather_16bit_weights_on_model_save = True
         return self
 
-    @property
-    def gathers_weights_to_save(self) -> bool:
-        """Whether save_16bit_model may make the weights whole in stage 3."""
-        return self.gather_16bit_weights_on_model_save or self.stage3_gather_fp16_weights_on_model_save
+    @model_validator(mode="after")
+    def _check_offload_stage(self) -> ZeroConfig:
+        offload = self.offload_optimizer
+        if offload is not None and offload.device != "none" and self.stage < 1:
+            raise ValueError("offload_optimizer needs ZeRO stage 1 or higher, not 0")
+        return self
 
 
 class Bf16Config(Section):
@@ -191,7 +194,7 @@ class Fp16Config(Section):
 
     enabled: bool = False
     auto_cast: Annotated[bool, NotYet("cast the inputs in the script")] = False
-    loss_scale: float = Field(0.0, ge=0)
+    loss_scale: float = Field(0.0, ge=0, allow_inf_nan=False)
     """A constant scale; 0 adapts it."""
     initial_scale_power: int = 16
     loss_scale_window: int = Field(1000, gt=0)

@@ -19,12 +19,13 @@ __all__ = ["SECTIONS", "CSVConfig", "CometConfig", "DeepSpeedMonitorConfig", "Te
 
 
 class DeepSpeedMonitorConfig:
-    """The monitors' sections of a checked config.
+    """The monitors' sections of a checked config; the defaults when none is given.
 
     Attributes: `tensorboard`, `wandb`, `csv_monitor`, `comet`; `enabled` when one of them is.
     """
 
-    def __init__(self, values: Config) -> None:
+    def __init__(self, values: Config | None = None) -> None:
+        values = Config() if values is None else values
         self.tensorboard, self.wandb = values.tensorboard, values.wandb
         self.csv_monitor, self.comet = values.csv_monitor, values.comet
         self.enabled = any(getattr(self, name).enabled for name in SECTIONS)

@@ -19,9 +19,24 @@ class LossScale:
 
     def __init__(self, value: float = 1.0) -> None:
         self.value = value
+        self.cur_iter = 0
+        """Steps seen, skipped ones included."""
 
     def update(self, overflow: bool) -> None:
         """Learn from a step. A constant does not."""
+        self.cur_iter += 1
+
+    @property
+    def cur_scale(self) -> float:
+        """DeepSpeed's name of the value."""
+        return self.value
+
+    loss_scale = cur_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """DeepSpeed's name of `dynamic`."""
+        return self.dynamic
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -55,12 +70,30 @@ class DynamicLossScale(LossScale):
         self._left = hysteresis
         self._good = 0
 
+    @property
+    def scale_window(self) -> int:
+        """DeepSpeed's name of `window`."""
+        return self.window
+
+    @property
+    def min_scale(self) -> float:
+        """DeepSpeed's name of `minimum`."""
+        return self.minimum
+
+    min_loss_scale = min_scale
+
+    @property
+    def cur_hysteresis(self) -> int:
+        """Overflows that are still borne before the scale is halved, that one included."""
+        return self._left
+
     def update(self, overflow: bool) -> None:
         """Adapt to whether the gradients of the last step overflowed (on any rank).
 
         Raises:
             TrainingError: the gradients overflow at the smallest scale.
         """
+        super().update(overflow)
         if overflow:
             self._good = 0
             if self._left > 1:

@@ -19,6 +19,20 @@ from xtrain.log import logger
 from xtrain.monitor.config import DeepSpeedMonitorConfig
 from xtrain.precision.policy import DTYPES
 
+ADAGRAD_OPTIMIZER = "adagrad"
+ADAM_OPTIMIZER = "adam"
+ADAMW_OPTIMIZER = "adamw"
+LAMB_OPTIMIZER = "lamb"
+LION_OPTIMIZER = "lion"
+MUON_OPTIMIZER = "muon"
+DEEPSPEED_OPTIMIZERS = [
+    ADAGRAD_OPTIMIZER, ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER, LION_OPTIMIZER, MUON_OPTIMIZER,
+]  # fmt: skip
+"""Values of the config key `optimizer.type`, in any case, for which there is a class of xtrain's own or a choice."""
+TORCH_ADAM_PARAM = "torch_adam"
+ADAM_W_MODE = "adam_w_mode"
+"""Keys of `optimizer.params`."""
+
 _COPIED = (
     "managed_gradient_accumulation", "steps_per_print", "dump_state", "disable_python_gc", "disable_allgather",
     "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "gradient_clipping",
@@ -73,13 +87,10 @@ class DeepSpeedConfig:
         self._public = checked.public()
         self.global_rank = comm.get_rank()
         self.world_size: int = comm.get_world_size() if mpu is None else mpu.get_data_parallel_world_size()
-        sizes = solve_batch_sizes(
-            values.train_batch_size,
-            values.train_micro_batch_size_per_gpu,
-            values.gradient_accumulation_steps,
-            self.world_size,
-        )
-        self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps = sizes
+        self.train_batch_size: int | None = values.train_batch_size
+        self.train_micro_batch_size_per_gpu: int | None = values.train_micro_batch_size_per_gpu
+        self.gradient_accumulation_steps: int | None = values.gradient_accumulation_steps
+        self._configure_train_batch_size()
         for name in _COPIED:
             setattr(self, name, getattr(values, name))
 
@@ -121,6 +132,16 @@ class DeepSpeedConfig:
         self.checkpoint_tag_validation_fail = values.checkpoint.tag_validation == "Fail"
         self.load_universal_checkpoint = values.checkpoint.load_universal
         self.use_node_local_storage = values.checkpoint.use_node_local_storage
+
+    def _configure_train_batch_size(self) -> None:
+        """Fill in which of the three sizes is None, and check them; DeepSpeed's private name, which tools call."""
+        sizes = solve_batch_sizes(
+            self.train_batch_size,
+            self.train_micro_batch_size_per_gpu,
+            self.gradient_accumulation_steps,
+            self.world_size,
+        )
+        self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps = sizes
 
     def print_user_config(self) -> None:
         """Log the config as it was given."""

@@ -6,6 +6,7 @@ from xtrain.log import log_dist, logger
 from xtrain.utils import groups, logging
 from xtrain.utils.init_on_device import OnDevice
 from xtrain.utils.logging import log_dist_once, set_log_level_from_string
+from xtrain.utils.nvtx import instrument_w_nvtx
 from xtrain.utils.tensor_fragment import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -37,6 +38,7 @@ __all__ = [
     "RepeatingLoader",
     "get_z3_leaf_modules",
     "groups",
+    "instrument_w_nvtx",
     "log_dist",
     "log_dist_once",
     "logger",

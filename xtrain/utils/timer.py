@@ -247,8 +247,10 @@ class ThroughputTimer:
         self.logging = logging_fn or logger.info
         self._runtime = runtime
         self.started = False
+        self.initialized = False
+        """Whether `start` was ever called."""
         self.epoch_count = self.micro_step_count = self.global_step_count = 0
-        self.start_time = self.total_elapsed_time = self.step_elapsed_time = 0.0
+        self.start_time = self.end_time = self.total_elapsed_time = self.step_elapsed_time = 0.0
 
     def update_epoch_count(self) -> None:
         """A new epoch begins."""
@@ -263,7 +265,7 @@ class ThroughputTimer:
     def start(self) -> None:
         """A micro-batch begins."""
         if self.config.enabled:
-            self.started = True
+            self.started = self.initialized = True
             if self.global_step_count >= self.start_step:
                 self.start_time = self._now()
 
@@ -280,7 +282,8 @@ class ThroughputTimer:
         self.micro_step_count += 1
         measured = self.global_step_count >= self.start_step
         if measured:
-            duration = self._now() - self.start_time
+            self.end_time = self._now()
+            duration = self.end_time - self.start_time
             self.total_elapsed_time += duration
             self.step_elapsed_time += duration
         if not global_step:

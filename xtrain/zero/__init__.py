@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         GatheredParameters,
         register_external_parameter,
         unregister_external_parameter,
+        unwrap_model_for_generation,
     )
     from xtrain.zero.home import ZeroParamStatus
     from xtrain.zero.init import Init
@@ -39,6 +40,7 @@ _EXPORTS = {
     "estimate_zero3_model_states_mem_needs_all_live": "xtrain.zero.estimate",
     "register_external_parameter": "xtrain.zero.gathered",
     "unregister_external_parameter": "xtrain.zero.gathered",
+    "unwrap_model_for_generation": "xtrain.zero.gathered",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "estimate_zero3_model_states_mem_needs_all_live",
     "register_external_parameter",
     "unregister_external_parameter",
+    "unwrap_model_for_generation",
 ]
 
 

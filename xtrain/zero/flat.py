@@ -114,6 +114,16 @@ class FlatGroup:
         number = self._bucket_of[member]
         return piece, self.layout.buckets[number], self.masters[number] if self.masters else None
 
+    def show_pieces(self) -> None:
+        """Give every parameter DeepSpeed's attribute `ds_tensor`: what this rank owns of it, which may be nothing."""
+        for member, param in enumerate(self.members):
+            mine = torch.empty(0, dtype=self.dtype, device=self.device)
+            if (found := self.piece_of(member)) is not None:
+                piece, bucket, _ = found
+                first = piece.shard_start - bucket.start // self.layout.partitions
+                mine = self.slice_of(bucket)[first : first + piece.stop - piece.start]
+            param.ds_tensor = mine  # type: ignore[attr-defined]
+
     def _make_masters(self, allocate: Allocate | None) -> list[torch.nn.Parameter]:
         dtype = torch.promote_types(self.dtype, torch.float32)
         masters = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -61,14 +62,19 @@ class GatheredParameters:
         self._homes = [(param, home) for param in found if (home := home_of(param)) is not None]
         self._theirs = delegate.gathered(found, modifier_rank, fwd_module)
         self._modifier = modifier_rank
+        self._lent: dict[nn.Parameter, torch.Tensor] = {}
         if fwd_module is not None:
             for param, _ in self._homes:
                 register_external_parameter(fwd_module, param)
 
     def __enter__(self) -> None:
         self._theirs.__enter__()
-        for _, home in self._homes:
+        for param, home in self._homes:
             home.hold()
+            if isinstance(home, UnitHome) and param.device.type == "cpu":
+                # `.cpu()` copies nothing here: what a script takes out must outlive the buffer, which is emptied.
+                self._lent[param] = param.data
+                param.data = param.data.clone()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -76,7 +82,11 @@ class GatheredParameters:
         if self._modifier is not None and kind is None:
             for param, home in self._homes:
                 self._keep(param, home, self._modifier)
-        for _, home in self._homes:
+        for param, home in self._homes:
+            if (lent := self._lent.pop(param, None)) is not None:
+                if self._modifier is not None and kind is None:
+                    lent.copy_(param.data)  # for who holds it outside of this block
+                param.data = lent
             home.drop()
         self._theirs.__exit__(kind, error, trace)
 
@@ -96,6 +106,20 @@ class GatheredParameters:
             if comm.get_world_size(group) > 1:
                 comm.broadcast(flat.reshape(-1).view(torch.uint8), source, group=group)
             home.store(flat)
+
+
+@contextmanager
+def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
+    """Gather an engine's weights once for many forward passes, as generation makes; every rank must enter.
+
+    Args:
+        model: an engine; below stage 3 nothing is done.
+
+    Yields:
+        the engine.
+    """
+    with GatheredParameters(model.module):
+        yield model
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:

@@ -91,6 +91,10 @@ class Gradients(ABC):
             return comm.SliceAllReduce(sent, self.process_group)
         return comm.SliceSum(sent, self.process_group)
 
+    def is_foreign(self, member: int) -> bool:
+        """Whether `param.grad` is a tensor that has not been absorbed."""
+        return self.group.members[member].grad is not None
+
     @abstractmethod
     def absorb(self, member: int, bucket: Bucket) -> None:
         """Take over the gradient that has just arrived in `param.grad`."""
@@ -113,6 +117,11 @@ class Gradients(ABC):
     @abstractmethod
     def zero(self) -> None:
         """Clear everything."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are at the moment."""
+        return self.owned(self.group.layout.buckets[0]).device
 
     @abstractmethod
     def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -142,6 +151,12 @@ class WholeGradients(Gradients):
         elif self._in_place:
             for member, param in enumerate(self.group.members):
                 param.grad = self.view(member)
+
+    def is_foreign(self, member: int) -> bool:
+        grad = self.group.members[member].grad
+        return grad is not None and (
+            grad.layout != torch.strided or grad.data_ptr() != self.view(member).data_ptr()
+        )
 
     def view(self, member: int) -> torch.Tensor:
         """The accumulated gradient of one parameter, in its shape."""

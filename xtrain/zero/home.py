@@ -2,7 +2,8 @@
 
 A parameter that xtrain has taken over carries a `Home`. ZeRO stage 3 leaves `param.data` empty between
 uses; the home makes it whole again. The attributes that DeepSpeed gives such parameters (`ds_id`,
-`ds_shape`, `ds_numel`, `ds_status`) are set here too, because scripts and libraries read them.
+`ds_shape`, `ds_numel`, `ds_status`, `ds_persist`: it stays whole, `ds_tensor`: this rank's part) are set here
+too, because scripts and libraries read them.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def describe_partitioned(param: torch.nn.Parameter, shape: torch.Size) -> None:
         param.ds_id = next(_ids)  # type: ignore[attr-defined]
     param.ds_shape, param.ds_numel = shape, shape.numel()  # type: ignore[attr-defined]
     param.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+    param.ds_persist = False  # type: ignore[attr-defined]
 
 
 def empty_out(param: torch.nn.Parameter) -> None:
@@ -104,6 +106,8 @@ def make_ordinary(param: torch.nn.Parameter) -> None:
         with whole(param) as data:
             own = data.clone()
         param.data = own
+        if hasattr(param, "ds_status"):
+            param.ds_status = ZeroParamStatus.AVAILABLE
         del param._xtrain_home  # type: ignore[attr-defined]
 
 
@@ -145,6 +149,7 @@ class LooseShard(Home):
         self._first = rank * width
         self.shard = data[self._first : self._first + width].clone()
         describe_partitioned(param, self.shape)
+        param.ds_tensor = self.shard  # type: ignore[attr-defined]
         set_home(param, self)
         empty_out(param)
 
@@ -177,5 +182,5 @@ class LooseShard(Home):
             self.param.data.copy_(whole.view(self.shape))
 
     def cast(self, dtype: torch.dtype) -> None:
-        self.shard = self.shard.to(dtype)
+        self.shard = self.param.ds_tensor = self.shard.to(dtype)  # type: ignore[attr-defined]
         self.param.data = self.param.data.to(dtype)

@@ -167,11 +167,23 @@ class Init:
     def _divide(self, module: nn.Module) -> None:
         with torch._C.DisableTorchFunction():
             self._divide_touched()
+            self._materialize(module)
             for param in module.parameters():
                 if home_of(param) is None:
                     as_built = self.dtype is None or not param.is_floating_point()
                     param.data = param.data.to(device=self.device, dtype=None if as_built else self.dtype)
                     LooseShard(param, self.process_group, self.source)
+
+    def _materialize(self, module: nn.Module) -> None:
+        """Give parameters on the meta device (torch.nn.utils.skip_init) memory, and zeros: no values are asked for."""
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for owner in module.modules():
+            for name, param in owner._parameters.items():
+                if param is not None and param.is_meta:
+                    if param not in made:
+                        data = torch.zeros_like(param, device=self.device)
+                        made[param] = nn.Parameter(data, requires_grad=param.requires_grad)
+                    owner._parameters[name] = made[param]
 
     def _touch(self, param: nn.Parameter, home: LooseShard) -> None:
         home.hold()

@@ -157,6 +157,8 @@ def _move(
     if OffloadStateTypeEnum.lp_params in kinds:
         for group in (*partition.trained, *partition.frozen):
             group.move(place)
+            if group.members and hasattr(group.members[0], "ds_tensor"):
+                group.show_pieces()
     if OffloadStateTypeEnum.hp_params in kinds:
         for group in partition.trained:
             for master in group.own_masters():

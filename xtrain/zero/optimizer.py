@@ -128,6 +128,34 @@ class ZeroOptimizer(torch.optim.Optimizer):
                     }
 
     @property
+    def averaged_gradients(self) -> dict[int, list[torch.Tensor]]:
+        """Parameter group -> this rank's part of each parameter's averaged gradient, one-dimensional views.
+
+        Between the last backward of a window and the step; empty otherwise. Collective. DeepSpeed's name.
+        """
+        if self.reducer is None or not self.reducer.settle():
+            return {}
+        result: dict[int, list[torch.Tensor]] = {}
+        for item in self.gradients:
+            for member in range(len(item.group.members)):
+                if (found := item.group.piece_of(member)) is not None:
+                    piece, bucket, _ = found
+                    first = piece.shard_start - bucket.start // item.group.layout.partitions
+                    mine = item.owned(bucket)[first : first + piece.stop - piece.start]
+                    result.setdefault(item.group.group_index, []).append(mine)
+        return result
+
+    @property
+    def _global_grad_norm(self) -> float | None:
+        """DeepSpeed's private name of `grad_norm`, which scripts log."""
+        return self.grad_norm
+
+    @property
+    def masters(self) -> list[torch.nn.Parameter]:
+        """The master slices that this rank owns, in the order of the wrapped optimizer's groups and buckets."""
+        return [master for group in self.groups for master in group.masters]
+
+    @property
     def loss_scale(self) -> float:
         """Factor by which the loss of the next backward is multiplied; 1 for fp32 and bf16."""
         return self.loss_scaler.value
@@ -302,13 +330,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
             group.refresh_masters()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part, in the wrapped optimizer's format. Checkpoints are written by parameter name
-        (see xtrain.checkpoint), not with this."""
-        return self.optimizer.state_dict()
+        """This rank's part, in the wrapped optimizer's format, and the loss scale. Checkpoints are written by
+        parameter name (see xtrain.checkpoint), not with this."""
+        return {**self.optimizer.state_dict(), "loss_scale": self.loss_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on a rank that owned the same slices."""
-        self.optimizer.load_state_dict(state_dict)
+        state = dict(state_dict)
+        if (scale := state.pop("loss_scale", None)) is not None:
+            self.loss_scaler.load_state_dict(scale)
+        self.optimizer.load_state_dict(state)
 
     def __repr__(self) -> str:
         return f"ZeroOptimizer({self.optimizer!r})"

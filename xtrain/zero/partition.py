@@ -17,7 +17,7 @@ from xtrain.precision import PrecisionPolicy
 from xtrain.zero.flat import FlatGroup, FlatOptions
 from xtrain.zero.gather import Gatherer, GatherPolicy, Unit, UnitHome
 from xtrain.zero.gradients import Gradients, ShardedGradients, WholeGradients
-from xtrain.zero.home import full_shape, home_of, make_ordinary
+from xtrain.zero.home import describe_partitioned, full_shape, home_of, make_ordinary
 from xtrain.zero.hooks import ModelHooks
 from xtrain.zero.layout import Bucket
 from xtrain.zero.offload import Memory, OffloadStateTypeEnum, memory_of
@@ -80,7 +80,8 @@ class Partitioner:
         self.grid = grid
         self.shard_gradients = shard_gradients
         self._masters = memory_of(zero.offload_optimizer, "zero_optimization.offload_optimizer", backend)
-        self._shards = memory_of(zero.offload_param, "zero_optimization.offload_param", backend)
+        params = zero.offload_param if zero.stage == 3 else None
+        self._shards = memory_of(params, "zero_optimization.offload_param", backend)
         self._names = {param: name for name, param in module.named_parameters()}
         self._position = {param: position for position, param in enumerate(self._names)}
         self._units: list[ModuleGroup] = []
@@ -105,9 +106,21 @@ class Partitioner:
         for param in self._names:
             if param not in taken:
                 make_ordinary(param)
+        if self.zero.stage == 3:
+            self._describe((*result.trained, *result.frozen))
         if self._units:
             result.gatherer = self._gatherer(result.sharded)
         return result
+
+    def _describe(self, groups: Iterable[FlatGroup]) -> None:
+        """Give the parameters that stay whole in stage 3 the attributes that those which are divided have already."""
+        for param in self._names:
+            if param not in self._unit_of:
+                describe_partitioned(param, param.shape)
+                param.ds_persist = True  # type: ignore[attr-defined]
+                param.ds_tensor = param.data.reshape(-1)  # type: ignore[attr-defined]
+        for group in groups:
+            group.show_pieces()
 
     def _to_divide(self) -> Collection[nn.Parameter]:
         """All parameters but small ones, up to a total, which stay whole on every rank."""

@@ -275,6 +275,14 @@ class GradientReducer:
         if self._open:
             self._end_of_micro_batch()
 
+    def adopt(self) -> bool:
+        """Take over gradients that a script has assigned to `param.grad` itself; whether there are any."""
+        for item in self.queue:
+            for member in item.bucket.members:
+                if item.gradients.is_foreign(member):
+                    self._arrived(item, member)
+        return self.ran_backward
+
     def settle(self) -> bool:
         """Whether this window's gradients are averaged over ranks, for who wants to read them before the step.
 

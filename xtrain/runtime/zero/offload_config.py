@@ -1,5 +1,11 @@
-"""`deepspeed.runtime.zero.offload_config`: what offload_states() and reload_states() are told."""
+"""`deepspeed.runtime.zero.offload_config`: what offload_states() is told, and the config's offload sections."""
 
+from xtrain.runtime.zero.config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from xtrain.zero.offload import OffloadDeviceEnum, OffloadStateTypeEnum
 
-__all__ = ["OffloadDeviceEnum", "OffloadStateTypeEnum"]
+__all__ = [
+    "DeepSpeedZeroOffloadOptimizerConfig",
+    "DeepSpeedZeroOffloadParamConfig",
+    "OffloadDeviceEnum",
+    "OffloadStateTypeEnum",
+]

@@ -5,7 +5,7 @@ from xtrain.zero.estimate import (
     estimate_zero3_model_states_mem_needs_all_cold,
     estimate_zero3_model_states_mem_needs_all_live,
 )
-from xtrain.zero.optimizer import ZeroOptimizer as DeepSpeedZeroOptimizer_Stage3
+from xtrain.zero.kinds import DeepSpeedZeroOptimizer_Stage3
 
 __all__ = [
     "DeepSpeedZeroOptimizer_Stage3",

@@ -5,7 +5,7 @@ from xtrain.zero.estimate import (
     estimate_zero2_model_states_mem_needs_all_cold,
     estimate_zero2_model_states_mem_needs_all_live,
 )
-from xtrain.zero.optimizer import ZeroOptimizer as DeepSpeedZeroOptimizer
+from xtrain.zero.kinds import DeepSpeedZeroOptimizer
 
 __all__ = [
     "DeepSpeedZeroOptimizer",

@@ -1,0 +1,114 @@
+"""Whole float32 weights out of a checkpoint, compared with the masters they were written from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import xtrain
+from xtrain.checkpoint.export import _bytes, _shards
+from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
+from xtrain.utils import safe_get_full_fp32_param
+from xtrain.utils.zero_to_fp32 import (
+    convert_zero_checkpoint_to_fp32_state_dict,
+    get_fp32_state_dict_from_zero_checkpoint,
+    load_state_dict_from_zero_checkpoint,
+)
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 3)
+        self.frozen.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(3)
+        self.out = nn.Linear(3, 3, bias=False)
+        self.tied = nn.Linear(3, 3, bias=False)
+        self.tied.weight = self.out.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.tied(self.out(self.norm(self.frozen(x))))
+        return y
+
+
+def _save(folder: str, stage: int, half: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "bf16": {"enabled": half},
+        "data_types": {"buffer_dtype": "bf16"} if half else {},
+        "optimizer": {"type": "Adam", "params": {"lr": 0.1}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 4},
+    }
+    engine, *_ = xtrain.initialize(model=_Model(), config=config)
+    dtype = torch.bfloat16 if half else torch.float32
+    for _ in range(2):
+        engine.backward(engine(torch.randn(4, 3, dtype=dtype)).float().square().sum())
+        engine.step()
+    engine.save_checkpoint(folder)
+    masters = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
+    whole = {name: value.detach().clone() for name, value in engine.module_state_dict().items()}
+    return {**whole, **{name: value.clone() for name, value in masters.items() if value is not None}}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_masters_come_out(
+    ranks: Callable[..., list[Any]], tmp_path: Path, stage: int, half: bool
+) -> None:
+    expected = ranks(2, _save, str(tmp_path), stage, half)[0]
+    state = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    assert set(expected) - set(state) == {"tied.weight"}
+    for name, value in state.items():
+        assert value.dtype == (torch.int64 if name == "norm.num_batches_tracked" else torch.float32)
+        assert torch.equal(value, expected[name].to(value.dtype)), name
+    trained = get_fp32_state_dict_from_zero_checkpoint(
+        tmp_path, "global_step2", exclude_frozen_parameters=True
+    )
+    assert set(state) - set(trained) == {"frozen.weight", "frozen.bias"}
+
+    model = load_state_dict_from_zero_checkpoint(_Model(), tmp_path)
+    assert torch.equal(model.tied.weight, expected["out.weight"].float())
+    assert torch.equal(model.norm.running_mean, expected["norm.running_mean"].float())
+
+
+def test_files_for_other_programs(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    ranks(1, _save, str(tmp_path / "run"), 1, True)
+    state = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "run")
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "run", tmp_path / "one")
+    one = torch.load(tmp_path / "one" / "pytorch_model.bin", weights_only=True)
+    convert_zero_checkpoint_to_fp32_state_dict(
+        tmp_path / "run", tmp_path / "many", 50, safe_serialization=True
+    )
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    many = {name: load_file(tmp_path / "many" / file)[name] for name, file in index["weight_map"].items()}
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in state.values())
+    for found in (one, many):
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        get_fp32_state_dict_from_zero_checkpoint(tmp_path, "step9")
+    with pytest.raises(NotImplementedYetError, match="lazy_mode"):
+        get_fp32_state_dict_from_zero_checkpoint(tmp_path, lazy_mode=True)
+    with pytest.raises(ConfigError, match="5 apples"):
+        convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path, "5 apples")
+
+
+def test_sizes_and_shards() -> None:
+    assert [_bytes(size) for size in ("5GB", "10 kb", 7)] == [5 * 10**9, 10**4, 7]
+    state = {name: torch.zeros(size) for name, size in (("a", 2), ("b", 100), ("c", 1), ("d", 1))}
+    assert [list(shard) for shard in _shards(state, 8)] == [["a"], ["b"], ["c", "d"]]
+    assert [list(shard) for shard in _shards(state, None)] == [["a", "b", "c", "d"]]

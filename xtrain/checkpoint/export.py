@@ -1,0 +1,145 @@
+"""Whole weights out of a checkpoint, without an engine: for evaluation, other programs, or a model hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from xtrain.checkpoint import layout
+from xtrain.checkpoint.read import Weights
+from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
+from xtrain.files import atomic_path, write_text
+from xtrain.log import logger
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def get_fp32_state_dict_from_zero_checkpoint(
+    checkpoint_dir: str | Path,
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+    lazy_mode: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The model's state dictionary on the host, in float32: from the master weights where there are any.
+
+    Buffers are in it, integer ones as they are. A weight that is tied to another stands under one name.
+
+    Args:
+        checkpoint_dir: the folder that save_checkpoint wrote to.
+        tag: which checkpoint; None: what `latest` names.
+        exclude_frozen_parameters: leave out parameters that had no master weight.
+        lazy_mode: not there yet.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is damaged.
+    """
+    if lazy_mode:
+        raise NotImplementedYetError(
+            "lazy_mode=True", "leave it out: files are mapped, and tensors are copied"
+        )
+    found = layout.find_tag(Path(checkpoint_dir), tag)
+    if found is None:
+        raise CheckpointError(
+            f"{checkpoint_dir} holds no checkpoint: pass the folder that save_checkpoint wrote to"
+        )
+    directory = Path(checkpoint_dir) / found
+    manifest = layout.read_manifest(directory)
+    weights = Weights(directory, manifest, layout.MASTER)
+    state = {}
+    # The order of the parameters, which loading does not need and people like; buffers come last.
+    order = [*manifest["parameters"], *sorted(weights.names - manifest["parameters"].keys())]
+    for name in order:
+        frozen = name in manifest["parameters"] and not weights.has_master(name)
+        if name not in weights.names or (exclude_frozen_parameters and frozen):
+            continue
+        value = weights.whole(name)
+        state[name] = value.float() if value.is_floating_point() else value
+    return state
+
+
+def load_state_dict_from_zero_checkpoint(
+    model: nn.Module, checkpoint_dir: str | Path, tag: str | None = None
+) -> nn.Module:
+    """Load a checkpoint's weights into a plain model, which goes to the host, and return it.
+
+    Names that the checkpoint lacks or the model does not know are left alone, and logged.
+    """
+    state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    model.cpu()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        logger.warning(
+            "loading %s: the model's %s are not in it, its %s are not the model's",
+            checkpoint_dir,
+            missing,
+            unexpected,
+        )
+    return model
+
+
+def convert_zero_checkpoint_to_fp32_state_dict(
+    checkpoint_dir: str | Path,
+    output_dir: str | Path,
+    max_shard_size: str | int | None = "5GB",
+    safe_serialization: bool = False,
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+) -> None:
+    """Write a checkpoint's float32 state dictionary as files that Transformers loads.
+
+    Args:
+        output_dir: gets `pytorch_model.bin`, or several such files and an index when it is larger than a shard.
+        max_shard_size: bytes, or a string such as "5GB"; None: one file.
+        safe_serialization: write `model.safetensors` instead.
+        checkpoint_dir, tag, exclude_frozen_parameters: see get_fp32_state_dict_from_zero_checkpoint.
+    """
+    limit = None if max_shard_size is None else _bytes(max_shard_size)
+    state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag, exclude_frozen_parameters)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, suffix = ("model", "safetensors") if safe_serialization else ("pytorch_model", "bin")
+    shards = _shards(state, limit)
+    where = {}
+    for number, shard in enumerate(shards, 1):
+        name = (
+            f"{stem}.{suffix}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        )
+        with atomic_path(folder / name) as temporary:
+            if safe_serialization:
+                save_file(shard, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(shard, temporary)
+        where.update(dict.fromkeys(shard, name))
+    if len(shards) > 1:
+        size = sum(value.nbytes for value in state.values())
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        write_text(folder / f"{stem}.{suffix}.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _bytes(size: str | int) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMGT]B)?", str(size).strip().upper())
+    if match is None or not int(match[1]):
+        raise ConfigError(
+            f"max_shard_size={size!r} is not a size: write a number of bytes, or for example '5GB'"
+        )
+    return int(match[1]) * _UNITS[match[2] or ""]
+
+
+def _shards(state: Mapping[str, torch.Tensor], limit: int | None) -> list[dict[str, torch.Tensor]]:
+    """The dictionary in pieces of at most `limit` bytes, or of one tensor that is larger."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    room = limit
+    for name, value in state.items():
+        if room is not None and limit is not None:
+            if shards[-1] and value.nbytes > room:
+                shards.append({})
+                room = limit
+            room -= value.nbytes
+        shards[-1][name] = value
+    return shards

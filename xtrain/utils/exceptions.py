@@ -1,0 +1,5 @@
+"""`deepspeed.utils.exceptions`, for scripts that catch it; xtrain raises the errors of xtrain.errors."""
+
+
+class DeprecatedException(Exception):
+    """Something is no longer supported."""
