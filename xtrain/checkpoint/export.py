@@ -37,7 +37,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
         lazy_mode: not there yet.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is damaged.
+        CheckpointError: there is no complete checkpoint, it is damaged, or holds a model divided by model parallelism.
     """
     if lazy_mode:
         raise NotImplementedYetError(
@@ -49,7 +49,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
             f"{checkpoint_dir} holds no checkpoint: pass the folder that save_checkpoint wrote to"
         )
     directory = Path(checkpoint_dir) / found
-    manifest = layout.read_manifest(directory)
+    manifest = layout.select_part(layout.read_manifest(directory), directory, 0, tensor=1, pipeline=1)
     weights = Weights(directory, manifest, layout.MASTER)
     state = {}
     # The order of the parameters, which loading does not need and people like; buffers come last.

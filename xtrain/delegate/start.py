@@ -24,7 +24,7 @@ from xtrain.config import XtrainConfig
 from xtrain.delegate.accelerator import import_deepspeed, present
 from xtrain.errors import ConfigError
 from xtrain.parallel import model_from_mpu
-from xtrain.zero.home import home_of
+from xtrain.zero.home import ZeroParamStatus, home_of
 from xtrain.zero.hooks import external_parameters
 
 _trained: Any = WeakIdKeyDictionary()
@@ -124,9 +124,14 @@ def zero_init(config: XtrainConfig, call: dict[str, Any]) -> Any:
     return deepspeed_for(backend).zero.Init(config_dict_or_path=config_for_deepspeed(config), **theirs)
 
 
+def _divided_there(param: nn.Parameter) -> bool:
+    """Whether DeepSpeed's stage 3 has divided it; ours gives the same attributes, with a status of its own class."""
+    return hasattr(param, "ds_tensor") and not isinstance(getattr(param, "ds_status", None), ZeroParamStatus)
+
+
 def gathered(params: list[Any], modifier_rank: int | None, fwd_module: nn.Module | None) -> Any:
     """DeepSpeed's GatheredParameters for those of `params` that its ZeRO stage 3 has divided."""
-    theirs = [param for param in params if hasattr(param, "ds_tensor")]
+    theirs = [param for param in params if _divided_there(param)]
     if not theirs:
         return nullcontext()
     deepspeed = sys.modules["deepspeed"]  # it has made them
@@ -135,5 +140,5 @@ def gathered(params: list[Any], modifier_rank: int | None, fwd_module: nn.Module
 
 def register_external(module: nn.Module, param: nn.Parameter) -> None:
     """Tell DeepSpeed too, of a parameter that its ZeRO stage 3 has divided."""
-    if hasattr(param, "ds_tensor"):
+    if _divided_there(param):
         sys.modules["deepspeed"].zero.register_external_parameter(module, param)
