@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtrain.align.recorder import Recorder
-from xtrain.errors import RunInterrupted
+from xtrain.config.schema import RecordConfig
+from xtrain.errors import ConfigError, RunInterrupted
 from xtrain.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE, STOP, STOPPED
 
 if TYPE_CHECKING:
@@ -40,14 +41,19 @@ def attach(engine: XtrainEngine) -> None:
     if run_dir is not None:
         _engines.append(weakref.ref(engine))
     metrics = METRICS.replace(".", f"-{number}.") if number else METRICS
-    path = Path(section.record) if section.record else run_dir / metrics if run_dir else None
+    record = section.record or RecordConfig()
+    path = Path(record.path) if record.path else run_dir / metrics if run_dir else None
     if path is None:
+        if section.record is not None:
+            raise ConfigError('"xtrain": {"record": {...}} has no path: add one, or start with xtrain launch')
         return
     recorder = Recorder(
         path,
         header={"engine": "native", "backend": engine.backend.name, "config": engine.xtrain_config.public()},
         tokens_per_sample=section.tokens_per_sample,
         flag=(run_dir / STOP).exists if run_dir else None,
+        modules_every=record.modules_every,
+        modules=record.modules,
     )
 
     def stop_if_asked(engine: XtrainEngine) -> None:
