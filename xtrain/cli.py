@@ -47,9 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "launch":
             return launch.run(args, script_args)
-        if separator:
-            raise XtrainError(f"`--` has no meaning for xtrain {args.command}")
-        return align.run(args)
+        return align.run(args, script_args if separator else None)
     except KeyboardInterrupt:  # outside the supervised run, which handles it itself
         print("xtrain: interrupted", file=sys.stderr)
         return 130

@@ -120,7 +120,9 @@ class ColumnBuilder:
         notes = []
         again = len(rows) - len(steps)
         if again:
-            notes.append(f"{again} step{'s stand' if again > 1 else ' stands'} in it twice: the later line counts")
+            notes.append(
+                f"{again} step{'s stand' if again > 1 else ' stands'} in it twice: the later line counts"
+            )
         if len(rows) > 1 and (np.diff(raw[rows]) < 0).any() and not again:
             notes.append("its steps were not in order")
         columns = {}
@@ -266,6 +268,4 @@ def read_record(path: str | Path) -> Record:
     if damaged is not None:
         reader.notes.append("its last line was cut off")
     steps, columns, notes = reader.columns.build()
-    return Record(
-        file, steps, columns, reader.headers, reader.modules.build(), notes=[*reader.notes, *notes]
-    )
+    return Record(file, steps, columns, reader.headers, reader.modules.build(), notes=[*reader.notes, *notes])

@@ -194,7 +194,9 @@ class Recorder:
         """
         number = _number(loss)
         if number is None:
-            raise RecordError(f"step() takes the loss as a number or a tensor of one element, not {loss!r:.80}")
+            raise RecordError(
+                f"step() takes the loss as a number or a tensor of one element, not {loss!r:.80}"
+            )
         self._own_step = self._own_step + 1 if step is None else int(step)
         device = loss.device if torch.is_tensor(loss) else torch.device("cpu")
         mean, by_rank = self._over_ranks(number, device)

@@ -148,7 +148,9 @@ class ModuleStatistics:
                         self._add("gradient", index, gradient)
 
     @torch.no_grad()
-    def finish(self, device: torch.device | str, scale: float = 1.0) -> dict[str, dict[str, list[float | None]]]:
+    def finish(
+        self, device: torch.device | str, scale: float = 1.0
+    ) -> dict[str, dict[str, list[float | None]]]:
         """End the step: statistics by phase and name, float32, one a module (None: it did not run).
 
         Collective over all ranks.

@@ -81,11 +81,11 @@ def _entries(content: dict[str, Any]) -> dict[tuple[str, str], tuple[float, floa
             continue  # an operator (level L1)
         module, kind = match[1], match[2]
         # In backward, `input` holds the gradients that came to the module's outputs.
-        parts = {
-            "forward": {"forward": entry.get("output"), "optimizer": entry.get("parameters")},
-            "backward": {"backward": entry.get("input")},
-            "parameters_grad": {"gradient": entry},
-        }[kind]
+        parts: dict[str, Any] = {"gradient": entry}
+        if kind == "forward":
+            parts = {"forward": entry.get("output"), "optimizer": entry.get("parameters")}
+        elif kind == "backward":
+            parts = {"backward": entry.get("input")}
         for phase, part in parts.items():
             if (numbers := _numbers(part)) is not None:
                 found[phase, module] = numbers

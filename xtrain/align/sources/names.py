@@ -61,7 +61,9 @@ def find_loss(names: Collection[str], wanted: str | None, path: Path) -> str:
                 f"{path} has several curves that may be the loss: choose one of {', '.join(sorted(candidates))} with "
                 "--loss NAME"
             )
-    raise RecordError(f"{path} has no column that looks like a training loss: choose one of {shown} with --loss NAME")
+    raise RecordError(
+        f"{path} has no column that looks like a training loss: choose one of {shown} with --loss NAME"
+    )
 
 
 def find_others(names: Collection[str]) -> dict[str, str]:
