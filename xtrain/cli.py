@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # Overrides and options may come in any order, which argparse's subcommands cannot do alone.
     args, extras = parser.parse_known_args(ours)
-    if args.command == "launch":
-        args.overrides += [extra for extra in extras if not extra.startswith("-")]
+    several = {"launch": "overrides", "align": "paths"}.get(args.command)
+    if several is not None:
+        getattr(args, several).extend(extra for extra in extras if not extra.startswith("-"))
         extras = [extra for extra in extras if extra.startswith("-")]
     if extras:
         parser.error(f"unrecognized arguments: {' '.join(extras)}")

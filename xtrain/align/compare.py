@@ -87,6 +87,13 @@ class Comparison:
         """Whether every common step is within the policy."""
         return self.first_outside is None
 
+    def allowed(self) -> tuple[Floats, Floats]:
+        """The smallest and largest loss that are allowed at every step; NaN where everything is."""
+        limit = np.where(np.isfinite(self.limit), self.limit, np.nan)
+        with np.errstate(invalid="ignore", over="ignore"):
+            reach = np.abs(self.centre) * limit
+            return self.centre - reach, self.centre + reach
+
     def sentence(self) -> str:
         """The verdict for a person."""
         if not self.missing:

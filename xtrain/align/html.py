@@ -117,15 +117,13 @@ def _curves(curve: Comparison) -> str:
         rows = np.union1d(rows, np.searchsorted(curve.step, [curve.first_outside]))
     step = curve.step[rows].astype(np.float64)
     reference, candidate = curve.reference[rows], curve.candidate[rows]
-    limit, centre = curve.limit[rows], curve.centre[rows]
-    limit = np.where(np.isfinite(limit), limit, np.nan)
-    reach = np.abs(centre) * limit
+    limit = np.where(np.isfinite(curve.limit[rows]), curve.limit[rows], np.nan)
     loss = _Axes(step, [reference, candidate], 320, "loss: reference solid, candidate dashed")
     if curve.policy.kind in ("relative", "envelope"):
         # Cut to what is shown: a wide envelope is not to flatten the curves.
         span = loss.high - loss.low
-        low, high = loss.low - span, loss.high + span
-        loss.band(step, np.clip(centre - reach, low, high), np.clip(centre + reach, low, high), COLOURS[0])
+        lower, upper = (np.clip(edge[rows], loss.low - span, loss.high + span) for edge in curve.allowed())
+        loss.band(step, lower, upper, COLOURS[0])
     loss.line(step, reference, COLOURS[0])
     loss.line(step, candidate, COLOURS[1], "5 3")
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -38,11 +38,10 @@ def plot_curves(
         # Beyond the steps of an envelope everything is allowed: not drawn.
         limit = np.where(np.isfinite(outcome.limit), outcome.limit, np.nan)
         if outcome.policy.kind in ("relative", "envelope"):
-            reach = np.abs(outcome.centre) * limit
+            low, high = outcome.allowed()
             axes[0].fill_between(
-                outcome.step, outcome.centre - reach, outcome.centre + reach,
-                color=COLOURS[0], alpha=0.2, label="allowed",
-            )  # fmt: skip
+                outcome.step, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label="allowed"
+            )
         with np.errstate(divide="ignore", invalid="ignore"):
             axes[1].plot(outcome.step, outcome.candidate / outcome.reference, color="#555555", linewidth=1.0)
         axes[1].axhline(1.0, color=COLOURS[0], linewidth=0.8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,6 +21,7 @@ def probability(t: float, freedom: int) -> float:
     return float(0.5 + math.copysign(constant * area, t))
 
 
+@lru_cache(maxsize=64)
 def quantile(p: float, freedom: int) -> float:
     """t with P(T <= t) = p, for p of at least 1/2."""
     low, high = 0.0, 1.0
