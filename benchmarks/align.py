@@ -31,17 +31,23 @@ def write_record(path: Path, steps: int, modules: int, every: int, seed: int) ->
         for step in range(1, steps + 1):
             loss = 2 + draw.gauss(0, 1e-4)
             line = {
-                "type": "step", "step": step, "loss": loss, "loss_hex": loss.hex(), "grad_norm": 1 + draw.gauss(0, 1e-3),
-                "lr": [1e-3], "loss_scale": 1.0, "applied": True, "tokens": 4096, "seconds": 0.1234567, "elapsed": 0.1 * step,
-                "loss_by_rank": [loss, loss],
+                "type": "step", "step": step, "loss": loss, "loss_hex": loss.hex(), "grad_norm": draw.gauss(1, 1e-3),
+                "lr": [1e-3], "loss_scale": 1.0, "applied": True, "tokens": 4096, "seconds": 0.1234567,
+                "elapsed": 0.1 * step, "loss_by_rank": [loss, loss],
             }  # fmt: skip
             file.write(json.dumps(line) + "\n")
             if (step - 1) % every == 0:
                 for phase in PHASES:
                     # Nine digits, as measured numbers have.
                     values = [float(f"{1 + draw.random() * 1e-3:.9g}") for _ in range(modules)]
-                    filled = {statistic: values for statistic in STATISTICS}
-                    entry = {"type": "modules", "step": step, "phase": phase, **filled, "nonfinite": [0.0] * modules}
+                    filled = dict.fromkeys(STATISTICS, values)
+                    entry = {
+                        "type": "modules",
+                        "step": step,
+                        "phase": phase,
+                        **filled,
+                        "nonfinite": [0.0] * modules,
+                    }
                     file.write(json.dumps(entry) + "\n")
 
 

@@ -14,6 +14,7 @@ from torch import nn
 import xtrain
 from tests import training
 from tests.align.records import write
+from tests.live_deepspeed import live_deepspeed
 from xtrain.align.module_table import PHASES
 from xtrain.align.record import read_record
 from xtrain.align.recorder import Recorder
@@ -259,3 +260,62 @@ def test_a_restart_makes_void_what_came_after_it(tmp_path: Path) -> None:
     record = read_record(path)
     assert record.losses() == {1: 1.0, 2: 0.9, 3: 0.5}
     assert record.restarts() == [2]
+
+
+def _alike(path: str, stage: int, precision: dict[str, Any]) -> None:
+    """The same three steps on real DeepSpeed and on xtrain, both recorded."""
+    config = {
+        "train_batch_size": training.GLOBAL_BATCH,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+        **precision,
+    }
+    rank = xtrain.comm.get_rank()
+    with live_deepspeed() as deepspeed:
+        for framework in (deepspeed, xtrain):
+            model = training.build_model()
+            engine, *_ = framework.initialize(model=model, model_parameters=model.parameters(), config=config)
+            recorder = Recorder(f"{path}/{framework.__name__}.jsonl", modules_every=2)
+            recorder.attach(engine)
+            for step in range(3):
+                for index in range(2):
+                    first = (2 * rank + index) * 4
+                    x, y = (t[first : first + 4] for t in training.samples(step))
+                    engine.backward(training.loss_of(engine, x, y))
+                    engine.step()
+            recorder.close()
+            engine.destroy()
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (1, {}),
+        (3, {}),
+        (1, {"fp16": {"enabled": True, "initial_scale_power": 8}}),
+        (2, {"bf16": {"enabled": True}}),
+    ],
+)
+def test_real_deepspeed_is_recorded_alike(
+    ranks: Any, tmp_path: Path, stage: int, precision: dict[str, Any]
+) -> None:
+    pytest.importorskip("deepspeed")
+    ranks(2, _alike, str(tmp_path), stage, precision)
+    theirs, ours = (read_record(tmp_path / f"{name}.jsonl") for name in ("deepspeed", "xtrain"))
+    tolerance = 2e-2 if precision else 1e-4
+    np.testing.assert_allclose(theirs.loss, ours.loss, rtol=tolerance)
+    np.testing.assert_allclose(theirs.column("lr"), ours.column("lr"))
+    if "fp16" in precision:
+        assert theirs.column("loss_scale").tolist() == ours.column("loss_scale").tolist() == [256.0] * 3
+    one, two = theirs.modules, ours.modules
+    assert one is not None
+    assert two is not None
+    assert one.phases() == ["forward", "backward", "optimizer"]  # its averaged gradients are not public
+    for phase in one.phases():
+        for statistic in ("abs_mean", "rms"):
+            np.testing.assert_allclose(
+                one.values[phase, statistic], two.values[phase, statistic], rtol=tolerance, err_msg=phase
+            )

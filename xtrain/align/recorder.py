@@ -153,7 +153,8 @@ class Recorder:
         }
         if self.tokens_per_sample:
             line["tokens"] = engine.train_batch_size() * self.tokens_per_sample
-        measured = self._finish_statistics(engine.device, scale or 1.0, engine.global_steps + 1)
+        replicas = int(getattr(engine, "dp_world_size", engine.world_size))
+        measured = self._finish_statistics(engine.device, scale or 1.0, replicas, engine.global_steps + 1)
         if engine.global_rank == 0:
             if self._file is None:
                 self._open(engine.world_size, engine.global_steps - 1, engine.device)
@@ -201,7 +202,8 @@ class Recorder:
         device = loss.device if torch.is_tensor(loss) else torch.device("cpu")
         mean, by_rank = self._over_ranks(number, device)
         scale = _number(loss_scale)
-        measured = self._finish_statistics(device, scale or 1.0, self._own_step + 1)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        measured = self._finish_statistics(device, scale or 1.0, ranks, self._own_step + 1)
         if model is not None and self._statistics is None:
             self._watch(model, first_step=self._own_step + 1)
             self._watch_gradients()
@@ -215,7 +217,6 @@ class Recorder:
                 **{name: _number(value) for name, value in more.items()},
             }
             if self._file is None:
-                ranks = dist.get_world_size() if dist.is_initialized() else 1
                 self._open(ranks, self._own_step - 1, device)
             self._write_step(self._own_step, mean, by_rank, line)
             self._write_modules(self._own_step, measured)
@@ -243,11 +244,11 @@ class Recorder:
             self._statistics.watch_gradients()
 
     def _finish_statistics(
-        self, device: torch.device | str, scale: float, following: int
+        self, device: torch.device | str, scale: float, replicas: int, following: int
     ) -> dict[str, dict[str, list[float | None]]]:
         if self._statistics is None:
             return {}
-        measured = self._statistics.finish(device, scale)
+        measured = self._statistics.finish(device, scale, replicas)
         self._statistics.begin(following)
         return measured
 

@@ -149,7 +149,7 @@ class ModuleStatistics:
 
     @torch.no_grad()
     def finish(
-        self, device: torch.device | str, scale: float = 1.0
+        self, device: torch.device | str, scale: float = 1.0, replicas: int = 1
     ) -> dict[str, dict[str, list[float | None]]]:
         """End the step: statistics by phase and name, float32, one a module (None: it did not run).
 
@@ -158,6 +158,7 @@ class ModuleStatistics:
         Args:
             device: on which numbers travel between ranks.
             scale: by which the loss was multiplied before it was differentiated.
+            replicas: data-parallel ranks, over which gradients are averaged after backward.
         """
         if not self.active:
             return {}
@@ -169,8 +170,7 @@ class ModuleStatistics:
                 if param.is_floating_point():
                     self._add("optimizer", index, _data(param))
         totals = _over_ranks(np.stack([self._totals(phase) for phase in PHASES]), device)
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        scales = {"backward": scale * ranks, "gradient": scale}
+        scales = {"backward": scale * replicas, "gradient": scale}
         self._rows = {}
         return {
             phase: _statistics(total, scales.get(phase, 1.0))
