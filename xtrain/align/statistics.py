@@ -55,15 +55,24 @@ def _in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _data(param: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a parameter's value, in every ZeRO stage of xtrain and of DeepSpeed."""
+def _data(param: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """What this rank holds of a parameter's value, in every ZeRO stage of xtrain and of DeepSpeed.
+
+    And whether every rank holds the same.
+    """
     from xtrain.zero.owners import owner_of
 
     if (owner := owner_of(param)) is not None:
         master = owner.master()
-        return param.new_empty(0) if master is None else master
-    part = getattr(param, "ds_tensor", None)
-    return part if part is not None and not param.numel() else param
+        data = param.new_empty(0) if master is None else master
+        return data, owner.group.layout.partitions == 1
+    part: torch.Tensor | None = getattr(param, "ds_tensor", None)
+    if part is None or param.numel():
+        return param, True
+    # Of equal parts; the last ones are filled up with zeros that are no weights.
+    rank = dist.get_rank(getattr(param, "ds_process_group", None))
+    own = int(getattr(param, "ds_numel", part.numel())) - rank * part.numel()
+    return part.detach().reshape(-1)[: max(0, own)], False
 
 
 class ModuleStatistics:
@@ -85,7 +94,7 @@ class ModuleStatistics:
         self.names = list(self.modules)
         self.active = False
         self._model = model
-        self._rows: dict[str, list[tuple[int, int, torch.Tensor]]] = {}
+        self._rows: dict[str, list[tuple[int, float, float, torch.Tensor]]] = {}
         self._accumulated: dict[torch.Tensor, torch.Tensor] = {}
         self._handles: list[Any] = []
         for index, module in enumerate(self.modules.values()):
@@ -104,9 +113,11 @@ class ModuleStatistics:
         self._accumulated.clear()
         self.active = (step - 1) % self.every == 0
 
-    def _add(self, phase: str, index: int, tensor: torch.Tensor) -> None:
+    def _add(self, phase: str, index: int, tensor: torch.Tensor, copied: bool = False) -> None:
+        """Measure a tensor; `copied`: every rank has the same, so that all of them together count once."""
         if tensor.numel():
-            self._rows.setdefault(phase, []).append((index, tensor.numel(), measure(tensor)))
+            weight = 1 / dist.get_world_size() if copied and dist.is_initialized() else 1.0
+            self._rows.setdefault(phase, []).append((index, tensor.numel() * weight, weight, measure(tensor)))
 
     def _forward_hook(self, index: int, hooked: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any, outputs: Any) -> None:
@@ -145,7 +156,8 @@ class ModuleStatistics:
                 if owner is not None and owner.gradients_ready():
                     gradient = owner.gradient()
                     if gradient is not None:
-                        self._add("gradient", index, gradient)
+                        copied = owner.group.layout.partitions == 1
+                        self._add("gradient", index, gradient, copied)
 
     @torch.no_grad()
     def finish(
@@ -165,10 +177,10 @@ class ModuleStatistics:
         for index, module in enumerate(self.modules.values()):
             for param in module.parameters(recurse=False):
                 if param in self._accumulated:
-                    row = (index, param.numel(), self._accumulated[param])
+                    row = (index, float(param.numel()), 1.0, self._accumulated[param])
                     self._rows.setdefault("gradient", []).append(row)
                 if param.is_floating_point():
-                    self._add("optimizer", index, _data(param))
+                    self._add("optimizer", index, *_data(param))
         totals = _over_ranks(np.stack([self._totals(phase) for phase in PHASES]), device)
         scales = {"backward": scale * replicas, "gradient": scale}
         self._rows = {}
@@ -183,11 +195,11 @@ class ModuleStatistics:
         rows = self._rows.get(phase, [])
         if not rows:
             return total
-        numbers = torch.stack([row.float() for _, _, row in rows]).cpu().double().numpy()
+        numbers = torch.stack([row.float() for *_, row in rows]).cpu().double().numpy()
         numbers[:, 2] **= 2
-        for (index, elements, _), row in zip(rows, numbers, strict=True):
+        for (index, elements, weight, _), row in zip(rows, numbers, strict=True):
             largest = max(total[index, 3], row[3]) if not np.isnan(row[3]) else np.nan
-            total[index, :5] += row
+            total[index, :5] += row * weight
             total[index, 3] = largest
             total[index, 5] += elements
         return total
