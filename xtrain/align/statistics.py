@@ -8,6 +8,7 @@ how the batch was split.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,16 +28,15 @@ def measure(tensor: torch.Tensor) -> torch.Tensor:
     """Five numbers on the tensor's device: sum, 1-norm, 2-norm, largest magnitude, elements not finite."""
     x = tensor.detach()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm
-    broken = x.numel() - torch.isfinite(x).sum()
-    found = [
-        x.sum(dtype=wide),
-        norm(x, 1, dtype=wide),
-        norm(x, 2, dtype=wide),
-        norm(x, float("inf"), dtype=wide),
-        broken.to(wide),
-    ]
-    return torch.stack(found)
+    # On the host torch's isfinite and its norms of order 1 and infinity take ten times as long as these.
+    magnitudes = x.abs()
+    largest = magnitudes.amax().to(wide)
+    if x.device.type == "cpu" and math.isfinite(largest):
+        broken = torch.zeros((), dtype=wide)
+    else:  # asking a device whether it is needed would wait for it
+        broken = (x.numel() - (magnitudes < float("inf")).sum()).to(wide)
+    square_root = torch.linalg.vector_norm(x, 2, dtype=wide)
+    return torch.stack([x.sum(dtype=wide), magnitudes.sum(dtype=wide), square_root, largest, broken])
 
 
 def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
