@@ -3,12 +3,13 @@
     python benchmarks/recording.py [--rounds 40] [--every 10]
 
 One rank, one thread. The variants take turns, block by block, so that a busy machine slows all of them alike;
-the figure is the ratio of mean step times.
+the figure is the ratio of the blocks' medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -64,18 +65,19 @@ def main() -> None:
             {"path": str(Path(folder) / "modules.jsonl"), "modules_every": args.every},
         ]
         engines = [make_engine(record) for record in records]
-        seconds = [0.0] * len(engines)
+        blocks: list[list[float]] = [[] for _ in engines]
         for block in range(args.rounds + 1):
-            for index, engine in enumerate(engines):
-                spent = sum(step(engine, batch) for _ in range(args.every))
-                seconds[index] += spent if block else 0.0  # the first block warms up
+            for turn in range(len(engines)):
+                index = (block + turn) % len(engines)
+                spent = sum(step(engines[index], batch) for _ in range(args.every))
+                if block:  # the first one warms up
+                    blocks[index].append(spent)
+        seconds = [statistics.median(spent) for spent in blocks]
         sizes = [Path(record["path"]).stat().st_size if record else 0 for record in records]
-    steps = args.rounds * args.every
+    steps = (args.rounds + 1) * args.every
     for name, spent, size in zip(VARIANTS, seconds, sizes, strict=True):
-        cost = f"{spent / seconds[0] - 1:+.2%}"
-        print(
-            f"{name}: {1000 * spent / steps:.1f} ms a step ({cost}), {size / (steps + args.every):.0f} bytes a step"
-        )
+        cost, written = f"{spent / seconds[0] - 1:+.2%}", size / steps
+        print(f"{name}: {1000 * spent / args.every:.1f} ms a step ({cost}), {written:.0f} bytes a step")
 
 
 if __name__ == "__main__":
