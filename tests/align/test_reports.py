@@ -1,4 +1,4 @@
-"""Reports: complete, well formed, self-contained; the pytest plug-in; perturbed reruns."""
+"""Reports: complete, well formed, self-contained; the pytest plug-in; envelopes from reruns."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from torch import nn
 
 from tests.align.records import write
 from xtrain import cli
-from xtrain.align.perturb import parse, perturb
 from xtrain.align.recorder import Recorder
 from xtrain.align.sources import read_curve
-from xtrain.errors import ConfigError
 
 pytest_plugins = ["pytester"]
 
@@ -148,42 +146,6 @@ def test_the_fixture(pytester: pytest.Pytester, tmp_path: Path) -> None:
     run(tmp_path / "none").assert_outcomes(failed=1)
     run(other, "--update-reference").assert_outcomes(passed=1)
     run(other).assert_outcomes(passed=1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_one_ulp(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(40, 30).to(dtype)
-    with torch.no_grad():
-        model.bias[:5] = 0
-    before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    perturb(model, seed=3)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    for name, param in model.named_parameters():
-        moved = param.detach().view(bits).to(torch.int64) - before[name].view(bits).to(torch.int64)
-        assert moved[before[name] != 0].abs().tolist() == [1] * int((before[name] != 0).sum())
-        assert (param[before[name] == 0] == 0).all()
-        assert 0.3 < (moved > 0).double().mean() < 0.7 or name == "bias"
-    once = {name: param.detach().clone() for name, param in model.named_parameters()}
-    for seed in (3, 4):
-        with torch.no_grad():
-            for name, param in model.named_parameters():
-                param.copy_(before[name])
-        perturb(model, seed=seed)
-        assert all((param == once[name]).all() for name, param in model.named_parameters()) == (seed == 3)
-
-
-def test_perturbation_by_size() -> None:
-    model = nn.Linear(10, 10)
-    before = model.weight.detach().clone()
-    perturb(model, 1, 0.01)
-    ratio = model.weight.detach() / before
-    torch.testing.assert_close((ratio - 1).abs(), torch.full_like(ratio, 0.01), rtol=1e-3, atol=0)
-    assert parse("7") == (7, None)
-    assert parse("7:0.5") == (7, 0.5)
-    for text in ("x", "-1", "1:2", "1:x", "1:0", ""):
-        with pytest.raises(ConfigError, match="neither SEED"):
-            parse(text)
 
 
 _SCRIPT = """

@@ -63,7 +63,7 @@ class Comparison:
         first_outside: the first step that the policy does not allow; None: they agree.
         missing: steps that stand in one record only.
         step, reference, candidate, difference, limit: by step, for pictures; `limit` is the largest relative
-            difference that is allowed at the step.
+            difference that is allowed at the step (infinite where a step is not judged by itself).
         centre: what `limit` is measured from.
     """
 
@@ -170,6 +170,7 @@ def compare(
     centre, limit = ours, np.full(len(step), policy.tolerance)
     outside = difference > limit
     if policy.kind == "mean":
+        limit = np.full(len(step), np.inf)  # no step alone is bounded
         first = _first_over_mean(difference, policy.tolerance)
         outside = np.arange(len(step)) == (-1 if first is None else first)
     elif policy.kind == "envelope":

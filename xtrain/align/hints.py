@@ -14,6 +14,10 @@ AFTER_RESTART = 20
 BEFORE_LOSS = 50
 """How many steps earlier a loss scale may collapse and still be blamed (GLM-130B's collapsed about 30 before)."""
 SMALL_SPREAD = 0.1
+SMALLEST, LARGEST = 1e-5, 1e-2
+"""Between these a single column's tolerance is kept, whatever is allowed of the loss."""
+ALONE = 0.1
+"""A rank departs alone when the others differ by at most so much of what it does."""
 
 
 class Evidence:
@@ -99,21 +103,23 @@ def _skipped(found: Evidence) -> str | None:
 
 def _one_rank(found: Evidence) -> str | None:
     ranks = int(found.reference.header.get("world_size") or 0)
-    if ranks < 3 or found.candidate.header.get("world_size") != ranks:
+    if ranks < 2 or found.candidate.header.get("world_size") != ranks:
         return None
-    limit = np.maximum(np.minimum(found.outcome.limit, 1.0), 1e-5)
-    first = [found.first_apart(f"loss_by_rank.{rank}", limit) for rank in range(ranks)]
-    rows = [row for row in first if row is not None]
-    if not rows:
+    pairs = [found.pair(f"loss_by_rank.{rank}") for rank in range(ranks)]
+    known = [pair for pair in pairs if pair is not None]
+    if len(known) != ranks:
         return None
-    alone = [rank for rank, row in enumerate(first) if row is not None and row == min(rows)]
-    if len(alone) != 1:
+    apart = np.stack([relative_difference(*pair) for pair in known])
+    departed = (apart > np.clip(found.outcome.limit, SMALLEST, LARGEST)).any(axis=0)
+    if not departed.any():
         return None
-    later = sorted(rows)[1] if len(rows) > 1 else None
-    until = f", the others not before step {found.step[later]}" if later is not None else ""
+    row = int(np.argmax(departed))
+    rank, others = int(np.argmax(apart[:, row])), np.sort(apart[:, row])[:-1]
+    if row > found.at or others.max() > ALONE * apart[rank, row]:
+        return None
     return (
-        f"rank {alone[0]} departs alone at step {found.step[min(rows)]}{until}: bad hardware, its data, or a random "
-        "state of that rank"
+        f"rank {rank} departs alone at step {found.step[row]} (by {apart[rank, row]:.1e}, the others by at most "
+        f"{others.max():.1e}): bad hardware, its data, or a random state of that rank"
     )
 
 
@@ -133,7 +139,7 @@ def _from_the_start(found: Evidence) -> str | None:
 
 
 def _gradient_first(found: Evidence) -> str | None:
-    tolerance = np.maximum(10 * np.where(np.isfinite(found.outcome.limit), found.outcome.limit, 1.0), 1e-5)
+    tolerance = 10 * np.clip(found.outcome.limit, SMALLEST, LARGEST)  # norms vary more than losses
     row = found.first_apart("grad_norm", tolerance)
     if row is None or row > found.at:
         return None

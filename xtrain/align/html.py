@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from xtrain.align.text import headline, module_lines
 _WIDTH, _LEFT = 900, 70
 _MOST_POINTS = 1200
 _MOST_SNAPSHOTS = 150
-_MOST_MODULES = 400
+_MOST_MODULES = 200
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -146,14 +147,14 @@ def _curves(curve: Comparison) -> str:
 
 
 def _colour(heat: float) -> str:
-    """White up to a hundredth of what is allowed, blue up to all of it, red beyond."""
+    """White up to a hundredth of what is allowed, blue up to all of it, red beyond; in few shades."""
     if np.isnan(heat):
         return "#eee"
     if heat > 1:
-        strength = min(1.0, 0.35 + np.log10(min(heat, 1e30)) / 3)
-        return f"rgb(213,{int(190 * (1 - strength)) + 40},{int(190 * (1 - strength)) + 10})"
-    strength = max(0.0, 1 + np.log10(max(heat, 1e-9)) / 2)
-    return f"rgb({int(255 - 150 * strength)},{int(255 - 80 * strength)},255)"
+        shade = round(4 * min(1.0, 0.3 + np.log10(min(heat, 1e30)) / 3)) / 4
+        return f"rgb(213,{int(190 * (1 - shade)) + 40},{int(190 * (1 - shade)) + 10})"
+    shade = round(4 * max(0.0, 1 + np.log10(max(heat, 1e-9)) / 2)) / 4
+    return f"rgb({int(255 - 150 * shade)},{int(255 - 80 * shade)},255)"
 
 
 def _heat_map(modules: ModuleComparison, phase: str) -> str:
@@ -176,12 +177,16 @@ def _heat_map(modules: ModuleComparison, phase: str) -> str:
     for index, name in enumerate(names):
         label = name if len(name) <= 42 else "…" + name[-41:]
         out.append(f'<text x="{margin - 6}" y="{index * row + 10}" text-anchor="end">{escape(label)}</text>')
-        for column, value in enumerate(columns[:, index]):
+        colours = [_colour(float(value)) for value in columns[:, index]]
+        column = 0
+        for colour, run in groupby(colours):
+            cells = len(list(run))
             x = margin + column * width
             out.append(
-                f'<rect x="{x:.1f}" y="{index * row}" width="{width + 0.2:.1f}" height="{row}" '
-                f'fill="{_colour(float(value))}"/>'
+                f'<rect x="{x:.1f}" y="{index * row}" width="{cells * width + 0.2:.1f}" height="{row}" '
+                f'fill="{colour}"/>'
             )
+            column += cells
     y = row * len(names) + 18
     out.append(f'<text x="{margin}" y="{y}">step {steps[0]}</text>')
     out.append(f'<text x="{_WIDTH - 10}" y="{y}" text-anchor="end">step {steps[-1]}</text></svg>')

@@ -223,6 +223,9 @@ class _Comparing:
 
         heat = np.full((len(steps), len(self.names)), np.nan, np.float32)
         outside: dict[str, Any] = {}
+        counts = [cut(table, "nonfinite", mine, self.mine), cut(other, "nonfinite", its, self.its)]
+        # A module that did not run in one of them has no statistics to compare.
+        absent = np.isnan(counts[0]) | np.isnan(counts[1])
         for statistic in table.statistics(phase):
             if (phase, statistic) not in other.values:
                 continue
@@ -230,7 +233,6 @@ class _Comparing:
             candidate = cut(other, statistic, its, self.its)
             if statistic == "nonfinite":
                 deviation = np.where(reference != candidate, np.float32(np.inf), np.float32(0))
-                deviation[np.isnan(reference) | np.isnan(candidate)] = 0
                 limit: Any = np.float32(0)
             else:
                 centre, limit = self._limits(phase, statistic, steps, reference)
@@ -238,7 +240,7 @@ class _Comparing:
                 if statistic == "mean":
                     size = cut(table, _scale_of(table, phase), mine, self.mine)
                 deviation = _deviation(centre, candidate, size)
-            # A module that did not run in one of them has no statistics to compare.
+            deviation = np.where(absent, np.float32(np.nan), deviation)
             outside[statistic] = deviation > limit
             with np.errstate(invalid="ignore"):
                 heat = np.fmax(heat, deviation / np.maximum(limit, np.float32(_ULP)))

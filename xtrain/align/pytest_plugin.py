@@ -58,6 +58,10 @@ def xtrain_align(request: pytest.FixtureRequest) -> Callable[..., Alignment | No
         try:
             if request.config.getoption("--update-reference"):
                 read_curve(given, loss)  # what cannot be read must not become a reference
+                if not record_file(given).is_file():
+                    pytest.fail(
+                        f"{given} is a folder: give the file in it that is to be stored", pytrace=False
+                    )
                 stored.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(record_file(given), stored)
                 return None

@@ -154,16 +154,19 @@ class _ModuleBuilder:
         phase, width = entry["phase"], len(self.names)
         if phase not in PHASES:
             return  # of a later version; what is known is read
+        step, found = int(entry["step"]), []
         for statistic in STATISTICS:
             values = entry[statistic]
             if len(values) != width:
                 raise ValueError(f"{len(values)} values of {statistic} for {width} modules")
-            store = self._values.setdefault((phase, statistic), array("f"))
             try:
-                store.extend(array("f", values))
+                found.append(array("f", values))
             except TypeError:  # null: the module did not run
-                store.extend(array("f", [np.nan if value is None else value for value in values]))
-        self._steps.setdefault(phase, array("q")).append(int(entry["step"]))
+                found.append(array("f", [np.nan if value is None else value for value in values]))
+        # Nothing of a line that is damaged.
+        self._steps.setdefault(phase, array("q")).append(step)
+        for statistic, singles in zip(STATISTICS, found, strict=True):
+            self._values.setdefault((phase, statistic), array("f")).extend(singles)
 
     def build(self) -> ModuleTable | None:
         if not self._steps:

@@ -29,7 +29,13 @@ def _nearby(alignment: Alignment) -> list[tuple[int, float, float, float, float]
 
 def _cells(row: tuple[int, float, float, float, float]) -> list[str]:
     step, reference, candidate, difference, limit = row
-    return [str(step), f"{reference:.8g}", f"{candidate:.8g}", f"{difference:.2e}", f"{limit:.2e}"]
+    return [
+        str(step),
+        f"{reference:.8g}",
+        f"{candidate:.8g}",
+        f"{difference:.2e}",
+        f"{limit:.2e}" if limit < float("inf") else "-",
+    ]
 
 
 _HEADINGS = ("step", "reference", "candidate", "relative difference", "allowed")

@@ -20,7 +20,8 @@ from xtrain.align.record import Record
 from xtrain.errors import RecordError
 
 _MODULE = re.compile(r"^(?:Module|Cell)\.(.+)\.[^.]+\.(forward|backward|parameters_grad)(?:\.\d+)?$")
-_FOUND = ("mean", "rms", "max_abs")
+_FOUND = ("mean", "rms", "max_abs", "nonfinite")
+Figures = tuple[float, float, float, float]
 
 
 def step_folders(folder: Path) -> list[tuple[int, Path]]:
@@ -50,9 +51,9 @@ def _leaves(value: Any) -> Iterator[dict[str, Any]]:
             yield from _leaves(item)
 
 
-def _numbers(value: Any) -> tuple[float, float, float] | None:
-    """(mean, rms, largest magnitude) over the tensors in one entry."""
-    elements = total = squares = largest = 0.0
+def _numbers(value: Any) -> Figures | None:
+    """(mean, rms, largest magnitude, tensors that are not finite) over the tensors in one entry."""
+    elements = total = squares = largest = broken = 0.0
     for leaf in _leaves(value):
         size = math.prod(leaf.get("shape") or [1])
         try:
@@ -64,15 +65,14 @@ def _numbers(value: Any) -> tuple[float, float, float] | None:
         elements += size
         total += figures[2] * size
         squares += figures[3] ** 2
-        largest = max(largest, abs(figures[0]), abs(figures[1])) if largest == largest else largest
-        if any(math.isnan(figure) for figure in figures):
-            largest = math.nan
+        broken += not all(map(math.isfinite, figures))
+        largest = float(np.max([largest, abs(figures[0]), abs(figures[1])]))  # NaN if one is
     if not elements:
         return None
-    return total / elements, math.sqrt(squares / elements), largest
+    return total / elements, math.sqrt(squares / elements), largest, broken
 
 
-def _entries(content: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float, float]]:
+def _entries(content: dict[str, Any]) -> dict[tuple[str, str], Figures]:
     """Numbers by (phase, module) of one dump.json; of several calls of a module the last counts."""
     found = {}
     for name, entry in content["data"].items():
@@ -130,7 +130,7 @@ def read_dump(path: Path) -> Record:
         values = np.full((len(_FOUND), len(steps), len(names)), np.nan, np.float32)
         for row, step in enumerate(steps):
             for column, name in enumerate(names):
-                values[:, row, column] = by_step[step].get((phase, name), (math.nan,) * 3)
+                values[:, row, column] = by_step[step].get((phase, name), (math.nan,) * len(_FOUND))
         shift = 1 if phase == "optimizer" else 0
         for statistic, array in zip(_FOUND, values, strict=True):
             table.put(phase, statistic, np.array(steps, np.int64) - shift, array)
