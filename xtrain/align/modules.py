@@ -241,7 +241,9 @@ class _Comparing:
                     size = cut(table, _scale_of(table, phase), mine, self.mine)
                 deviation = _deviation(centre, candidate, size)
             deviation = np.where(absent, np.float32(np.nan), deviation)
-            outside[statistic] = deviation > limit
+            if statistic != "max_abs" or np.ndim(limit) or self.tolerance == 0:
+                # One element's magnitude is too restless for a tolerance that was not measured.
+                outside[statistic] = deviation > limit
             with np.errstate(invalid="ignore"):
                 heat = np.fmax(heat, deviation / np.maximum(limit, np.float32(_ULP)))
         self.result.heat[phase] = (steps, heat)
@@ -286,7 +288,8 @@ def compare_modules(
     """Compare two tables where they overlap.
 
     Args:
-        tolerance: of relative differences (of the mean: relative to the mean magnitude), where there is no band.
+        tolerance: of relative differences (of the mean: relative to the mean magnitude), where there is no band;
+            `max_abs` is judged by none but zero.
         bands: measured; their limits are taken instead.
     """
     return _Comparing(reference, candidate, tolerance, bands).run()

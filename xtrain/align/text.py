@@ -48,7 +48,10 @@ def headline(alignment: Alignment) -> str:
 
 def module_lines(alignment: Alignment) -> list[str]:
     """What is known of the modules, one sentence each."""
-    return [] if alignment.modules is None else [alignment.modules.sentence()]
+    if alignment.modules is None:
+        return []
+    yet = alignment.curve is not None and alignment.aligned and alignment.modules.first is not None
+    return [f"{'the losses agree, and yet ' if yet else ''}{alignment.modules.sentence()}"]
 
 
 def print_report(alignment: Alignment, console: Console) -> None:
