@@ -118,6 +118,19 @@ def test_false_alarms_by_simulation() -> None:
     assert alarms / trials <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 60)
 
 
+@pytest.mark.parametrize("size", [1e-8, 3e-7, 1e-6])
+def test_false_alarms_where_only_rounding_is_left(size: float) -> None:
+    """Deviations around the floor, where scales are what the floor says."""
+    draw = np.random.default_rng(3)
+    alarms = 0
+    for _ in range(60):
+        curves = 2 * (1 + size * draw.standard_normal((10, 30)))
+        envelope = Envelope.measure(np.arange(30), curves[:5], 0.05)
+        alarms += sum(bool(envelope.outside(curve).any()) for curve in curves[5:])
+        assert envelope.limit.max() < 1e-3
+    assert alarms / 300 <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 60)
+
+
 def test_leaving_one_out() -> None:
     outside = [
         Envelope.measure(np.arange(STEPS), _runs(6, seed), 0.05).leave_one_out() or 0 for seed in range(12)

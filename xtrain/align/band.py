@@ -15,6 +15,8 @@ FLOOR = 1e-6
 """Relative difference that is always allowed: about eight units in the last place of a float32."""
 HALF_WINDOW = 10
 """Steps before and after that the scale at a step is smoothed over."""
+SMALLEST_STRAY = 0.3
+"""Runs that stray less count as straying so much: below the floor a logarithm would make much of nothing."""
 TINY = 1e-12
 
 
@@ -96,7 +98,7 @@ def widening(found: Floats, false_alarms: float) -> float:
 
     The upper prediction bound for one more draw, when the logarithms of the strays are normal.
     """
-    logs = np.log(np.maximum(found, 1e-3))
+    logs = np.log(np.maximum(found, SMALLEST_STRAY))
     k = len(logs)
     bound = logs.mean() + quantile(1 - false_alarms, k - 1) * logs.std(ddof=1) * math.sqrt(1 + 1 / k)
     # Never inside of what correct runs were seen to do.

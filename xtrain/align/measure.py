@@ -18,6 +18,8 @@ from xtrain.run_folder import METRICS, RUN_DIR_VARIABLE
 RUN = "{run}"
 PERTURB_VARIABLE = "XTRAIN_PERTURB"  # as in perturb.py, which needs torch
 _LAST_LINES = 5
+WIDE = 20.0
+"""A factor above it is told: such an envelope hides defects."""
 
 
 def _run_once(command: list[str], folder: Path, seed: int, size: float | None) -> Record:
@@ -101,6 +103,11 @@ def _report(envelope: Envelope, output: Path) -> None:
         print(
             f"checked by leaving each run out: {outside} of {len(envelope.curves)} are outside the others' envelope"
         )
-    elif len(envelope.curves) == 3:
+    elif len(envelope.curves) == 3 and envelope.factor <= WIDE:
         print("three runs are too few to check it by leaving one out: record one or two more")
+    if envelope.factor > WIDE and envelope.false_alarms is not None:
+        print(
+            f"so few runs, straying so differently, say little: {envelope.factor:.0f} times their spread is allowed; "
+            "record more of them"
+        )
     print(f"envelope: {output}")
