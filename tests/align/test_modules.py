@@ -13,6 +13,7 @@ from tests.align.records import make
 from xtrain.align.alignment import align_records
 from xtrain.align.compare import Policy, compare
 from xtrain.align.differences import header_differences
+from xtrain.align.envelope import measure_records
 from xtrain.align.hints import hints
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable
 from xtrain.align.modules import ModuleBands, compare_modules, measure_bands
@@ -118,6 +119,25 @@ def test_bands_of_measured_runs() -> None:
     assert all((again.limit[key] == bands.limit[key]).all() for key in bands.limit)
     assert measure_bands([_table(), _table()], 0.05) is None
     assert measure_bands([_table(), _table(), _table(["x"])], 0.05) is None
+
+
+def test_an_envelope_of_other_modules_does_not_judge_these() -> None:
+    draw = np.random.default_rng(0)
+    curves = 2 * (1 + 1e-4 * draw.standard_normal((4, 40)))
+    records = [make(dict(enumerate(curve.tolist(), 1))) for curve in curves]
+    for record in records[:3]:
+        record.modules = _noisy(draw, 1e-3)
+        del record.modules.steps["gradient"]
+    envelope = measure_records(records[:3])
+    records[3].modules = _noisy(draw, 1e-3)  # with a phase that was not measured
+    found = align_records(records[0], records[3], Policy("envelope"), envelope)
+    assert found.modules is not None
+    assert found.modules.first is None
+    other = make(dict(enumerate(curves[0].tolist(), 1)))
+    other.modules = _table(["x"])
+    found = align_records(other, other, Policy("envelope"), envelope)
+    assert found.modules is None
+    assert "the envelope was not measured for these modules: they were not compared" in found.notes
 
 
 STEPS = list(range(1, 41))

@@ -111,12 +111,17 @@ def align_records(
 ) -> Alignment:
     """`align` for records that were read already."""
     modules = None
+    unmeasured: list[str] = []
     if reference.modules is not None and candidate.modules is not None:
         bands = None if envelope is None else envelope.bands
+        if bands is not None and bands.names != reference.modules.names:
+            bands = None
         if policy.kind != "envelope" or bands is not None:
             modules = compare_modules(reference.modules, candidate.modules, policy.tolerance, bands)
             if not modules.heat:
                 modules = None
+        else:
+            unmeasured.append("the envelope was not measured for these modules: they were not compared")
     without = [record for record in (reference, candidate) if not len(record.step)]
     curve = None if without else compare(reference, candidate, policy, envelope)
     if curve is None and modules is None:
@@ -129,7 +134,7 @@ def align_records(
         for name, record in (("reference", reference), ("candidate", candidate))
         for note in record.notes
     ]
-    notes += [*_gaps(reference, "reference"), *_gaps(candidate, "candidate")]
+    notes += [*unmeasured, *_gaps(reference, "reference"), *_gaps(candidate, "candidate")]
     if curve is not None:
         broken = int((~np.isfinite(curve.reference)).sum())
         if broken:

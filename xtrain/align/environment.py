@@ -50,7 +50,7 @@ def describe(device: torch.device | str) -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
-    name = getattr(torch.get_device_module(place), "get_device_name", None)
+    name = getattr(getattr(torch, place.type, None), "get_device_name", None)
     if name is not None:
         found["device_name"] = name(place)
     for library in ("cuda", "hip"):

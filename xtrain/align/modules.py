@@ -199,8 +199,10 @@ class _Comparing:
     def _limits(self, phase: str, statistic: str, steps: Steps, reference: Single) -> tuple[Single, Any]:
         """(what to compare with, largest relative deviation that is allowed)."""
         bands = self.bands
-        if bands is None or (phase, statistic) not in bands.centre or bands.names != self.reference.names:
+        if bands is None:
             return reference, np.float32(self.tolerance)
+        if (phase, statistic) not in bands.centre:
+            return reference, np.full(reference.shape, np.inf, np.float32)  # it was not measured
         _, here, there = np.intersect1d(steps, bands.steps[phase], assume_unique=True, return_indices=True)
         centre = reference.copy()
         limit = np.full(reference.shape, np.inf, np.float32)
@@ -290,6 +292,6 @@ def compare_modules(
     Args:
         tolerance: of relative differences (of the mean: relative to the mean magnitude), where there is no band;
             `max_abs` is judged by none but zero.
-        bands: measured; their limits are taken instead.
+        bands: measured, of the reference's modules; their limits are taken instead.
     """
     return _Comparing(reference, candidate, tolerance, bands).run()

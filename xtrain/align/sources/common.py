@@ -70,7 +70,11 @@ class CurveBuilder:
         self._texts: list[dict[str, str]] = []
 
     def add(self, step: float, values: Mapping[str, Any]) -> None:
-        """A row; cells without a number are left out, and so are rows whose step is no whole number."""
+        """A row; cells without a number are left out.
+
+        Raises:
+            RecordError: the step is no whole number.
+        """
         if not math.isfinite(step) or step != int(step) or abs(step) >= 2**62:
             raise RecordError(f"{self.path}: {step!r} is not the number of a step")
         numbers: dict[str, float] = {}
