@@ -218,6 +218,15 @@ def test_what_a_recorder_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Recorder(tmp_path / "r").step(loss=torch.ones(2))
 
 
+def test_the_run_folder_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XTRAIN_RUN_DIR", str(tmp_path / "run"))
+    with Recorder() as recorder:
+        recorder.step(loss=1.5, step=7)
+    record = read_record(tmp_path / "run")
+    assert record.losses() == {7: 1.5}
+    assert record.header["from_step"] == 6
+
+
 def _statistics(path: str, stage: int, micro: int, aligned: bool) -> None:
     model = training.build_model()
     record = {"path": path, "modules_every": 2}
