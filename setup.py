@@ -46,7 +46,10 @@ setup(
         "monitor": ["tensorboard>=2.12", "wandb>=0.15", "comet_ml>=3.41"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1.2"],
     },
-    entry_points={"console_scripts": ["xtrain=xtrain.cli:main"]},
+    entry_points={
+        "console_scripts": ["xtrain=xtrain.cli:main"],
+        "pytest11": ["xtrain.align.pytest_plugin=xtrain.align.pytest_plugin"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

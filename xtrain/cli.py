@@ -46,17 +46,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # Overrides and options may come in any order, which argparse's subcommands cannot do alone.
     args, extras = parser.parse_known_args(ours)
-    if args.command == "launch":
-        args.overrides += [extra for extra in extras if not extra.startswith("-")]
+    several = {"launch": "overrides", "align": "paths"}.get(args.command)
+    if several is not None:
+        getattr(args, several).extend(extra for extra in extras if not extra.startswith("-"))
         extras = [extra for extra in extras if extra.startswith("-")]
     if extras:
         parser.error(f"unrecognized arguments: {' '.join(extras)}")
     try:
         if args.command == "launch":
             return launch.run(args, script_args)
+        if args.command == "align":
+            return align.run(args, script_args if separator else None)
         if separator:
             raise XtrainError(f"`--` has no meaning for xtrain {args.command}")
-        return doctor.run(args) if args.command == "doctor" else align.run(args)
+        return doctor.run(args)
     except KeyboardInterrupt:  # outside the supervised run, which handles it itself
         print("xtrain: interrupted", file=sys.stderr)
         return 130

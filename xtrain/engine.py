@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from xtrain import comm, garbage, setup
+from xtrain.align.perturb import perturb_if_asked
 from xtrain.aligned_random import AlignedRandom
 from xtrain.backends import Backend
 from xtrain.compat import missing
@@ -95,6 +96,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self.precision = for_backend(make_policy(values, grid.sequence > 1), values, backend)
         self._random = AlignedRandom(values.xtrain.seed, self._place) if values.xtrain.aligned else None
         setup.place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
+        perturb_if_asked(module)
         self.module = module
         self.instruments = Instruments(self)
 

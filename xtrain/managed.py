@@ -16,7 +16,8 @@ from typing import Any
 from xtrain.align.recorder import Recorder
 from xtrain.backends import Backend
 from xtrain.config import XtrainConfig
-from xtrain.errors import RunInterrupted
+from xtrain.config.schema import RecordConfig
+from xtrain.errors import ConfigError, RunInterrupted
 from xtrain.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE, STOP, STOPPED
 
 _engines: list[weakref.ref[Any]] = []
@@ -47,8 +48,11 @@ def attach(
     if run_dir is not None:
         _engines.append(weakref.ref(engine))
     metrics = METRICS.replace(".", f"-{number}.") if number else METRICS
-    path = Path(section.record) if section.record else run_dir / metrics if run_dir else None
+    record = section.record or RecordConfig()
+    path = Path(record.path) if record.path else run_dir / metrics if run_dir else None
     if path is None:
+        if section.record is not None:
+            raise ConfigError('"xtrain": {"record": {...}} has no path: add one, or start with xtrain launch')
         return
     recorder = Recorder(
         path,
@@ -56,6 +60,8 @@ def attach(
         tokens_per_sample=section.tokens_per_sample,
         flag=(run_dir / STOP).exists if run_dir else None,
         counts=counts,
+        modules_every=record.modules_every,
+        modules=record.modules,
     )
 
     def stop_if_asked(engine: Any) -> None:

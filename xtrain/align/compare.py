@@ -3,46 +3,71 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from xtrain.align.record import Record
-from xtrain.errors import NotImplementedYetError, RecordError
+import numpy as np
+
+from xtrain.align.envelope import Envelope
+from xtrain.align.record import Floats, Record, Steps
+from xtrain.errors import RecordError
+
+KINDS = ("exact", "relative", "mean", "envelope")
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How close is close enough: `tolerance` bounds the relative difference of every step (0: exact bits)."""
+    """How close is close enough.
 
-    tolerance: float
+    Attributes:
+        kind: "exact": the same bits. "relative": `tolerance` bounds the relative difference of every step.
+            "mean": `tolerance` bounds its mean over the steps. "envelope": a measured band.
+        tolerance: of "relative" and "mean".
+    """
+
+    kind: str
+    tolerance: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """Read "exact" or "relative:0.02".
+        """Read "exact", "envelope", "relative:0.02" or "mean:0.02".
 
         Raises:
-            RecordError: it is neither.
-            NotImplementedYetError: the envelope policy.
+            RecordError: it is none of them.
         """
-        if text == "exact":
-            return cls(0.0)
-        if text == "envelope":
-            raise NotImplementedYetError("the envelope policy", "use exact or relative:TOLERANCE")
+        if text in ("exact", "envelope"):
+            return cls(text)
         kind, _, value = text.partition(":")
         try:
             tolerance = float(value)
         except ValueError:
             tolerance = math.nan
-        if kind != "relative" or not tolerance >= 0 or math.isinf(tolerance):
+        if kind not in ("relative", "mean") or not tolerance >= 0 or math.isinf(tolerance):
             raise RecordError(
-                f"unknown policy {text!r}: use exact or relative:TOLERANCE, such as relative:0.02"
+                f"unknown policy {text!r}: use exact, envelope, relative:TOLERANCE (every step) or mean:TOLERANCE, "
+                "such as relative:0.02"
             )
-        return cls(tolerance)
+        return cls(kind, tolerance)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.tolerance:g}" if self.kind in ("relative", "mean") else self.kind
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome over the steps that both records have."""
+    """The outcome over the steps that both records have.
 
+    Attributes:
+        bit_identical: steps whose losses are the same bits (of rounded numbers: the same as far as written).
+        largest, largest_step, mean: of the relative differences.
+        first_outside: the first step that the policy does not allow; None: they agree.
+        missing: steps that stand in one record only.
+        step, reference, candidate, difference, limit: by step, for pictures; `limit` is the largest relative
+            difference that is allowed at the step (infinite where a step is not judged by itself).
+        centre: what `limit` is measured from.
+    """
+
+    policy: Policy
     steps: int
     bit_identical: int
     largest: float
@@ -50,17 +75,32 @@ class Comparison:
     mean: float
     first_outside: int | None
     missing: int
+    step: Steps = field(repr=False)
+    reference: Floats = field(repr=False)
+    candidate: Floats = field(repr=False)
+    difference: Floats = field(repr=False)
+    limit: Floats = field(repr=False)
+    centre: Floats = field(repr=False)
 
     @property
     def aligned(self) -> bool:
         """Whether every common step is within the policy."""
         return self.first_outside is None
 
+    def allowed(self) -> tuple[Floats, Floats]:
+        """The smallest and largest loss that are allowed at every step; NaN where everything is."""
+        limit = np.where(np.isfinite(self.limit), self.limit, np.nan)
+        with np.errstate(invalid="ignore", over="ignore"):
+            reach = np.abs(self.centre) * limit
+            return self.centre - reach, self.centre + reach
+
     def sentence(self) -> str:
         """The verdict for a person."""
         if not self.missing:
             return self._verdict()
-        return f"{self._verdict()}; {self.missing} steps stand in one record only and were not compared"
+        stand = "step stands" if self.missing == 1 else "steps stand"
+        were = "was" if self.missing == 1 else "were"
+        return f"{self._verdict()}; {self.missing} {stand} in one record only and {were} not compared"
 
     def _verdict(self) -> str:
         verdict = "the curves agree" if self.aligned else f"the curves part at step {self.first_outside}"
@@ -72,33 +112,99 @@ class Comparison:
         )
 
 
-def _relative(reference: float, candidate: float) -> float:
-    if reference == candidate or (math.isnan(reference) and math.isnan(candidate)):
-        return 0.0
-    if not (math.isfinite(reference) and math.isfinite(candidate)):
-        return math.inf
-    return abs(candidate - reference) / max(abs(reference), 1e-12)
+def relative_difference(reference: Floats, candidate: Floats, rounding: Floats | float = 0.0) -> Floats:
+    """|candidate - reference| / |reference|, element by element.
+
+    Zero where both are NaN or the same infinity, infinite where one of them is not finite. `rounding` is
+    subtracted from the difference: that much is owed to the digits that were written.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = np.maximum(np.abs(candidate - reference) - rounding, 0.0)
+        found = apart / np.maximum(np.abs(reference), TINY)
+    found = np.where(np.isfinite(reference) & np.isfinite(candidate), found, np.inf)
+    same = (reference == candidate) | (np.isnan(reference) & np.isnan(candidate))
+    return np.asarray(np.where(same, 0.0, found))
 
 
-def compare(reference: Record, candidate: Record, policy: Policy) -> Comparison:
+def common_steps(one: Steps, other: Steps) -> tuple[Steps, Steps, Steps]:
+    """(steps that both have, their rows in `one`, their rows in `other`)."""
+    steps, mine, its = np.intersect1d(one, other, assume_unique=True, return_indices=True)
+    return steps, mine, its
+
+
+def _first_over_mean(difference: Floats, tolerance: float) -> int | None:
+    """Where the sum has used up what the whole run may differ; None when the mean is within the tolerance."""
+    if difference.mean() <= tolerance:
+        return None
+    spent = np.cumsum(difference) > tolerance * len(difference)
+    return int(np.argmax(spent))
+
+
+def _no_common(reference: Record, candidate: Record) -> RecordError:
+    def span(record: Record) -> str:
+        return f"{record.step[0]} to {record.step[-1]}" if len(record.step) else "none"
+
+    return RecordError(
+        f"{reference.path} and {candidate.path} have no step in common: they have steps {span(reference)} and "
+        f"{span(candidate)}"
+    )
+
+
+def compare(
+    reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None = None
+) -> Comparison:
     """Compare the losses of two records step by step.
 
     Raises:
-        RecordError: they have no step in common.
+        RecordError: they have no step in common (with the envelope), or the policy needs an envelope.
     """
-    ours, theirs = reference.losses(), candidate.losses()
-    common = [step for step in ours if step in theirs]
-    if not common:
-        raise RecordError(f"{reference.path} and {candidate.path} have no step in common")
-    differences = {step: _relative(ours[step], theirs[step]) for step in common}
-    largest_step = max(common, key=lambda step: differences[step])
-    outside = [step for step in common if differences[step] > policy.tolerance]
+    step, mine, its = common_steps(reference.step, candidate.step)
+    if not len(step):
+        raise _no_common(reference, candidate)
+    ours, theirs = reference.loss[mine], candidate.loss[its]
+    rounding: Floats | float = 0.0
+    for record, rows in ((reference, mine), (candidate, its)):
+        if record.rounding is not None:
+            rounding = rounding + record.rounding[rows]
+    difference = relative_difference(ours, theirs, rounding)
+    centre, limit = ours, np.full(len(step), policy.tolerance)
+    outside = difference > limit
+    if policy.kind == "mean":
+        limit = np.full(len(step), np.inf)  # no step alone is bounded
+        first = _first_over_mean(difference, policy.tolerance)
+        outside = np.arange(len(step)) == (-1 if first is None else first)
+    elif policy.kind == "envelope":
+        if envelope is None:
+            raise RecordError(
+                "the envelope policy needs an envelope: measure one with `xtrain align envelope`, and name it with "
+                "--envelope FILE"
+            )
+        covered, here, there = common_steps(step, envelope.step)
+        if not len(covered):
+            raise RecordError(
+                f"the envelope has steps {envelope.step[0]} to {envelope.step[-1]}, and none of those of the records"
+            )
+        limit = np.full(len(step), np.inf)
+        limit[here] = envelope.limit[there]
+        centre = ours.copy()
+        centre[here] = envelope.centre[there]
+        outside = relative_difference(centre, theirs, rounding) > limit
+        outside |= ~np.isfinite(theirs) & np.isfinite(centre)  # beyond the envelope's steps, too
+    largest = int(np.argmax(difference))
+    first_row = int(np.argmax(outside)) if outside.any() else None
     return Comparison(
-        steps=len(common),
-        bit_identical=sum(difference == 0.0 for difference in differences.values()),
-        largest=differences[largest_step],
-        largest_step=largest_step,
-        mean=sum(differences.values()) / len(common),
-        first_outside=outside[0] if outside else None,
-        missing=len(ours.keys() ^ theirs.keys()),
+        policy=policy,
+        steps=len(step),
+        bit_identical=int((difference == 0.0).sum()),
+        largest=float(difference[largest]),
+        largest_step=int(step[largest]),
+        mean=float(difference.mean()),
+        first_outside=None if first_row is None else int(step[first_row]),
+        missing=len(reference.step) + len(candidate.step) - 2 * len(step),
+        step=step,
+        reference=ours,
+        candidate=theirs,
+        difference=difference,
+        limit=limit,
+        centre=centre,
     )

@@ -1,34 +1,124 @@
-"""`xtrain align REF CAND`: the verdict on two recorded runs."""
+"""`xtrain align REF CAND`, and `xtrain align envelope`: the verdict on two runs, and the band it is judged by."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from xtrain.align.compare import Policy, compare
+from rich.console import Console
+
+from xtrain.align import measure
+from xtrain.align.alignment import Alignment, align
 from xtrain.align.plot import plot_curves
-from xtrain.align.record import read_record
+from xtrain.errors import RecordError
+from xtrain.files import write_text
+
+_USAGE = """
+  xtrain align REF CAND [--policy POLICY] [--envelope FILE] [--html FILE] [--plot PNG] ...
+  xtrain align envelope RUN RUN RUN ... -o FILE
+  xtrain align envelope --runs K -o FILE -- COMMAND    ({run} in COMMAND is the run's folder)"""
+_ENVELOPE = "envelope"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `xtrain align`."""
-    parser.add_argument("reference", help="run folder or metrics.jsonl")
-    parser.add_argument("candidate", help="run folder or metrics.jsonl")
+    parser.usage = _USAGE
     parser.add_argument(
-        "--policy", default="relative:0.02", help="exact, or relative:TOLERANCE on every step"
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="reference and candidate: run folders, records, or files of other tools (docs/alignment.md); "
+        "or the word envelope, and the runs to measure it from",
     )
-    parser.add_argument("--plot", metavar="PNG", help="write a picture of both curves and their difference")
+    parser.add_argument(
+        "--policy",
+        default="relative:0.02",
+        help="exact, envelope, relative:TOLERANCE on every step, or mean:TOLERANCE (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--envelope",
+        metavar="FILE",
+        help="what --policy envelope judges by; default: envelope.npz beside REF",
+    )
+    parser.add_argument("--loss", metavar="NAME", help="the column that is the loss, in files of other tools")
+    parser.add_argument(
+        "--plot", metavar="PNG", help="write a picture: curves, what is allowed, ratio, difference"
+    )
+    parser.add_argument("--markdown", metavar="FILE", help="write the report as Markdown")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write the report as one HTML file, with a map of the modules"
+    )
+    parser.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML")
+    measuring = parser.add_argument_group("xtrain align envelope")
+    measuring.add_argument("-o", "--output", metavar="FILE", help="where the envelope is written")
+    measuring.add_argument(
+        "--runs", type=int, metavar="K", help="run COMMAND so many times, each time perturbed"
+    )
+    measuring.add_argument(
+        "--perturbation",
+        type=float,
+        metavar="SIZE",
+        help="relative size of it; default: one ulp of each weight",
+    )
+    measuring.add_argument(
+        "--false-alarms", type=float, default=0.01, metavar="RATE", help="default: %(default)s"
+    )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Exit status 0: aligned, 1: not; errors (2) are raised."""
-    policy = Policy.parse(args.policy)
-    reference, candidate = read_record(args.reference), read_record(args.candidate)
-    outcome = compare(reference, candidate, policy)
-    print(outcome.sentence())
+def write_reports(alignment: Alignment, args: argparse.Namespace) -> list[str]:
+    """Write what was asked for; returns a line for each file."""
+    from xtrain.align.html import html
+    from xtrain.align.text import junit, markdown
+
+    written = []
+    for kind, path, render in (
+        ("report", args.markdown, markdown),
+        ("report", args.html, html),
+        ("JUnit XML", args.junit, junit),
+    ):
+        if path:
+            try:
+                write_text(Path(path), render(alignment))
+            except OSError as error:
+                raise RecordError(f"{path} cannot be written: {error.strerror}") from None
+            written.append(f"{kind}: {path}")
     if args.plot:
-        names = [f"reference: {args.reference}", f"candidate: {args.candidate}"]
-        curves = dict(zip(names, (reference.losses(), candidate.losses()), strict=True))
-        plot_curves(curves, Path(args.plot), f"{outcome.steps} steps, policy {args.policy}")
-        print(f"picture: {args.plot}")
-    return 0 if outcome.aligned else 1
+        if alignment.curve is None:
+            raise RecordError(
+                "--plot needs losses, and these files have statistics of modules only: use --html"
+            )
+        names = [f"reference: {args.paths[0]}", f"candidate: {args.paths[1]}"]
+        curves = (alignment.reference.losses(), alignment.candidate.losses())
+        title = f"{alignment.curve.steps} steps, policy {alignment.policy}"
+        try:
+            plot_curves(dict(zip(names, curves, strict=True)), Path(args.plot), title, alignment.curve)
+        except OSError as error:
+            raise RecordError(f"{args.plot} cannot be written: {error.strerror}") from None
+        written.append(f"picture: {args.plot}")
+    return written
+
+
+def run(args: argparse.Namespace, command: list[str] | None = None) -> int:
+    """Exit status 0: aligned, 1: not; errors (2) are raised.
+
+    Args:
+        args: what was parsed.
+        command: what stood after `--`; None: there was none.
+    """
+    if args.paths[0] == _ENVELOPE:
+        return measure.run(args, args.paths[1:], command)
+    if command is not None:
+        raise RecordError("`--` has a meaning for `xtrain align envelope` only")
+    for option, value in (("-o", args.output), ("--runs", args.runs), ("--perturbation", args.perturbation)):
+        if value is not None:
+            raise RecordError(f"{option} has a meaning for `xtrain align envelope` only")
+    if len(args.paths) != 2:
+        raise RecordError(f"xtrain align compares two runs, and was given {len(args.paths)}")
+    from xtrain.align.text import print_report
+
+    reference, candidate = args.paths
+    alignment = align(reference, candidate, args.policy, args.envelope, args.loss)
+    print_report(alignment, Console(highlight=False))
+    for line in write_reports(alignment, args):
+        print(line)
+    return alignment.exit_code

@@ -5,41 +5,58 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
+from xtrain.align.compare import Comparison
 from xtrain.files import atomic_path
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
-def plot_curves(curves: Mapping[str, Mapping[int, float]], path: Path, title: str) -> None:
-    """Draw loss against step for each named curve into a PNG; two curves also get their difference.
+def plot_curves(
+    curves: Mapping[str, Mapping[int, float]], path: Path, title: str, outcome: Comparison | None = None
+) -> None:
+    """Draw loss against step for each named curve into a PNG.
 
+    With the outcome of comparing the two curves also what is allowed, the ratio and the difference.
     matplotlib is imported here because it takes seconds that other commands need not spend.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    pair = len(curves) == 2
-    figure = Figure(figsize=(8, 6 if pair else 4.5), layout="constrained")
+    pair = outcome is not None
+    figure = Figure(figsize=(8, 8 if pair else 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(
-        2 if pair else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if pair else [1]
-    )[:, 0]
-    for (name, curve), colour, style in zip(curves.items(), _COLOURS, ("-", "--", "-.", ":"), strict=False):
+    rows = 3 if pair else 1
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=[3, 1, 1][:rows])[:, 0]
+    for (name, curve), colour, style in zip(curves.items(), COLOURS, ("-", "--", "-.", ":"), strict=False):
         axes[0].plot(list(curve), list(curve.values()), style, label=name, color=colour, linewidth=1.4)
     axes[0].set_title(title)
     axes[0].set_ylabel("loss (nats per token)")
-    axes[0].grid(alpha=0.3)
+    if outcome is not None:
+        # Beyond the steps of an envelope everything is allowed: not drawn.
+        limit = np.where(np.isfinite(outcome.limit), outcome.limit, np.nan)
+        if outcome.policy.kind in ("relative", "envelope"):
+            low, high = outcome.allowed()
+            axes[0].fill_between(
+                outcome.step, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label="allowed"
+            )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            axes[1].plot(outcome.step, outcome.candidate / outcome.reference, color="#555555", linewidth=1.0)
+        axes[1].axhline(1.0, color=COLOURS[0], linewidth=0.8)
+        axes[1].set_ylabel("ratio")
+        axes[2].plot(outcome.step, outcome.difference, color="#555555", linewidth=1.0)
+        axes[2].plot(outcome.step, limit, color=COLOURS[0], linewidth=0.8, label="allowed")
+        if (outcome.difference > 0).any():
+            axes[2].set_yscale("log")
+        axes[2].set_ylabel("relative difference")
+        if outcome.first_outside is not None:
+            for axis in axes:
+                axis.axvline(outcome.first_outside, color=COLOURS[1], linewidth=0.8, linestyle=":")
+    for axis in axes:
+        axis.grid(alpha=0.3)
     axes[0].legend()
-    if pair:
-        reference, candidate = curves.values()
-        common = [step for step in reference if step in candidate]
-        difference = [
-            abs(candidate[step] - reference[step]) / max(abs(reference[step]), 1e-12) for step in common
-        ]
-        axes[1].plot(common, difference, color="#555555", linewidth=1.0)
-        axes[1].set_ylabel("relative difference")
-        axes[1].grid(alpha=0.3)
     axes[-1].set_xlabel("step")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -1,43 +1,250 @@
-"""The run record: a JSON Lines file with a header and one line per optimizer step. Imports no torch.
+"""The run record, read into columns: a JSON Lines file of headers, steps and module statistics. Imports no torch.
 
-Format version 1 (docs/record.md):
-
-- `{"type": "header", "version": 1, ...}` whenever a process starts writing;
-- `{"type": "step", "step": n, "loss": x, "loss_hex": "0x1.8p+1", "grad_norm": x, "lr": [x], ...}`.
-
-A run that is resumed appends to its record; of two lines for one step the later one counts. A line that
-a crash cut off stands at the end, or before the header of the run that was resumed.
+The format is described in docs/record.md. Curves of other tools become the same `Record` in xtrain.align.sources.
 """
 
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable
 from xtrain.errors import RecordError
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+
+Floats = npt.NDArray[np.float64]
+Steps = npt.NDArray[np.int64]
+
+_HEADER_START = b'{"type": "header"'
 
 
 @dataclass
 class Record:
-    """A record that was read: headers in order, and steps by step number."""
+    """A curve with what is known of its run.
+
+    Attributes:
+        step: numbers of the steps, ascending, each once.
+        columns: float64 by name, one value a step, NaN where the step has none: `loss`, `grad_norm`, `lr`,
+            `loss_scale`, `applied`, `tokens`, `loss_by_rank.0`, ... A list becomes `name.0`, `name.1`, ...
+            and its first element of `lr` is `lr`.
+        headers: in the order in which processes started writing.
+        modules: statistics by phase and module; None without.
+        kind: what sort of file it was.
+        rounding: how far the loss as written may be from the loss as computed, for each step; None: exact.
+        notes: what was odd about the file, one sentence each.
+    """
 
     path: Path
+    step: Steps
+    columns: dict[str, Floats]
     headers: list[dict[str, Any]] = field(default_factory=list)
-    steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    modules: ModuleTable | None = None
+    kind: str = "xtrain record"
+    rounding: Floats | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The first header; empty for files of other tools."""
+        return self.headers[0] if self.headers else {}
+
+    @property
+    def loss(self) -> Floats:
+        """Loss of each step."""
+        return self.column("loss")
+
+    def column(self, name: str) -> Floats:
+        """A column; all NaN when the record has none of that name."""
+        found = self.columns.get(name)
+        return np.full(len(self.step), np.nan) if found is None else found
 
     def losses(self) -> dict[int, float]:
         """Loss by step number, exact."""
-        return {step: float.fromhex(line["loss_hex"]) for step, line in sorted(self.steps.items())}
+        return dict(zip(self.step.tolist(), self.loss.tolist(), strict=True))
+
+    def restarts(self) -> list[int]:
+        """Steps from which a later process continued."""
+        return [int(header["from_step"]) for header in self.headers[1:] if "from_step" in header]
+
+
+class ColumnBuilder:
+    """Collects numbers by step and name, in any order; of two lines for one step the later counts."""
+
+    def __init__(self) -> None:
+        self._steps = array("q")
+        self._cells: dict[str, tuple[array[int], array[float]]] = {}
+        self._cuts: list[tuple[int, int]] = []
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Add a line; values that are no numbers are left out."""
+        row = len(self._steps)
+        self._steps.append(step)
+        for name, value in values.items():
+            if isinstance(value, list):
+                for index, item in enumerate(value):
+                    self._put(row, "lr" if name == "lr" and index == 0 else f"{name}.{index}", item)
+            else:
+                self._put(row, name, value)
+
+    def _put(self, row: int, name: str, value: Any) -> None:
+        if isinstance(value, int | float):
+            cell = self._cells.get(name)
+            if cell is None:
+                cell = self._cells[name] = (array("q"), array("d"))
+            cell[0].append(row)
+            cell[1].append(value)
+
+    def forget_after(self, step: int) -> None:
+        """A process starts that continues from `step`: what an earlier one wrote of later steps is void."""
+        self._cuts.append((len(self._steps), step))
+
+    def build(self) -> tuple[Steps, dict[str, Floats], list[str]]:
+        """(steps, columns, notes)."""
+        raw = np.array(self._steps, np.int64)
+        valid = np.ones(len(raw), bool)
+        for position, step in self._cuts:
+            valid[:position] &= raw[:position] <= step
+        rows = np.flatnonzero(valid)
+        # The last line of each step: unique() keeps the first one, so it is given the lines backwards.
+        steps, first = np.unique(raw[rows][::-1], return_index=True)
+        chosen = rows[::-1][first]
+        notes = []
+        again = len(rows) - len(steps)
+        if again:
+            notes.append(
+                f"{again} step{'s stand' if again > 1 else ' stands'} in it twice: the later line counts"
+            )
+        if len(rows) > 1 and (np.diff(raw[rows]) < 0).any() and not again:
+            notes.append("its steps were not in order")
+        columns = {}
+        for name, (positions, values) in self._cells.items():
+            column = np.full(len(raw), np.nan)
+            column[np.array(positions, np.int64)] = np.array(values, np.float64)
+            columns[name] = column[chosen]
+        return steps, columns, notes
+
+
+class _ModuleBuilder:
+    """Collects the lines of module statistics, as float32."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._steps: dict[str, array[int]] = {}
+        self._values: dict[tuple[str, str], array[float]] = {}
+
+    def set_names(self, names: list[str]) -> bool:
+        """Returns whether statistics of other modules were dropped for these."""
+        changed = bool(self._steps) and names != self.names
+        if changed:
+            self._steps.clear()
+            self._values.clear()
+        self.names = [str(name) for name in names]
+        return changed
+
+    def add(self, entry: dict[str, Any]) -> None:
+        phase, width = entry["phase"], len(self.names)
+        if phase not in PHASES:
+            return  # of a later version; what is known is read
+        step, found = int(entry["step"]), []
+        for statistic in STATISTICS:
+            values = entry[statistic]
+            if len(values) != width:
+                raise ValueError(f"{len(values)} values of {statistic} for {width} modules")
+            try:
+                found.append(array("f", values))
+            except TypeError:  # null: the module did not run
+                found.append(array("f", [np.nan if value is None else value for value in values]))
+        # Nothing of a line that is damaged.
+        self._steps.setdefault(phase, array("q")).append(step)
+        for statistic, singles in zip(STATISTICS, found, strict=True):
+            self._values.setdefault((phase, statistic), array("f")).extend(singles)
+
+    def build(self) -> ModuleTable | None:
+        if not self._steps:
+            return None
+        table = ModuleTable(self.names)
+        for phase, raw in self._steps.items():
+            steps, last = np.unique(np.array(raw, np.int64)[::-1], return_index=True)
+            rows = len(raw) - 1 - last
+            whole = bool(np.array_equal(rows, np.arange(len(raw))))
+            for statistic in STATISTICS:
+                flat = np.frombuffer(self._values.pop((phase, statistic)), np.float32)
+                values = flat.reshape(len(raw), len(self.names))
+                table.put(phase, statistic, steps, values if whole else values[rows])
+        return table
 
 
 def record_file(path: str | Path) -> Path:
     """The record that a path means: the file itself, or `metrics.jsonl` in a run folder."""
     path = Path(path)
     return path / "metrics.jsonl" if path.is_dir() else path
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise RecordError(f"{file} does not exist: pass a run folder or a metrics.jsonl") from None
+    except OSError as error:
+        raise RecordError(f"{file} cannot be read as a run record: {error}") from None
+
+
+class _Reader:
+    """Takes the lines of one file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.headers: list[dict[str, Any]] = []
+        self.columns = ColumnBuilder()
+        self.modules = _ModuleBuilder()
+        self.notes: list[str] = []
+
+    def take(self, line: bytes) -> None:
+        """One line.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not a record's.
+            RecordError: the record is of a version that is not known.
+        """
+        entry = json.loads(line)
+        kind = entry["type"]
+        if kind == "step":
+            self._step(entry)
+        elif kind == "modules":
+            self.modules.add(entry)
+        elif kind == "names":
+            if self.modules.set_names(entry["modules"]):
+                self.notes.append("its modules change: the statistics before are left out")
+        elif kind == "header":
+            if entry.get("version") not in READABLE:
+                readable = " and ".join(map(str, READABLE))
+                raise RecordError(
+                    f"{self.file} has record version {entry.get('version')}, this xtrain reads {readable}"
+                )
+            if self.headers:
+                self.columns.forget_after(int(entry.get("from_step", 0)))
+            self.headers.append(entry)
+
+    def _step(self, entry: dict[str, Any]) -> None:
+        step = entry.pop("step")
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise ValueError(f"step {step!r} is not a number of a step")
+        exact = entry.pop("loss_hex", None)
+        if exact is not None:
+            entry["loss"] = float.fromhex(exact)
+        self.columns.add(step, entry)
 
 
 def read_record(path: str | Path) -> Record:
@@ -47,31 +254,21 @@ def read_record(path: str | Path) -> Record:
         RecordError: the file is missing, is not a record, or has a damaged line that is not the last.
     """
     file = record_file(path)
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise RecordError(f"{file} does not exist: pass a run folder or a metrics.jsonl") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{file} cannot be read as a run record: {error}") from None
-    record = Record(file)
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+    reader = _Reader(file)
+    damaged: str | None = None
+    for number, line in _lines(file):
+        if damaged is not None and not line.startswith(_HEADER_START):
+            raise RecordError(f"{file} is not a run record: {damaged}")
+        damaged = None
         try:
-            entry = json.loads(line)
-            if entry["type"] == "header":
-                record.headers.append(entry)
-            elif entry["type"] == "step":
-                record.steps[int(entry["step"])] = entry
-        except (ValueError, KeyError, TypeError) as error:
-            follower = next((later for later in lines[number:] if later), None)
-            if follower is None or follower.startswith('{"type": "header"'):
-                continue
-            raise RecordError(f"{file} is not a run record: line {number}: {error}") from None
-    if record.headers and record.headers[0].get("version") != VERSION:
-        raise RecordError(
-            f"{file} has record version {record.headers[0].get('version')}, this xtrain reads {VERSION}"
-        )
-    if not record.headers:
-        raise RecordError(f"{file} is not a run record: it has no header line")
-    return record
+            reader.take(line)
+        except RecordError:
+            raise
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            damaged = f"line {number}: {error}"
+    if not reader.headers:
+        raise RecordError(f"{file} is not a run record: {damaged or 'it has no header line'}")
+    if damaged is not None:
+        reader.notes.append("its last line was cut off")
+    steps, columns, notes = reader.columns.build()
+    return Record(file, steps, columns, reader.headers, reader.modules.build(), notes=[*reader.notes, *notes])

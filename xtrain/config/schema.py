@@ -325,6 +325,17 @@ class CompileConfig(Section):
     passes: Annotated[list[str] | None, _DEEPCOMPILE] = None
 
 
+class RecordConfig(Section):
+    """`xtrain.record`: the run record (docs/record.md); a string means its path."""
+
+    path: str | None = None
+    """Path of the file (JSON Lines) that rank 0 writes. None: `metrics.jsonl` in the launcher's run folder."""
+    modules_every: int | None = Field(None, gt=0)
+    """Steps between two measurements of activations, gradients and parameters of each module. None: none."""
+    modules: list[str] | None = None
+    """Names of the modules to measure, with * and ?. None: those with parameters of their own, or no children."""
+
+
 class XtrainSection(Section):
     """`xtrain`: what DeepSpeed has no key for."""
 
@@ -341,10 +352,15 @@ class XtrainSection(Section):
     max_skipped_steps: Annotated[int, OnlyNative()] = Field(20, ge=0)
     """Steps in a row with gradients that are not finite, after which training ends with an error; 0: never. Does not
     count where the loss scale adapts: there the smallest scale is the limit."""
-    record: str | None = None
-    """Path of the run record (JSON Lines) that rank 0 writes. None: no record, unless the launcher asks."""
+    record: RecordConfig | None = None
+    """What rank 0 writes of every step. None: no record, unless the launcher asks."""
     tokens_per_sample: int | None = Field(None, gt=0)
     """Tokens in one sample; with it the record and the progress display count tokens."""
+
+    @field_validator("record", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
 
 class Config(Section):

@@ -1,0 +1,219 @@
+"""The statistical model: closed forms, and its false-alarm rate by simulation and by leaving runs out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.align.records import make, write
+from xtrain import cli
+from xtrain.align.alignment import align_records
+from xtrain.align.band import FLOOR, Band, chi_square_median, smooth_scale, strays, widening
+from xtrain.align.compare import Policy
+from xtrain.align.envelope import Envelope, measure_records, read_envelope
+from xtrain.align.record import Floats, Record
+from xtrain.align.student import probability, quantile
+from xtrain.errors import RecordError
+
+STEPS = 120
+
+
+def _run(draw: np.random.Generator, steps: int = STEPS) -> Floats:
+    """A falling curve whose deviations grow by e every 8 steps up to one percent, and are correlated."""
+    step = np.arange(steps)
+    scale = np.minimum(1e-6 * np.exp(step / 8), 0.01)
+    slow = np.zeros(steps)
+    for i in range(1, steps):
+        slow[i] = 0.9 * slow[i - 1] + draw.standard_normal() * math.sqrt(1 - 0.81)
+    noise = math.sqrt(0.5) * (slow + draw.standard_normal(steps))
+    return np.asarray((3 * np.exp(-step / 80) + 1) * (1 + scale * noise))
+
+
+def _runs(count: int, seed: int) -> Floats:
+    draw = np.random.default_rng(seed)
+    return np.stack([_run(draw) for _ in range(count)])
+
+
+def test_quantiles_of_student() -> None:
+    """Values of the usual tables, and the closed forms for one and two degrees of freedom."""
+    table = (
+        (0.99, 1, 31.82052),
+        (0.99, 4, 3.746947),
+        (0.975, 10, 2.228139),
+        (0.999, 2, 22.32712),
+        (0.95, 30, 1.697261),
+    )
+    for p, freedom, t in table:
+        assert quantile(p, freedom) == pytest.approx(t, rel=1e-5)
+    for t in (0.3, 2.0, 9.0):
+        assert probability(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi)
+        assert probability(t, 2) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)))
+
+
+def test_medians_of_chi_square_by_sampling() -> None:
+    draw = np.random.default_rng(0)
+    for freedom in (1, 2, 4, 7):
+        sample = np.median(draw.chisquare(freedom, 200_000)) / freedom
+        assert chi_square_median(freedom) == pytest.approx(sample, rel=0.01)
+
+
+def test_a_constant_variance_gives_its_root_over_the_median() -> None:
+    scale = smooth_scale(np.full(50, 4.0), 2)
+    assert scale == pytest.approx(2 / math.sqrt(math.log(2)))
+    assert smooth_scale(np.zeros(50), 2) == pytest.approx(FLOOR)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=60), st.integers(1, 12))
+def test_the_scale_never_shrinks_but_after_a_spike(variance: list[float], half_window: int) -> None:
+    values = np.array(variance)
+    scale = smooth_scale(values, 3, half_window)
+    n, h = len(values), min(half_window, (len(values) - 1) // 2)
+    largest = 0.0
+    for row in range(n):  # the definition, step by step
+        reach = min(h, row, n - 1 - row)
+        median = np.median(values[row - reach : row + reach + 1])
+        largest = max(largest, math.sqrt(median / chi_square_median(3)))
+        assert scale[row] == pytest.approx(max(largest, math.sqrt(values[row]), FLOOR))
+
+
+def test_two_runs_by_hand() -> None:
+    """Losses 1 and 1.02: mean 1.01, variance of deviations 2 * (0.01 / 1.01)**2 over one degree of freedom."""
+    envelope = Envelope.measure(np.arange(3), np.array([[1.0] * 3, [1.02] * 3]))
+    deviation = math.sqrt(2) * 0.01 / 1.01 / math.sqrt(0.454936423119573)
+    assert envelope.centre.tolist() == pytest.approx([1.01] * 3)
+    assert envelope.limit == pytest.approx(10 * math.sqrt(1.5) * deviation)
+    assert envelope.false_alarms is None
+    assert "no false-alarm rate" in envelope.sentence()
+
+
+def test_the_widening_is_a_prediction_bound() -> None:
+    """Of log-normal strays, a further one is beyond the bound as often as was asked for."""
+    draw = np.random.default_rng(1)
+    for k in (3, 5, 9):
+        beyond = 0
+        for _ in range(4000):
+            sample = np.exp(1.0 + 0.3 * draw.standard_normal(k + 1))
+            beyond += sample[k] > widening(sample[:k], 0.05)
+        assert beyond / 4000 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 4000)
+
+
+def test_false_alarms_by_simulation() -> None:
+    """Further correct runs against envelopes of five: the stated rate, and not by allowing everything."""
+    alarms = trials = 0
+    draw = np.random.default_rng(2)
+    for seed in range(60):
+        envelope = Envelope.measure(np.arange(STEPS), _runs(5, seed), false_alarms=0.05)
+        for _ in range(5):
+            trials += 1
+            alarms += bool(envelope.outside(_run(draw)).any())
+        off = _run(draw)
+        off[60:] *= 1.05
+        assert envelope.outside(off)[60:63].any()
+    # Trials against one envelope are dependent: the bound is generous.
+    assert alarms / trials <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 60)
+
+
+@pytest.mark.parametrize("size", [1e-8, 3e-7, 1e-6])
+def test_false_alarms_where_only_rounding_is_left(size: float) -> None:
+    """Deviations around the floor, where scales are what the floor says."""
+    draw = np.random.default_rng(3)
+    alarms = 0
+    for _ in range(60):
+        curves = 2 * (1 + size * draw.standard_normal((10, 30)))
+        envelope = Envelope.measure(np.arange(30), curves[:5], 0.05)
+        alarms += sum(bool(envelope.outside(curve).any()) for curve in curves[5:])
+        assert envelope.limit.max() < 1e-3
+    assert alarms / 300 <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 60)
+
+
+def test_leaving_one_out() -> None:
+    outside = [
+        Envelope.measure(np.arange(STEPS), _runs(6, seed), 0.05).leave_one_out() or 0 for seed in range(12)
+    ]
+    assert sum(outside) / (6 * 12) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 72)
+    odd = _runs(6, 0)
+    odd[3, 40:] *= 1.2
+    found = Envelope.measure(np.arange(STEPS), odd).leave_one_out()
+    assert found is not None
+    assert found >= 1
+    assert Envelope.measure(np.arange(STEPS), _runs(3, 0)).leave_one_out() is None
+
+
+def test_strays_are_measured_against_the_others() -> None:
+    curves = _runs(4, 0)
+    by_hand = Band.of(curves[1:]).excess(curves[0]).max()
+    assert strays(curves)[0] == pytest.approx(by_hand)
+
+
+def _records(count: int, seed: int) -> list[Record]:
+    return [make(dict(enumerate(curve.tolist(), 1))) for curve in _runs(count, seed)]
+
+
+def test_runs_that_cannot_be_measured() -> None:
+    one, two, three = _records(3, 0)
+    with pytest.raises(RecordError, match="two runs at least"):
+        measure_records([one])
+    with pytest.raises(RecordError, match="same to the last bit"):
+        measure_records([one, two, one])
+    with pytest.raises(RecordError, match="no step in common"):
+        measure_records([one, make({500: 1.0})])
+    three.columns["loss"][7] = math.nan
+    with pytest.raises(RecordError, match="no finite loss at step 8"):
+        measure_records([one, two, three])
+
+
+def test_steps_beyond_the_envelope_are_not_judged() -> None:
+    envelope = measure_records(_records(5, 0))
+    (reference,) = _records(1, 9)
+    longer = {**reference.losses(), STEPS + 1: 1.0}
+    policy = Policy("envelope")
+    found = align_records(make(longer), make({**longer, STEPS + 1: 2.0}), policy, envelope)
+    assert found.aligned
+    assert "does not cover 1 of the steps" in " ".join(found.notes)
+    assert not align_records(make(longer), make({**longer, STEPS + 1: math.nan}), policy, envelope).aligned
+    with pytest.raises(RecordError, match="none of those of the records"):
+        align_records(make({999: 1.0}), make({999: 1.0}), policy, envelope)
+
+
+def test_saved_and_read(tmp_path: Path) -> None:
+    envelope = measure_records(_records(4, 0), size="one ulp")
+    envelope.save(tmp_path / "e.npz")
+    again = read_envelope(tmp_path / "e.npz")
+    assert again.limit.tolist() == envelope.limit.tolist()
+    assert again.sentence() == envelope.sentence()
+    for content in (b"", b"rubbish", (tmp_path / "e.npz").read_bytes()[:200]):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(RecordError, match="is not an envelope"):
+            read_envelope(tmp_path / "bad.npz")
+    with pytest.raises(RecordError, match="does not exist"):
+        read_envelope(tmp_path / "none.npz")
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [
+        str(write(tmp_path / f"{index}.jsonl", dict(enumerate(curve.tolist(), 1))))
+        for index, curve in enumerate(_runs(6, 4))
+    ]
+    output = str(tmp_path / "envelope.npz")
+    assert cli.main(["align", "envelope", *paths[:5], "-o", output]) == 0
+    said = capsys.readouterr().out
+    assert "envelope of 5 runs" in said
+    assert "leaving each run out" in said
+    assert cli.main(["align", paths[0], paths[5], "--policy", "envelope"]) == 0  # found beside the reference
+    for arguments, said in (
+        (["envelope", *paths[:2]], "needs -o"),
+        (["envelope", "-o", output, "--runs", "1", "--", "x"], "2 runs at least"),
+        (["envelope", "-o", output, "--runs", "3"], "give recorded runs"),
+        (["envelope", "-o", "x.json", *paths], "a .npz file"),
+        ([*paths[:2], "--runs", "3"], "for `xtrain align envelope` only"),
+        ([*paths[:2], "--", "x"], "for `xtrain align envelope` only"),
+        ([*paths[:3]], "was given 3"),
+        ([*paths[:2], "--policy", "envelope", "--envelope", paths[0]], "is not an envelope"),
+    ):
+        assert cli.main(["align", *arguments]) == 2, arguments
+        assert said in capsys.readouterr().err

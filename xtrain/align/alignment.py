@@ -1,0 +1,157 @@
+"""`align(REF, CAND)`: everything there is to say about two runs, for the command line, reports and tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from xtrain.align.compare import Comparison, Policy, compare
+from xtrain.align.differences import Difference, header_differences
+from xtrain.align.envelope import Envelope, read_envelope
+from xtrain.align.hints import hints
+from xtrain.align.modules import ModuleComparison, compare_modules
+from xtrain.align.record import Record
+from xtrain.align.sources import read_curve
+from xtrain.errors import RecordError
+
+ENVELOPE = "envelope.npz"
+"""Name under which an envelope is found beside the reference."""
+
+
+@dataclass
+class Alignment:
+    """Two runs compared.
+
+    Attributes:
+        curve: the outcome for the losses; None when the files have none (msProbe's).
+        modules: the outcome for the modules; None when one of them has no statistics.
+        differences: of configuration and environment.
+        hints: where to look first.
+        notes: what was odd about the files.
+    """
+
+    reference: Record
+    candidate: Record
+    policy: Policy
+    curve: Comparison | None
+    modules: ModuleComparison | None
+    envelope: Envelope | None = None
+    differences: list[Difference] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def aligned(self) -> bool:
+        """The verdict: that of the losses, and without losses that of the modules."""
+        if self.curve is not None:
+            return self.curve.aligned
+        return self.modules is not None and self.modules.first is None
+
+    @property
+    def exit_code(self) -> int:
+        """0: aligned, 1: not."""
+        return 0 if self.aligned else 1
+
+    def sentence(self) -> str:
+        """The verdict for a person."""
+        if self.curve is not None:
+            return self.curve.sentence()
+        assert self.modules is not None
+        return self.modules.sentence()
+
+
+def _gaps(record: Record, name: str) -> list[str]:
+    if len(record.step) < 3:
+        return []
+    strides = np.diff(record.step)
+    usual = int(np.median(strides))
+    wide = np.flatnonzero(strides > usual)
+    if not len(wide):
+        return []
+    first = record.step[wide[0]]
+    many = "1 gap" if len(wide) == 1 else f"{len(wide)} gaps"
+    return [f"the {name} has {many}: steps between {first} and {first + strides[wide[0]]} are missing"]
+
+
+def find_envelope(reference: Path, given: str | Path | None) -> Envelope | None:
+    """The envelope that was named, or the one beside the reference."""
+    if given is not None:
+        return read_envelope(Path(given))
+    beside = (reference if reference.is_dir() else reference.parent) / ENVELOPE
+    return read_envelope(beside) if beside.exists() else None
+
+
+def align(
+    reference: str | Path,
+    candidate: str | Path,
+    policy: str | Policy = "relative:0.02",
+    envelope: str | Path | None = None,
+    loss: str | None = None,
+) -> Alignment:
+    """Compare two runs.
+
+    Args:
+        reference, candidate: files or folders that read_curve() knows.
+        policy: "exact", "relative:0.02" (every step), "mean:0.02" or "envelope".
+        envelope: its file; None: `envelope.npz` beside the reference.
+        loss: the column that is the loss, for files with names of their own.
+
+    Raises:
+        RecordError: there is nothing that could be compared, in one sentence.
+    """
+    chosen = Policy.parse(policy) if isinstance(policy, str) else policy
+    measured = find_envelope(Path(reference), envelope) if chosen.kind == "envelope" else None
+    return align_records(read_curve(reference, loss), read_curve(candidate, loss), chosen, measured)
+
+
+def align_records(
+    reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None = None
+) -> Alignment:
+    """`align` for records that were read already."""
+    modules = None
+    unmeasured: list[str] = []
+    if reference.modules is not None and candidate.modules is not None:
+        bands = None if envelope is None else envelope.bands
+        if bands is not None and bands.names != reference.modules.names:
+            bands = None
+        if policy.kind != "envelope" or bands is not None:
+            modules = compare_modules(reference.modules, candidate.modules, policy.tolerance, bands)
+            if not modules.heat:
+                modules = None
+        else:
+            unmeasured.append("the envelope was not measured for these modules: they were not compared")
+    without = [record for record in (reference, candidate) if not len(record.step)]
+    curve = None if without else compare(reference, candidate, policy, envelope)
+    if curve is None and modules is None:
+        others = "" if len(without) == 2 else ", and the other has no statistics of its modules"
+        raise RecordError(
+            f"{without[0].path} ({without[0].kind}) has no step with a loss{others}: nothing can be compared"
+        )
+    notes = [
+        f"the {name}: {note}"
+        for name, record in (("reference", reference), ("candidate", candidate))
+        for note in record.notes
+    ]
+    notes += [*unmeasured, *_gaps(reference, "reference"), *_gaps(candidate, "candidate")]
+    if curve is not None:
+        broken = int((~np.isfinite(curve.reference)).sum())
+        if broken:
+            notes.append(f"the reference itself has a loss that is not finite at {broken} steps")
+        if envelope is not None and np.isinf(curve.limit).any():
+            beyond = int(np.isinf(curve.limit).sum())
+            notes.append(f"the envelope does not cover {beyond} of the steps: they were not judged")
+    if modules is not None:
+        notes += modules.notes
+    return Alignment(
+        reference,
+        candidate,
+        policy,
+        curve,
+        modules,
+        envelope,
+        header_differences(reference.header, candidate.header),
+        [] if curve is None else hints(reference, candidate, curve),
+        notes,
+    )

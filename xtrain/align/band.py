@@ -1,0 +1,105 @@
+"""How far correct runs stray: the statistical model of the envelope (docs/alignment.md). Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xtrain.align.record import Floats
+from xtrain.align.student import quantile
+
+FLOOR = 1e-6
+"""Relative difference that is always allowed: about eight units in the last place of a float32."""
+HALF_WINDOW = 10
+"""Steps before and after that the scale at a step is smoothed over."""
+SMALLEST_STRAY = 0.3
+"""Runs that stray less count as straying so much: below the floor a logarithm would make much of nothing."""
+TINY = 1e-12
+
+
+def chi_square_median(freedom: int) -> float:
+    """Median of the chi-square distribution over its mean: exact for 1 and 2, Wilson and Hilferty's beyond."""
+    if freedom == 1:
+        return 0.454936423119573
+    if freedom == 2:
+        return math.log(2.0)
+    return float((1 - 2 / (9 * freedom)) ** 3)
+
+
+def smooth_scale(
+    variance: Floats, freedom: int, half_window: int = HALF_WINDOW, floor: float = FLOOR
+) -> Floats:
+    """The scale of deviations at every step, from the variance over runs at every step (axis 0).
+
+    A running median of the variances, corrected for the median of a chi-square being below its mean; never
+    smaller than at an earlier step, than what the step itself shows, or than `floor`.
+    """
+    n = len(variance)
+    medians = np.empty_like(variance)
+    h = min(half_window, (n - 1) // 2)
+    if n > 2 * h:
+        for start in range(0, n - 2 * h, 4096):  # in blocks, for memory
+            stop = min(start + 4096, n - 2 * h)
+            windows = np.lib.stride_tricks.sliding_window_view(
+                variance[start : stop + 2 * h], 2 * h + 1, axis=0
+            )
+            medians[start + h : stop + h] = np.median(windows, axis=-1)
+    for row in range(h):  # at the ends the window shrinks
+        medians[row] = np.median(variance[: 2 * row + 1], axis=0)
+        medians[n - 1 - row] = np.median(variance[n - 1 - 2 * row :], axis=0)
+    smoothed = np.sqrt(medians / chi_square_median(freedom))
+    growing = np.maximum.accumulate(smoothed, axis=0)
+    return np.asarray(np.maximum(np.maximum(growing, np.sqrt(variance)), floor))
+
+
+@dataclass(frozen=True)
+class Band:
+    """Centre and scale of K curves, over steps (axis 0)."""
+
+    centre: Floats
+    scale: Floats
+
+    @classmethod
+    def of(
+        cls, curves: Floats, floor: float = FLOOR, half_window: int = HALF_WINDOW, base: Any = None
+    ) -> Band:
+        """From curves of shape (K, steps, ...).
+
+        Args:
+            base: what deviations are relative to; None: the size of the centre.
+        """
+        centre = curves.mean(axis=0)
+        size = np.maximum(np.abs(centre) if base is None else base, TINY)
+        variance = (((curves - centre) / size) ** 2).sum(axis=0) / (len(curves) - 1)
+        # A further run differs from the mean of K by its own deviation and that of the mean.
+        scale = smooth_scale(variance, len(curves) - 1, half_window, floor) * math.sqrt(1 + 1 / len(curves))
+        return cls(centre, scale)
+
+    def excess(self, curve: Floats, base: Any = None) -> Floats:
+        """How many scales a curve is away, at every step."""
+        size = np.maximum(np.abs(self.centre) if base is None else base, TINY)
+        return np.asarray(np.abs(curve - self.centre) / size / self.scale)
+
+
+def strays(curves: Floats, **options: Any) -> Floats:
+    """How far each curve strays at most from the band of the others, in scales. At least three curves."""
+    found = []
+    for left_out in range(len(curves)):
+        band = Band.of(np.delete(curves, left_out, axis=0), **options)
+        found.append(float(band.excess(curves[left_out], options.get("base")).max()))
+    return np.array(found)
+
+
+def widening(found: Floats, false_alarms: float) -> float:
+    """How many scales a further run strays at most, but for `false_alarms` of the runs.
+
+    The upper prediction bound for one more draw, when the logarithms of the strays are normal.
+    """
+    logs = np.log(np.maximum(found, SMALLEST_STRAY))
+    k = len(logs)
+    bound = logs.mean() + quantile(1 - false_alarms, k - 1) * logs.std(ddof=1) * math.sqrt(1 + 1 / k)
+    # Never inside of what correct runs were seen to do.
+    return float(max(math.exp(min(bound, 50.0)), found.max(), 1.0))

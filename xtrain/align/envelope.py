@@ -1,0 +1,197 @@
+"""The band in which correct runs stay: measured from K runs, stored beside the reference. Imports no torch.
+
+The statistical model is in docs/alignment.md. In short: relative deviations of correct runs from their mean have a
+scale that changes smoothly with the step; it is estimated at every step, smoothed, and never shrinks. How many
+scales a further correct run strays at most is predicted from how far each of the K runs strays from the band of
+the others.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xtrain.align.band import TINY, Band, strays, widening
+from xtrain.align.modules import ModuleBands, measure_bands
+from xtrain.align.record import Floats, Record, Steps
+from xtrain.errors import RecordError
+from xtrain.files import atomic_path
+
+VERSION = 1
+FALSE_ALARMS = 0.01
+FACTOR_OF_TWO = 10.0
+"""Widening for two runs, of which nothing can be left out: a guess, for which no false-alarm rate is claimed."""
+
+
+@dataclass
+class Envelope:
+    """A measured band, with the runs it was measured from.
+
+    Attributes:
+        step, curves: steps that all runs have; their losses, shape (K, steps).
+        false_alarms: share of correct runs that it may call departed; None where none can be claimed (two runs).
+        factor: scales that are allowed.
+        centre, limit: mean loss, and largest relative deviation from it, at every step.
+        header: of the first run.
+        sources: where the runs were read.
+        size: of the perturbation that the runs started with, if they did; "one ulp" or a relative size.
+        bands: of the module statistics, when all runs have them.
+    """
+
+    step: Steps
+    curves: Floats
+    false_alarms: float | None
+    factor: float
+    header: dict[str, Any] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
+    size: str | None = None
+    bands: ModuleBands | None = None
+
+    def __post_init__(self) -> None:
+        band = Band.of(self.curves)
+        self.centre: Floats = band.centre
+        self.limit: Floats = band.scale * self.factor
+
+    @classmethod
+    def measure(
+        cls,
+        step: Steps,
+        curves: Floats,
+        false_alarms: float = FALSE_ALARMS,
+        **more: Any,
+    ) -> Envelope:
+        """The envelope of K >= 2 curves over the same steps."""
+        if len(curves) < 3:
+            return cls(step, curves, None, FACTOR_OF_TWO, **more)
+        return cls(step, curves, false_alarms, widening(strays(curves), false_alarms), **more)
+
+    def outside(self, curve: Floats) -> npt.NDArray[np.bool_]:
+        """At which steps a curve over the same steps is outside."""
+        deviation = np.abs(curve - self.centre) / np.maximum(np.abs(self.centre), TINY)
+        return np.asarray(~(deviation <= self.limit))
+
+    def leave_one_out(self) -> int | None:
+        """How many of the K runs the envelope of the others calls departed; None with fewer than four runs."""
+        if len(self.curves) < 4 or self.false_alarms is None:
+            return None
+        departed = 0
+        for left_out in range(len(self.curves)):
+            others = np.delete(self.curves, left_out, axis=0)
+            envelope = Envelope.measure(self.step, others, self.false_alarms)
+            departed += bool(envelope.outside(self.curves[left_out]).any())
+        return departed
+
+    def sentence(self) -> str:
+        """What it is, for a person."""
+        last = self.limit[-1]
+        rate = (
+            "no false-alarm rate can be claimed for two runs"
+            if self.false_alarms is None
+            else f"false-alarm rate {self.false_alarms:.1%}"
+        )
+        started = f", started {self.size} apart" if self.size else ""
+        return (
+            f"envelope of {len(self.curves)} runs{started}, steps {self.step[0]} to {self.step[-1]}: allows "
+            f"{self.limit[0]:.1e} at the first step and {last:.1e} at the last; widened {self.factor:.1f} times, {rate}"
+        )
+
+    def save(self, path: Path) -> None:
+        """Write it to a .npz file, completely or not at all."""
+        about = {
+            "type": "xtrain envelope",
+            "version": VERSION,
+            "false_alarms": self.false_alarms,
+            "factor": self.factor,
+            "header": self.header,
+            "sources": self.sources,
+            "size": self.size,
+        }
+        text = np.frombuffer(json.dumps(about, default=str).encode(), np.uint8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            more = {} if self.bands is None else self.bands.arrays()
+            np.savez_compressed(file, about=text, step=self.step, curves=self.curves, **more)
+
+
+def read_envelope(path: Path) -> Envelope:
+    """Read an envelope; never executes code from the file.
+
+    Raises:
+        RecordError: it is missing, damaged, or of another version.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(file["about"].tobytes())
+            step, curves = file["step"].astype(np.int64), file["curves"].astype(np.float64)
+            bands = ModuleBands.from_arrays(file)
+        if about["type"] != "xtrain envelope" or about["version"] != VERSION:
+            raise RecordError(
+                f"{path} is an envelope of version {about['version']}, this xtrain reads {VERSION}"
+            )
+        if curves.ndim != 2 or len(curves) < 2 or curves.shape[1] != len(step) or not len(step):
+            raise ValueError(f"{curves.shape} losses for {len(step)} steps")
+        return Envelope(
+            step,
+            curves,
+            about["false_alarms"],
+            float(about["factor"]),
+            about["header"],
+            about["sources"],
+            about["size"],
+            bands,
+        )
+    except FileNotFoundError:
+        raise RecordError(f"{path} does not exist: measure it with `xtrain align envelope`") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+        raise RecordError(f"{path} is not an envelope: {error}") from None
+
+
+def measure_records(
+    records: Sequence[Record], false_alarms: float = FALSE_ALARMS, size: str | None = None
+) -> Envelope:
+    """The envelope of recorded runs over the steps that all of them have.
+
+    Raises:
+        RecordError: fewer than two runs, no step in common, a loss that is not finite, or all runs the same.
+    """
+    if len(records) < 2:
+        raise RecordError(
+            "an envelope needs two runs at least; from three on a false-alarm rate can be claimed"
+        )
+    steps = records[0].step
+    for record in records[1:]:
+        steps = np.intersect1d(steps, record.step, assume_unique=True)
+    if not len(steps):
+        raise RecordError(
+            f"the runs have no step in common: {', '.join(str(record.path) for record in records)}"
+        )
+    curves = np.stack([record.loss[np.searchsorted(record.step, steps)] for record in records])
+    for record, curve in zip(records, curves, strict=True):
+        if not np.isfinite(curve).all():
+            step = steps[int(np.argmin(np.isfinite(curve)))]
+            raise RecordError(
+                f"{record.path} has no finite loss at step {step}: it is no correct run to measure by"
+            )
+    if len(np.unique(curves, axis=0)) < len(curves):
+        raise RecordError(
+            "two of the runs are the same to the last bit, so their spread says nothing: start each from weights "
+            "perturbed by another seed (`xtrain align envelope --runs K -- COMMAND` does)"
+        )
+    tables = [record.modules for record in records if record.modules is not None]
+    bands = measure_bands(tables, false_alarms) if len(tables) == len(records) else None
+    return Envelope.measure(
+        steps,
+        curves,
+        false_alarms,
+        header=records[0].header,
+        sources=[str(record.path) for record in records],
+        size=size,
+        bands=bands,
+    )

@@ -1,0 +1,175 @@
+"""What known patterns say about the cause of a departure. A hint is a place to look first, not a proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from xtrain.align.compare import Comparison, common_steps, relative_difference
+from xtrain.align.record import Floats, Record
+
+AFTER_RESTART = 20
+"""A departure within so many steps after a restart is blamed on it."""
+BEFORE_LOSS = 50
+"""How many steps earlier a loss scale may collapse and still be blamed (GLM-130B's collapsed about 30 before)."""
+SMALL_SPREAD = 0.1
+SMALLEST, LARGEST = 1e-5, 1e-2
+"""Between these a single column's tolerance is kept, whatever is allowed of the loss."""
+ALONE = 0.1
+"""A rank departs alone when the others differ by at most so much of what it does."""
+
+
+class Evidence:
+    """Two records and the outcome of their comparison, with columns over the common steps."""
+
+    def __init__(self, reference: Record, candidate: Record, outcome: Comparison) -> None:
+        self.reference, self.candidate, self.outcome = reference, candidate, outcome
+        self.step, self._mine, self._its = common_steps(reference.step, candidate.step)
+        assert outcome.first_outside is not None, "there are hints for departures only"
+        self.at = int(np.searchsorted(self.step, outcome.first_outside))
+
+    def pair(self, name: str) -> tuple[Floats, Floats] | None:
+        """A column of both over the common steps; None when one of them lacks it."""
+        ours, theirs = self.reference.column(name)[self._mine], self.candidate.column(name)[self._its]
+        return None if np.isnan(ours).all() or np.isnan(theirs).all() else (ours, theirs)
+
+    def first_apart(self, name: str, tolerance: Floats | float) -> int | None:
+        """Row at which a column first differs by more than `tolerance`, where both have a value."""
+        pair = self.pair(name)
+        if pair is None:
+            return None
+        known = ~(np.isnan(pair[0]) | np.isnan(pair[1]))
+        apart = known & (relative_difference(*pair) > tolerance)
+        return int(np.argmax(apart)) if apart.any() else None
+
+
+def _not_finite(found: Evidence) -> str | None:
+    bad = ~np.isfinite(found.outcome.candidate) & np.isfinite(found.outcome.reference)
+    if not bad.any() or int(np.argmax(bad)) != found.at:
+        return None
+    return f"the candidate's loss is not finite at step {found.step[found.at]}: an overflow, or bad input"
+
+
+def _loss_scale(found: Evidence) -> str | None:
+    pair = found.pair("loss_scale")
+    if pair is None:
+        return None
+    first = max(0, found.at - BEFORE_LOSS)
+    fallen = pair[1][first : found.at + 1] <= pair[0][first : found.at + 1] / 4
+    if not fallen.any():
+        return None
+    row = first + int(np.argmax(fallen))
+    return (
+        f"the candidate's loss scale has collapsed at step {found.step[row]}, before the loss ({pair[1][row]:g} "
+        f"instead of {pair[0][row]:g}): gradients overflow; look at the module with the largest gradients"
+    )
+
+
+def _restart(found: Evidence) -> str | None:
+    departed = found.step[found.at]
+    for name, record in (("candidate", found.candidate), ("reference", found.reference)):
+        for restart in record.restarts():
+            if restart < departed <= restart + AFTER_RESTART:
+                return (
+                    f"the {name} was restarted at step {restart}, just before: a state was not restored (optimizer, "
+                    "loss scale, schedule, random numbers or position in the data)"
+                )
+    return None
+
+
+def _learning_rate(found: Evidence) -> str | None:
+    row = found.first_apart("lr", 1e-6)
+    if row is None or row > found.at:
+        return None
+    pair = found.pair("lr")
+    assert pair is not None
+    return (
+        f"the learning rate differs since step {found.step[row]} ({pair[1][row]:g} instead of {pair[0][row]:g}): "
+        "compare schedules, and at which step each of them starts"
+    )
+
+
+def _skipped(found: Evidence) -> str | None:
+    pair = found.pair("applied")
+    if pair is None:
+        return None
+    apart = np.flatnonzero(pair[0][: found.at + 1] != pair[1][: found.at + 1])
+    if not len(apart):
+        return None
+    who = "candidate" if pair[1][apart[0]] < pair[0][apart[0]] else "reference"
+    return f"the {who} alone skipped the update of step {found.step[apart[0]]}: its gradients were not finite"
+
+
+def _one_rank(found: Evidence) -> str | None:
+    ranks = int(found.reference.header.get("world_size") or 0)
+    if ranks < 2 or found.candidate.header.get("world_size") != ranks:
+        return None
+    pairs = [found.pair(f"loss_by_rank.{rank}") for rank in range(ranks)]
+    known = [pair for pair in pairs if pair is not None]
+    if len(known) != ranks:
+        return None
+    apart = np.stack([relative_difference(*pair) for pair in known])
+    departed = (apart > np.clip(found.outcome.limit, SMALLEST, LARGEST)).any(axis=0)
+    if not departed.any():
+        return None
+    row = int(np.argmax(departed))
+    rank, others = int(np.argmax(apart[:, row])), np.sort(apart[:, row])[:-1]
+    if row > found.at or others.max() > ALONE * apart[rank, row]:
+        return None
+    return (
+        f"rank {rank} departs alone at step {found.step[row]} (by {apart[rank, row]:.1e}, the others by at most "
+        f"{others.max():.1e}): bad hardware, its data, or a random state of that rank"
+    )
+
+
+def _from_the_start(found: Evidence) -> str | None:
+    if found.at != 0 or found.step[0] > 1:
+        return None
+    ratio = found.outcome.candidate / found.outcome.reference - 1
+    steady = (
+        np.isfinite(ratio).all() and abs(ratio.mean()) > 0 and ratio.std() < SMALL_SPREAD * abs(ratio.mean())
+    )
+    if steady:
+        return (
+            f"the loss is {1 + ratio.mean():.4g} times the reference's at every step: it is averaged or summed "
+            "differently (world size, accumulation steps, tokens that are not counted)"
+        )
+    return "the losses differ since the first step, before any update: other data, or other initial weights"
+
+
+def _gradient_first(found: Evidence) -> str | None:
+    tolerance = 10 * np.clip(found.outcome.limit, SMALLEST, LARGEST)  # norms vary more than losses
+    row = found.first_apart("grad_norm", tolerance)
+    if row is None or row > found.at:
+        return None
+    pair = found.pair("grad_norm")
+    assert pair is not None
+    when = "before the loss" if row < found.at else "at the same step as the loss"
+    values = f"{pair[1][row]:.6g} instead of {pair[0][row]:.6g}"
+    return (
+        f"the gradient norm departs at step {found.step[row]}, {when} ({values}): "
+        "look at backward, at the reduction over ranks and at clipping"
+    )
+
+
+PATTERNS: tuple[Callable[[Evidence], str | None], ...] = (
+    _not_finite,
+    _loss_scale,
+    _restart,
+    _learning_rate,
+    _skipped,
+    _one_rank,
+    _from_the_start,
+    _gradient_first,
+)
+"""The most telling first."""
+
+
+def hints(reference: Record, candidate: Record, outcome: Comparison) -> list[str]:
+    """What the patterns say; empty for curves that agree."""
+    if outcome.first_outside is None:
+        return []
+    evidence = Evidence(reference, candidate, outcome)
+    found = [pattern(evidence) for pattern in PATTERNS]
+    return [hint for hint in found if hint is not None]

@@ -1,0 +1,113 @@
+"""`xtrain align envelope`: from recorded runs, or by running a command K times with perturbed weights."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+from xtrain.align.envelope import Envelope, measure_records
+from xtrain.align.record import Record
+from xtrain.align.sources import read_curve
+from xtrain.errors import RecordError
+from xtrain.run_folder import METRICS, RUN_DIR_VARIABLE
+
+RUN = "{run}"
+PERTURB_VARIABLE = "XTRAIN_PERTURB"  # as in perturb.py, which needs torch
+_LAST_LINES = 5
+WIDE = 20.0
+"""A factor above it is told: such an envelope hides defects."""
+
+
+def _run_once(command: list[str], folder: Path, seed: int, size: float | None) -> Record:
+    """One perturbed run of the command; its record.
+
+    Raises:
+        RecordError: it failed, or wrote no record.
+    """
+    perturbation = str(seed) if size is None else f"{seed}:{size!r}"
+    env = {**os.environ, PERTURB_VARIABLE: perturbation, RUN_DIR_VARIABLE: str(folder)}
+    words = [word.replace(RUN, str(folder)) for word in command]
+    log = folder.with_suffix(".log")
+    try:
+        with log.open("wb") as output:
+            status = subprocess.run(words, env=env, stdout=output, stderr=subprocess.STDOUT).returncode
+    except OSError as error:
+        raise RecordError(f"{shlex.quote(words[0])} cannot be run: {error.strerror}") from None
+    if status != 0:
+        last = " / ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
+        raise RecordError(f"run {seed} of the reference ended with status {status} ({log}): {last}")
+    if not (folder / METRICS).exists():
+        raise RecordError(
+            f"run {seed} wrote no record to {folder / METRICS}: pass {RUN} as its run folder "
+            f"(xtrain launch run_dir={RUN}), or record to the folder in {RUN_DIR_VARIABLE}"
+        )
+    return read_curve(folder)
+
+
+def _rerun(command: list[str], runs: int, output: Path, size: float | None, say: bool = True) -> list[Record]:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Kept: they can be looked at, and measured again with another false-alarm rate.
+    work = Path(tempfile.mkdtemp(dir=output.parent, prefix=f"{output.stem}-runs-")).resolve()
+    records = []
+    for seed in range(1, runs + 1):
+        folder = work / str(seed)
+        folder.mkdir()
+        records.append(_run_once(command, folder, seed, size))
+        if say:
+            print(f"run {seed} of {runs}: {len(records[-1].step)} steps, {records[-1].path}", flush=True)
+    return records
+
+
+def run(args: argparse.Namespace, paths: list[str], command: list[str] | None) -> int:
+    """Carry out the command; returns the exit status."""
+    if args.output is None:
+        raise RecordError("xtrain align envelope needs -o FILE: where the envelope is written")
+    if not 0 < args.false_alarms <= 0.5:
+        raise RecordError(f"--false-alarms is a rate above 0 and up to 0.5, not {args.false_alarms:g}")
+    output = Path(args.output)
+    if output.suffix != ".npz":
+        raise RecordError(f"-o {args.output}: an envelope is a .npz file")
+    size = None
+    if command is not None or args.runs is not None:
+        if not command or args.runs is None or paths:
+            raise RecordError(
+                "give recorded runs (xtrain align envelope RUN RUN RUN -o FILE) or --runs K -o FILE -- COMMAND"
+            )
+        if args.runs < 2:
+            raise RecordError(f"--runs {args.runs}: an envelope needs 2 runs at least, and 5 are better")
+        if args.perturbation is not None and not 0 < args.perturbation < 1:
+            raise RecordError(f"--perturbation is a relative size between 0 and 1, not {args.perturbation:g}")
+        size = "one ulp" if args.perturbation is None else f"{args.perturbation:g}"
+        records = _rerun(command, args.runs, output, args.perturbation)
+    else:
+        if args.perturbation is not None:
+            raise RecordError("--perturbation needs --runs K -- COMMAND: recorded runs have made theirs")
+        records = [read_curve(path, args.loss) for path in paths]
+    envelope = measure_records(records, args.false_alarms, size)
+    try:
+        envelope.save(output)
+    except OSError as error:
+        raise RecordError(f"{output} cannot be written: {error.strerror}") from None
+    _report(envelope, output)
+    return 0
+
+
+def _report(envelope: Envelope, output: Path) -> None:
+    print(envelope.sentence())
+    outside = envelope.leave_one_out()
+    if outside is not None:
+        print(
+            f"checked by leaving each run out: {outside} of {len(envelope.curves)} are outside the others' envelope"
+        )
+    elif len(envelope.curves) == 3 and envelope.factor <= WIDE:
+        print("three runs are too few to check it by leaving one out: record one or two more")
+    if envelope.factor > WIDE and envelope.false_alarms is not None:
+        print(
+            f"so few runs, straying so differently, say little: {envelope.factor:.0f} times their spread is allowed; "
+            "record more of them"
+        )
+    print(f"envelope: {output}")

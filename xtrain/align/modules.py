@@ -1,0 +1,297 @@
+"""Which module departs first, and in which phase of the step: two tables of module statistics. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xtrain.align.band import Band, widening
+from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable, Single, Steps
+
+FLOOR = 1e-5
+"""Relative difference of a statistic that a measured band always allows: sums of float32 in another order."""
+HALF_WINDOW = 2
+_ULP = 1.2e-7
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Departure:
+    """A statistic of a module that the policy does not allow."""
+
+    step: int
+    phase: str
+    module: str
+    statistic: str
+    reference: float
+    candidate: float
+
+    def sentence(self) -> str:
+        """For a person."""
+        what = {
+            "forward": "its output",
+            "backward": "the gradient that comes back to it",
+            "gradient": "the gradient of its parameters",
+            "optimizer": "its parameters after the update",
+        }[self.phase]
+        return (
+            f"the first module that departs is {self.module or 'the model itself'}, in phase {self.phase} of step "
+            f"{self.step}: {self.statistic} of {what} is {self.candidate:.6g} instead of {self.reference:.6g}"
+        )
+
+
+@dataclass
+class ModuleComparison:
+    """The outcome over modules and snapshots that both tables have.
+
+    Attributes:
+        names: modules of both.
+        heat: for each phase steps, and deviations in units of what is allowed, shape (snapshots, modules):
+            the largest over the statistics. What is not in both is NaN.
+        first: the first departure; None: none.
+        notes: what could not be compared.
+    """
+
+    names: list[str]
+    heat: dict[str, tuple[Steps, Single]] = field(default_factory=dict)
+    first: Departure | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def snapshots(self) -> int:
+        """Measured steps that were compared."""
+        return max((len(steps) for steps, _ in self.heat.values()), default=0)
+
+    def sentence(self) -> str:
+        """For a person."""
+        if self.first is not None:
+            return self.first.sentence()
+        return f"no module departs: {len(self.names)} modules, {self.snapshots} measured steps"
+
+
+@dataclass
+class ModuleBands:
+    """What is allowed of each statistic: centre and relative limit, (snapshots, modules), by (phase, statistic)."""
+
+    names: list[str]
+    steps: dict[str, Steps] = field(default_factory=dict)
+    centre: dict[tuple[str, str], Single] = field(default_factory=dict)
+    limit: dict[tuple[str, str], Single] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, Any]:
+        """For np.savez."""
+        found: dict[str, Any] = {"modules": np.array(self.names)}
+        for phase, steps in self.steps.items():
+            found[f"{phase}/step"] = steps
+        for (phase, statistic), centre in self.centre.items():
+            found[f"{phase}/{statistic}/centre"] = centre
+            found[f"{phase}/{statistic}/limit"] = self.limit[phase, statistic]
+        return found
+
+    @classmethod
+    def from_arrays(cls, file: Any) -> ModuleBands | None:
+        """What `arrays` returned; None when there was none."""
+        if "modules" not in file:
+            return None
+        bands = cls([str(name) for name in file["modules"]])
+        for phase in PHASES:
+            if f"{phase}/step" not in file:
+                continue
+            bands.steps[phase] = file[f"{phase}/step"]
+            for statistic in STATISTICS:
+                if f"{phase}/{statistic}/centre" in file:
+                    bands.centre[phase, statistic] = file[f"{phase}/{statistic}/centre"]
+                    bands.limit[phase, statistic] = file[f"{phase}/{statistic}/limit"]
+        return bands
+
+
+def measure_bands(tables: Sequence[ModuleTable], false_alarms: float) -> ModuleBands | None:
+    """Bands from the tables of K >= 3 runs, by the model of xtrain.align.envelope; None where they don't fit.
+
+    One widening for everything: so many scales does no statistic of no module of a correct run stray, but for
+    `false_alarms` of the runs.
+    """
+    names = tables[0].names
+    if len(tables) < 3 or any(table.names != names for table in tables):
+        return None
+    bands = ModuleBands(names)
+    strayed = np.zeros(len(tables))
+    for phase in tables[0].phases():
+        if any(phase not in table.steps for table in tables):
+            continue
+        steps = tables[0].steps[phase]
+        for table in tables[1:]:
+            steps = np.intersect1d(steps, table.steps[phase], assume_unique=True)
+        if not len(steps):
+            continue
+        bands.steps[phase] = steps
+        rows = [np.searchsorted(table.steps[phase], steps) for table in tables]
+        for statistic in tables[0].statistics(phase):
+            if statistic == "nonfinite":
+                continue  # there, any difference counts
+            curves = np.stack(
+                [
+                    table.values[phase, statistic][row].astype(np.float64)
+                    for table, row in zip(tables, rows, strict=True)
+                ]
+            )
+            base = None
+            if statistic == "mean":  # which may be near zero
+                magnitudes = [
+                    table.values[phase, _scale_of(table, phase)][row]
+                    for table, row in zip(tables, rows, strict=True)
+                ]
+                base = np.mean(magnitudes, axis=0)
+            band = Band.of(curves, FLOOR, HALF_WINDOW, base)
+            bands.centre[phase, statistic] = band.centre.astype(np.float32)
+            bands.limit[phase, statistic] = band.scale.astype(np.float32)
+            for left_out in range(len(curves)):
+                others = Band.of(np.delete(curves, left_out, axis=0), FLOOR, HALF_WINDOW, base)
+                worst = np.nanmax(others.excess(curves[left_out], base), initial=0.0)
+                strayed[left_out] = max(strayed[left_out], worst)
+    factor = widening(strayed, false_alarms)
+    for limit in bands.limit.values():
+        limit *= factor
+    return bands
+
+
+def _scale_of(table: ModuleTable, phase: str) -> str:
+    return "abs_mean" if (phase, "abs_mean") in table.values else "rms"
+
+
+def _deviation(reference: Single, candidate: Single, size: Single) -> Single:
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = np.abs(candidate - reference) / np.maximum(np.abs(size), np.float32(_TINY))
+    broken = np.isfinite(reference) & ~np.isfinite(candidate)
+    both_broken = ~np.isfinite(reference) & ~np.isfinite(candidate)
+    return np.asarray(np.where(broken, np.float32(np.inf), np.where(both_broken, np.float32(0), found)))
+
+
+class _Comparing:
+    """One comparison while it is made."""
+
+    def __init__(
+        self, reference: ModuleTable, candidate: ModuleTable, tolerance: float, bands: ModuleBands | None
+    ) -> None:
+        self.reference, self.candidate = reference, candidate
+        self.tolerance, self.bands = tolerance, bands
+        known = set(candidate.names)
+        self.names = [name for name in reference.names if name in known]
+        self.mine = [reference.names.index(name) for name in self.names]
+        place = {name: index for index, name in enumerate(candidate.names)}
+        self.its = [place[name] for name in self.names]
+        self.result = ModuleComparison(self.names)
+        lost = (len(reference.names) - len(self.names), len(candidate.names) - len(self.names))
+        if any(lost):
+            self.result.notes.append(
+                f"{lost[0]} modules stand in the reference only and {lost[1]} in the candidate only: the models differ"
+            )
+
+    def run(self) -> ModuleComparison:
+        for phase in self.reference.phases():
+            if self.names and phase in self.candidate.steps:
+                self._phase(phase)
+        return self.result
+
+    def _limits(self, phase: str, statistic: str, steps: Steps, reference: Single) -> tuple[Single, Any]:
+        """(what to compare with, largest relative deviation that is allowed)."""
+        bands = self.bands
+        if bands is None:
+            return reference, np.float32(self.tolerance)
+        if (phase, statistic) not in bands.centre:
+            return reference, np.full(reference.shape, np.inf, np.float32)  # it was not measured
+        _, here, there = np.intersect1d(steps, bands.steps[phase], assume_unique=True, return_indices=True)
+        centre = reference.copy()
+        limit = np.full(reference.shape, np.inf, np.float32)
+        centre[here] = bands.centre[phase, statistic][there][:, self.mine]
+        limit[here] = bands.limit[phase, statistic][there][:, self.mine]
+        return centre, limit
+
+    def _phase(self, phase: str) -> None:
+        table, other = self.reference, self.candidate
+        steps, mine, its = np.intersect1d(
+            table.steps[phase], other.steps[phase], assume_unique=True, return_indices=True
+        )
+        if not len(steps):
+            return
+
+        def cut(of: ModuleTable, statistic: str, rows: Steps, columns: list[int]) -> Single:
+            values = of.values[phase, statistic]
+            whole = len(rows) == len(values) and columns == list(range(values.shape[1]))
+            return values if whole else values[rows][:, columns]
+
+        heat = np.full((len(steps), len(self.names)), np.nan, np.float32)
+        outside: dict[str, Any] = {}
+        counts = [cut(table, "nonfinite", mine, self.mine), cut(other, "nonfinite", its, self.its)]
+        # A module that did not run in one of them has no statistics to compare.
+        absent = np.isnan(counts[0]) | np.isnan(counts[1])
+        for statistic in table.statistics(phase):
+            if (phase, statistic) not in other.values:
+                continue
+            reference = cut(table, statistic, mine, self.mine)
+            candidate = cut(other, statistic, its, self.its)
+            if statistic == "nonfinite":
+                deviation = np.where(reference != candidate, np.float32(np.inf), np.float32(0))
+                limit: Any = np.float32(0)
+            else:
+                centre, limit = self._limits(phase, statistic, steps, reference)
+                size = centre
+                if statistic == "mean":
+                    size = cut(table, _scale_of(table, phase), mine, self.mine)
+                deviation = _deviation(centre, candidate, size)
+            deviation = np.where(absent, np.float32(np.nan), deviation)
+            if statistic != "max_abs" or np.ndim(limit) or self.tolerance == 0:
+                # One element's magnitude is too restless for a tolerance that was not measured.
+                outside[statistic] = deviation > limit
+            with np.errstate(invalid="ignore"):
+                heat = np.fmax(heat, deviation / np.maximum(limit, np.float32(_ULP)))
+        self.result.heat[phase] = (steps, heat)
+        if outside:
+            self._note_departure(phase, steps, heat, outside, (mine, its))
+
+    def _note_departure(
+        self, phase: str, steps: Steps, heat: Single, outside: dict[str, Any], rows: tuple[Steps, Steps]
+    ) -> None:
+        anywhere = np.logical_or.reduce(list(outside.values()))
+        departed = anywhere.any(axis=1)
+        if not departed.any():
+            return
+        row = int(np.argmax(departed))
+        step = int(steps[row])
+        if self.result.first is not None and self.result.first.step <= step:
+            return
+        modules = np.flatnonzero(anywhere[row])
+        # Forward runs from the first module to the last, backward the other way round; the update is one.
+        if phase == "forward":
+            module = int(modules[0])
+        elif phase == "backward":
+            module = int(modules[-1])
+        else:
+            module = int(
+                modules[np.argmax(np.nan_to_num(heat[row, modules], posinf=np.finfo(np.float32).max))]
+            )
+        statistic = next(name for name, where in outside.items() if where[row, module])
+        self.result.first = Departure(
+            step,
+            phase,
+            self.names[module],
+            statistic,
+            float(self.reference.values[phase, statistic][rows[0][row], self.mine[module]]),
+            float(self.candidate.values[phase, statistic][rows[1][row], self.its[module]]),
+        )
+
+
+def compare_modules(
+    reference: ModuleTable, candidate: ModuleTable, tolerance: float, bands: ModuleBands | None = None
+) -> ModuleComparison:
+    """Compare two tables where they overlap.
+
+    Args:
+        tolerance: of relative differences (of the mean: relative to the mean magnitude), where there is no band;
+            `max_abs` is judged by none but zero.
+        bands: measured, of the reference's modules; their limits are taken instead.
+    """
+    return _Comparing(reference, candidate, tolerance, bands).run()

@@ -1,0 +1,243 @@
+"""Gathers statistics of a model's modules while it trains: the torch side of xtrain.align.module_table.
+
+Hooks measure on the device and wait for nothing; the numbers come to the host once per recorded step. Every
+number is of the whole global batch: sums are added over micro-batches and ranks, so that it does not depend on
+how the batch was split.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from xtrain.align.module_table import PHASES, STATISTICS
+
+_SUMS = 6  # sum, sum of magnitudes, sum of squares, largest magnitude, not finite, elements
+Sums = npt.NDArray[np.float64]
+
+
+def measure(tensor: torch.Tensor) -> torch.Tensor:
+    """Five numbers on the tensor's device: sum, 1-norm, 2-norm, largest magnitude, elements not finite."""
+    x = tensor.detach()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # On the host torch's isfinite and its norms of order 1 and infinity take ten times as long as these.
+    magnitudes = x.abs()
+    largest = magnitudes.amax().to(wide)
+    if x.device.type == "cpu" and math.isfinite(largest):
+        broken = torch.zeros((), dtype=wide)
+    else:  # asking a device whether it is needed would wait for it
+        broken = (x.numel() - (magnitudes < float("inf")).sum()).to(wide)
+    square_root = torch.linalg.vector_norm(x, 2, dtype=wide)
+    return torch.stack([x.sum(dtype=wide), magnitudes.sum(dtype=wide), square_root, largest, broken])
+
+
+def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(outputs):
+        if outputs.is_floating_point() and outputs.numel():
+            yield outputs
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from _tensors(value)
+    elif isinstance(outputs, list | tuple):
+        for value in outputs:
+            yield from _tensors(value)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _data(param: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """What this rank holds of a parameter's value, in every ZeRO stage of xtrain and of DeepSpeed.
+
+    And whether every rank holds the same.
+    """
+    from xtrain.zero.owners import owner_of
+
+    if (owner := owner_of(param)) is not None:
+        master = owner.master()
+        data = param.new_empty(0) if master is None else master
+        return data, owner.group.layout.partitions == 1
+    part: torch.Tensor | None = getattr(param, "ds_tensor", None)
+    if part is None or param.numel():
+        return param, True
+    # Of equal parts; the last ones are filled up with zeros that are no weights.
+    rank = dist.get_rank(getattr(param, "ds_process_group", None))
+    own = int(getattr(param, "ds_numel", part.numel())) - rank * part.numel()
+    return part.detach().reshape(-1)[: max(0, own)], False
+
+
+class ModuleStatistics:
+    """Measures the modules of one model on the steps that `begin` selects.
+
+    Args:
+        model: gets hooks; `detach` removes them.
+        every: steps 1, 1 + every, 1 + 2 * every, ... are measured.
+        patterns: names of modules to measure, with * and ?; None: all that have parameters of their own or no
+            children.
+    """
+
+    def __init__(self, model: nn.Module, every: int, patterns: Iterable[str] | None = None) -> None:
+        chosen = list(patterns) if patterns is not None else None
+        self.every = every
+        self.modules = {
+            name: module for name, module in model.named_modules() if self._wanted(name, module, chosen)
+        }
+        self.names = list(self.modules)
+        self.active = False
+        self._model = model
+        self._rows: dict[str, list[tuple[int, float, float, torch.Tensor]]] = {}
+        self._accumulated: dict[torch.Tensor, torch.Tensor] = {}
+        self._handles: list[Any] = []
+        for index, module in enumerate(self.modules.values()):
+            self._handles.append(module.register_forward_hook(self._forward_hook(index, module)))
+
+    @staticmethod
+    def _wanted(name: str, module: nn.Module, patterns: list[str] | None) -> bool:
+        if patterns is not None:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        own = any(True for _ in module.parameters(recurse=False))
+        return own or not any(True for _ in module.children())
+
+    def begin(self, step: int) -> None:
+        """Step number `step` (from 1) starts: measure it or not."""
+        self._rows = {}
+        self._accumulated.clear()
+        self.active = (step - 1) % self.every == 0
+
+    def _add(self, phase: str, index: int, tensor: torch.Tensor, copied: bool = False) -> None:
+        """Measure a tensor; `copied`: every rank has the same, so that all of them together count once."""
+        if tensor.numel():
+            weight = 1 / dist.get_world_size() if copied and dist.is_initialized() else 1.0
+            self._rows.setdefault(phase, []).append((index, tensor.numel() * weight, weight, measure(tensor)))
+
+    def _forward_hook(self, index: int, hooked: nn.Module) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any, outputs: Any) -> None:
+            # copy.deepcopy copies hooks, too; an evaluation between two steps is not part of either.
+            if not self.active or module is not hooked or not self._model.training:
+                return
+            recomputed = _in_backward()  # activation checkpointing runs modules twice
+            for tensor in _tensors(outputs):
+                if not recomputed:
+                    self._add("forward", index, tensor)
+                if tensor.requires_grad and torch.is_grad_enabled():
+                    tensor.register_hook(lambda grad: self._add("backward", index, grad))
+
+        return hook
+
+    def watch_gradients(self) -> None:
+        """Measure gradients as they accumulate, for loops on one rank whose optimizer is not xtrain's."""
+        for param in self._model.parameters():
+            if param.requires_grad:
+                self._handles.append(param.register_post_accumulate_grad_hook(self._keep_gradient))
+
+    def _keep_gradient(self, param: torch.Tensor) -> None:
+        if self.active and param.grad is not None and param.grad.layout == torch.strided:
+            # The last one of a step is the sum over its micro-batches, and not yet clipped.
+            self._accumulated[param] = measure(param.grad)
+
+    def take_gradients(self) -> None:
+        """Measure the averaged gradients that xtrain's engine is about to apply. Collective."""
+        if not self.active:
+            return
+        from xtrain.zero.owners import owner_of
+
+        for index, module in enumerate(self.modules.values()):
+            for param in module.parameters(recurse=False):
+                owner = owner_of(param)
+                if owner is not None and owner.gradients_ready():
+                    gradient = owner.gradient()
+                    if gradient is not None:
+                        copied = owner.group.layout.partitions == 1
+                        self._add("gradient", index, gradient, copied)
+
+    @torch.no_grad()
+    def finish(
+        self, device: torch.device | str, scale: float = 1.0, replicas: int = 1
+    ) -> dict[str, dict[str, list[float | None]]]:
+        """End the step: statistics by phase and name, float32, one a module (None: it did not run).
+
+        Collective over all ranks.
+
+        Args:
+            device: on which numbers travel between ranks.
+            scale: by which the loss was multiplied before it was differentiated.
+            replicas: data-parallel ranks, over which gradients are averaged after backward.
+        """
+        if not self.active:
+            return {}
+        for index, module in enumerate(self.modules.values()):
+            for param in module.parameters(recurse=False):
+                if param in self._accumulated:
+                    row = (index, float(param.numel()), 1.0, self._accumulated[param])
+                    self._rows.setdefault("gradient", []).append(row)
+                if param.is_floating_point():
+                    self._add("optimizer", index, *_data(param))
+        totals = _over_ranks(np.stack([self._totals(phase) for phase in PHASES]), device)
+        scales = {"backward": scale * replicas, "gradient": scale}
+        self._rows = {}
+        return {
+            phase: _statistics(total, scales.get(phase, 1.0))
+            for phase, total in zip(PHASES, totals, strict=True)
+            if total[:, 5].any()
+        }
+
+    def _totals(self, phase: str) -> Sums:
+        total = np.zeros((len(self.names), _SUMS))
+        rows = self._rows.get(phase, [])
+        if not rows:
+            return total
+        numbers = torch.stack([row.float() for *_, row in rows]).cpu().double().numpy()
+        numbers[:, 2] **= 2
+        for (index, elements, weight, _), row in zip(rows, numbers, strict=True):
+            largest = max(total[index, 3], row[3]) if not np.isnan(row[3]) else np.nan
+            total[index, :5] += row * weight
+            total[index, 3] = largest
+            total[index, 5] += elements
+        return total
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _over_ranks(totals: Sums, device: torch.device | str) -> Sums:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return totals
+    mine = torch.from_numpy(totals).to(device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    stacked = np.stack([part.cpu().numpy() for part in everyone])
+    # Added here, in rank order: not every library adds float64.
+    combined: Sums = stacked.sum(axis=0)
+    combined[..., 3] = stacked[..., 3].max(axis=0)
+    return combined
+
+
+def _statistics(total: Sums, scale: float) -> dict[str, list[float | None]]:
+    elements = total[:, 5]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        columns = (
+            total[:, 0] / elements / scale,
+            total[:, 1] / elements / scale,
+            np.sqrt(total[:, 2] / elements) / scale,
+            total[:, 3] / scale,
+            total[:, 4],
+        )
+        singles = [column.astype(np.float32) for column in columns]
+    ran = elements > 0
+    return {
+        # Nine digits hold a float32 exactly.
+        name: [float(f"{value:.9g}") if there else None for value, there in zip(column, ran, strict=True)]
+        for name, column in zip(STATISTICS, singles, strict=True)
+    }

@@ -1,0 +1,163 @@
+"""The report as text: for a terminal, as Markdown, and as JUnit XML."""
+
+from __future__ import annotations
+
+from io import StringIO
+from xml.etree import ElementTree
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from xtrain.align.alignment import Alignment
+
+MOST_DIFFERENCES = 20
+_AROUND = 3  # steps shown on both sides of the first one outside
+
+
+def _nearby(alignment: Alignment) -> list[tuple[int, float, float, float, float]]:
+    """(step, reference, candidate, relative difference, allowed) around the first step outside."""
+    curve = alignment.curve
+    if curve is None or curve.first_outside is None:
+        return []
+    row = int(np.searchsorted(curve.step, curve.first_outside))
+    rows = range(max(0, row - _AROUND), min(len(curve.step), row + _AROUND + 1))
+    columns = (curve.step, curve.reference, curve.candidate, curve.difference, curve.limit)
+    return [tuple(column[i].item() for column in columns) for i in rows]
+
+
+def _cells(row: tuple[int, float, float, float, float]) -> list[str]:
+    step, reference, candidate, difference, limit = row
+    return [
+        str(step),
+        f"{reference:.8g}",
+        f"{candidate:.8g}",
+        f"{difference:.2e}",
+        f"{limit:.2e}" if limit < float("inf") else "-",
+    ]
+
+
+_HEADINGS = ("step", "reference", "candidate", "relative difference", "allowed")
+
+
+def headline(alignment: Alignment) -> str:
+    """One or two words."""
+    return "aligned" if alignment.aligned else "not aligned"
+
+
+def module_lines(alignment: Alignment) -> list[str]:
+    """What is known of the modules, one sentence each."""
+    if alignment.modules is None:
+        return []
+    yet = alignment.curve is not None and alignment.aligned and alignment.modules.first is not None
+    return [f"{'the losses agree, and yet ' if yet else ''}{alignment.modules.sentence()}"]
+
+
+def print_report(alignment: Alignment, console: Console) -> None:
+    """Show everything on a terminal."""
+
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(text, style=style), soft_wrap=True)
+
+    if alignment.differences:
+        table = Table("setting", "reference", "candidate", title="differences", title_justify="left")
+        for difference in alignment.differences[:MOST_DIFFERENCES]:
+            table.add_row(
+                *(Text(cell) for cell in (difference.key, difference.reference, difference.candidate))
+            )
+        console.print(table)
+        if len(alignment.differences) > MOST_DIFFERENCES:
+            say(f"and {len(alignment.differences) - MOST_DIFFERENCES} more")
+    for note in alignment.notes:
+        say(f"note: {note}", "dim")
+    if alignment.envelope is not None:
+        say(alignment.envelope.sentence())
+    say(f"{headline(alignment)}: {alignment.sentence()}", "bold green" if alignment.aligned else "bold red")
+    if rows := _nearby(alignment):
+        table = Table(*_HEADINGS)
+        assert alignment.curve is not None
+        for row in rows:
+            table.add_row(*_cells(row), style="red" if row[0] == alignment.curve.first_outside else "")
+        console.print(table)
+    if alignment.curve is not None:
+        for line in module_lines(alignment):
+            say(line)
+    for hint in alignment.hints:
+        say(f"hint: {hint}", "yellow")
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def markdown(alignment: Alignment) -> str:
+    """The report as a page."""
+    out = StringIO()
+
+    def table(headings: tuple[str, ...], rows: list[list[str]]) -> None:
+        out.write("| " + " | ".join(headings) + " |\n|" + " --- |" * len(headings) + "\n")
+        for row in rows:
+            out.write("| " + " | ".join(map(_escape, row)) + " |\n")
+        out.write("\n")
+
+    out.write(f"# Loss curves: {headline(alignment)}\n\n{_escape(alignment.sentence())}.\n\n")
+    table(
+        ("", "file", "kind", "steps"),
+        [
+            [name, str(record.path), record.kind, str(len(record.step))]
+            for name, record in (("reference", alignment.reference), ("candidate", alignment.candidate))
+        ],
+    )
+    out.write(f"Policy: `{alignment.policy}`.")
+    if alignment.envelope is not None:
+        out.write(f" {alignment.envelope.sentence()}.")
+    out.write("\n\n")
+    if alignment.differences:
+        out.write("## Differences of configuration and environment\n\n")
+        table(
+            ("setting", "reference", "candidate"),
+            [[d.key, d.reference, d.candidate] for d in alignment.differences],
+        )
+    if rows := _nearby(alignment):
+        out.write("## Around the first step outside\n\n")
+        table(_HEADINGS, [_cells(row) for row in rows])
+    for title, lines in (
+        ("Modules", module_lines(alignment)),
+        ("Hints", alignment.hints),
+        ("Notes", alignment.notes),
+    ):
+        if lines:
+            out.write(f"## {title}\n\n" + "".join(f"- {_escape(line)}\n" for line in lines) + "\n")
+    return out.getvalue().rstrip("\n") + "\n"
+
+
+def junit(alignment: Alignment) -> str:
+    """The report as JUnit XML: a case for the losses, and one for the modules if they were compared."""
+    cases = []
+    if alignment.curve is not None:
+        cases.append(("loss", alignment.curve.aligned, alignment.curve.sentence()))
+    if alignment.modules is not None:
+        # Where there are losses, the modules explain; the verdict is not theirs.
+        passed = alignment.aligned or alignment.modules.first is None
+        cases.append(("modules", passed, alignment.modules.sentence()))
+    failures = sum(not passed for _, passed, _ in cases)
+    suite = ElementTree.Element(
+        "testsuite", name="xtrain align", tests=str(len(cases)), failures=str(failures), errors="0"
+    )
+    for name, passed, sentence in cases:
+        case = ElementTree.SubElement(suite, "testcase", classname="xtrain.align", name=name)
+        if not passed:
+            failure = ElementTree.SubElement(case, "failure", message=_printable(sentence))
+            failure.text = _printable("\n".join([sentence, *alignment.hints]))
+        else:
+            ElementTree.SubElement(case, "system-out").text = _printable(sentence)
+    text = _printable("\n".join(difference.sentence() for difference in alignment.differences))
+    ElementTree.SubElement(suite, "system-out").text = text
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that XML forbids."""
+    return "".join(character for character in text if character in "\n\t" or character >= " ")
