@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 for _variable in ("XTRAIN_BACKEND", "DS_ACCELERATOR", "XTRAIN_RUN_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_variable, None)
+
+# Times are measured in benchmarks/, not here: machines are shared.
+hypothesis.settings.register_profile("xtrain", deadline=None)
+hypothesis.settings.load_profile("xtrain")
 
 from tests import pool  # noqa: E402 - workers inherit the environment set above
 
