@@ -35,6 +35,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+def has_started(lines: list[dict[str, Any]]) -> bool:
+    """Whether its writer has imported what it needs and begun something."""
+    return any(line["kind"] == "begin" for line in lines)
+
+
 def doing(lines: list[dict[str, Any]]) -> str:
     """What its writer was doing last."""
     for line in reversed(lines):

@@ -1,6 +1,6 @@
 """Starts processes that may hang or die, follows their diaries, and says in a sentence what became of them.
 
-Nothing waits longer than `patience` seconds for a sign of life. Imports no torch.
+Nothing waits longer than `patience` seconds for a sign of life, from when torch is imported. Imports no torch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from xtrain.launch.processes import signal_name
 
 _GRACE = 3.0
 """Seconds in which the other ranks may say what they saw when one has died."""
+_STARTING = 180.0
+"""Seconds that a process may take to import torch, which on a slow disk takes longer than anything after it."""
 _LAUNCHERS = ("OMPI_", "PMI", "MPI_", "MV2_", "HYDRA", "HYDI", "SLURM_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -48,7 +50,8 @@ class Watched:
         self.processes, self.files, self.log = processes, files, log
 
     def follow(self, patience: float) -> Outcome:
-        """Until all have ended, one has died, or nobody has written anything for `patience` seconds."""
+        """Until all have ended, one has died, or nobody has written anything for `patience` seconds, or `_STARTING`
+        seconds at first."""
         size, moved, died = -1, time.monotonic(), None
         try:
             while True:
@@ -65,7 +68,8 @@ class Watched:
                     break
                 if now - moved > patience:
                     lines = [diary.read(file) for file in self.files]
-                    return Outcome(lines, self._hung(lines, patience))
+                    if now - moved > _STARTING or all(map(diary.has_started, lines)):
+                        return Outcome(lines, self._hung(lines, now - moved))
                 time.sleep(0.02)
             lines = [diary.read(file) for file in self.files]
             return Outcome(lines, self._ended(lines, [process.poll() for process in self.processes]))
@@ -79,7 +83,7 @@ class Watched:
                     os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def _hung(self, lines: list[list[dict[str, Any]]], patience: float) -> str:
+    def _hung(self, lines: list[list[dict[str, Any]]], seconds: float) -> str:
         """The ranks that are furthest back are the ones that the others wait for."""
         steps = [len(one) for one in lines]
         behind = [rank for rank, count in enumerate(steps) if count == min(steps)]
@@ -87,7 +91,7 @@ class Watched:
         ahead = [rank for rank in range(len(lines)) if rank not in behind]
         if ahead:
             parts.append(f"{_ranks(ahead)} in {diary.doing(lines[ahead[0]])}")
-        return f"hangs: nothing has happened for {patience:g} s, with " + ", ".join(parts)
+        return f"hangs: nothing has happened for {seconds:.0f} s, with " + ", ".join(parts)
 
     def _ended(self, lines: list[list[dict[str, Any]]], codes: list[int | None]) -> str | None:
         if all(one and one[-1]["kind"] == "done" for one in lines) and not any(codes):
