@@ -60,6 +60,14 @@ def _load(name: str) -> Backend:
     return backend
 
 
+_loaded: set[str] = set()
+
+
+def loaded() -> frozenset[str]:
+    """Names of the backends that this process has used."""
+    return frozenset(_loaded)
+
+
 def reason(name: str) -> str | None:
     """Why the backend cannot be used here; None when it can."""
     try:
@@ -78,6 +86,7 @@ def get(name: str) -> Backend:
         raise BackendError(unknown_name("backend", name, names()))
     if (why := reason(name)) is not None:
         raise BackendError(f"backend {name!r} cannot be used here: {why}")
+    _loaded.add(name)
     return _load(name)
 
 

@@ -86,6 +86,7 @@ class FakeBackend(Backend):
         self.precision = FakePrecision(self)
         self.exact = False
         self._configured: Chosen | None = None
+        self._faults: list[Any] = []
 
     @property
     def chosen(self) -> Chosen:
@@ -97,6 +98,7 @@ class FakeBackend(Backend):
         return self._configured or choose(os.environ.get(PROFILE_VARIABLE) or "none")
 
     def configure(self, settings: Mapping[str, Any] | None) -> None:
+        self._faults = [] if settings is None else settings.get("faults", [])
         if settings is None:
             self._configured = None
             return
@@ -104,7 +106,7 @@ class FakeBackend(Backend):
         if not name and settings.get("numerics"):
             raise ConfigError(
                 "config key 'xtrain.fake.numerics' changes a profile, and none is named: set 'xtrain.fake.profile', "
-                "to \"custom\" for none of those there are"
+                'to "custom" for none of those there are'
             )
         self._configured = choose(name or "none", settings.get("numerics"), settings.get("cost"))
 
@@ -124,6 +126,8 @@ class FakeBackend(Backend):
         described = self.chosen.describe()
         if self.exact and self.chosen.numerics.switchable and "products" in described["numerics"]:
             described["numerics"]["products"]["switched_off"] = "aligned mode"
+        if self._faults:
+            described["faults"] = self._faults
         return {"emulated": described}
 
     def count_message(self, sent_bytes: float) -> None:

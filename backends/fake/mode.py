@@ -23,10 +23,12 @@ from xtrain.backends.fake.rounding import flush_, saturate_
 from xtrain.errors import NotImplementedYetError
 
 _MOVES = frozenset(
-    "alias_copy as_strided_scatter bernoulli cat clone constant_pad_nd copy empty empty_like empty_strided fill flip "
-    "full full_like gather index index_put index_select masked_fill masked_scatter new_empty new_empty_strided new_full "
-    "new_ones new_zeros normal ones ones_like rand randn rand_like randn_like repeat resize roll scatter select_scatter "
-    "set slice_scatter stack uniform where zero zeros zeros_like embedding contiguous lift_fresh".split()
+    """
+    alias_copy as_strided_scatter bernoulli cat clone constant_pad_nd contiguous copy embedding empty empty_like
+    empty_strided fill flip full full_like gather index index_put index_select lift_fresh masked_fill masked_scatter
+    new_empty new_empty_strided new_full new_ones new_zeros normal ones ones_like rand rand_like randn randn_like repeat
+    resize roll scatter select_scatter set slice_scatter stack uniform where zero zeros zeros_like
+    """.split()  # noqa: SIM905
 )
 """Operators that compute nothing: what they write was there before, or the script has asked for it."""
 
@@ -200,7 +202,9 @@ def _leave() -> None:
 
 
 @contextmanager
-def switched(numerics: Numerics, exact: bool = False, costs: Costs | None = None) -> Iterator[EmulatedOperators]:
+def switched(
+    numerics: Numerics, exact: bool = False, costs: Costs | None = None
+) -> Iterator[EmulatedOperators]:
     """A context in which the chip computes; afterwards what was before."""
     before = _mode.arithmetic, _mode.clock
     switch_on(numerics, exact, costs)

@@ -203,7 +203,11 @@ def _reduced(
         total = total / _count(x, dims)
     total = total.to(dtype or x.dtype)
     # A fresh tensor, as the operator promises.
-    return total.clone() if keepdim else total.reshape([s for d, s in enumerate(x.shape) if d not in dims]).clone()
+    return (
+        total.clone()
+        if keepdim
+        else total.reshape([s for d, s in enumerate(x.shape) if d not in dims]).clone()
+    )
 
 
 def _count(x: torch.Tensor, dims: Sequence[int]) -> int:
@@ -248,7 +252,9 @@ def _var_mean(
         return NotImplemented
     dims = _dims(x, dim)
     shape = [1 if d in dims else s for d, s in enumerate(x.shape) if keepdim or d not in dims]
-    return tuple(item.to(x.dtype).reshape(shape).clone() for item in _variance(arithmetic, x, dims, correction))
+    return tuple(
+        item.to(x.dtype).reshape(shape).clone() for item in _variance(arithmetic, x, dims, correction)
+    )
 
 
 def _vector_norm(

@@ -157,9 +157,9 @@ PROFILES: dict[str, Profile] = {
         },
     ),
     "sw26010pro": Profile(
-        Numerics(block=8, sums=8),
+        Numerics(block=16, sums=8),
         {
-            "block": "assumed: a compute core adds a 512-bit vector of 8 fp64 at a time",
+            "block": "assumed: a compute core adds a 512-bit vector of 16 fp32 at a time",
             "sums": "assumed: 8 elements a compute core, then over the cores' mesh",
             "bf16": f"fp16 and bf16 are native: {_SUNWAY}",
             "norm": _OUR_BACKEND,
@@ -250,7 +250,9 @@ def choose(
         raise ConfigError(unknown_name("cost profile of backend 'fake'", base_name, names))
     base = PROFILES.get(base_name, PROFILES["none"])
     costs = replace(base.costs or Costs(), **said)
-    missing = [f.name for f in fields(Costs) if f.name not in ("sleep", "latency") and not getattr(costs, f.name)]
+    missing = [
+        f.name for f in fields(Costs) if f.name not in ("sleep", "latency") and not getattr(costs, f.name)
+    ]
     if missing:
         raise ConfigError(
             f"the cost profile {base_name!r} of backend 'fake' has no {', '.join(missing)}: name another under "

@@ -18,16 +18,20 @@ def shorten(x: torch.Tensor, dropped: int, rounding: str) -> torch.Tensor:
     bits = x.contiguous().view(torch.int32)
     if rounding == "toward-zero":
         rounded = bits & -(1 << dropped)
-    elif rounding == "nearest-away":
-        rounded = (bits + (1 << (dropped - 1))) & -(1 << dropped)
     else:
-        odd = (bits >> dropped) & 1
-        rounded = (bits + ((1 << (dropped - 1)) - 1) + odd) & -(1 << dropped)
+        rounded = bits + (1 << (dropped - 1))
+        if rounding == "nearest-even":
+            # One less where the bit above is even, so that a tie stays below.
+            rounded.sub_((bits >> dropped).bitwise_and_(1).bitwise_xor_(1))
+        rounded.bitwise_and_(-(1 << dropped))
     result = rounded.view(torch.float32)
-    return result if bool(x.isfinite().all()) else torch.where(x.isfinite(), result, x)
+    # A NaN's bits may round to those of infinity; the maximum of a tensor with a NaN is NaN.
+    return torch.where(x.isnan(), x, result) if x.numel() and bool(x.amax().isnan()) else result
 
 
-def round_to(x: torch.Tensor, name: str, rounding: str = "nearest-even", saturate: bool = False) -> torch.Tensor:
+def round_to(
+    x: torch.Tensor, name: str, rounding: str = "nearest-even", saturate: bool = False
+) -> torch.Tensor:
     """A float32 tensor rounded to what a format holds, as float32.
 
     Args:

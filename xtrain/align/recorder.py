@@ -43,6 +43,7 @@ class Recorder:
             loss (see `raised`).
         counts: whether this rank's losses are in the mean: not where another has the same, or where a pipeline
             stage that is not the last has none.
+        more: asked once per step for further keys of its line.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class Recorder:
         tokens_per_sample: int | None = None,
         flag: Callable[[], bool] | None = None,
         counts: bool = True,
+        more: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self.path = Path(path)
         self.header = header or {}
         self.tokens_per_sample = tokens_per_sample
         self.flag = flag
         self.counts = counts
+        self.more = more
         self.raised = False
         """Whether `flag` answered True on rank 0 at the last step; the same on every rank."""
         self._losses: list[torch.Tensor] = []
@@ -171,6 +174,8 @@ class Recorder:
         }
         if self.tokens_per_sample:
             line["tokens"] = engine.train_batch_size() * self.tokens_per_sample
+        if self.more is not None:
+            line |= self.more()
         self._last = now
         if engine.global_rank == 0:
             if self._file is None:

@@ -1,0 +1,243 @@
+"""Silent data corruption: ranks compare what they must have in common, and each that its own has not changed.
+
+Cheap: a checksum of raw bits, and one all-gather of two integers a rank, every so many steps. It finds memory that
+changed and updates that went differently, on whatever rank; not a wrong gradient that all ranks then share. See
+docs/sdc.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+
+from xtrain import comm
+from xtrain.aligned_random import random_words
+from xtrain.config.fake import SdcCheckConfig
+from xtrain.errors import TrainingError
+from xtrain.log import log_dist
+from xtrain.zero.shards import ShardedGroup
+
+_CHUNK = 2**16
+_weights: dict[torch.device, torch.Tensor] = {}
+
+
+def _odd_weights(device: torch.device) -> torch.Tensor:
+    """Odd 64-bit numbers: a word that changes, changes the product by which it counts, modulo 2^64."""
+    if device not in _weights:
+        low, high = random_words(2 * _CHUNK, 2718281828, (7, 7, 7), device).view(2, _CHUNK)
+        _weights[device] = ((high << 32) ^ low) | 1
+    return _weights[device]
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The raw bits of a tensor as 64-bit integers, the last one filled up with zeros."""
+    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if rest := octets.numel() % 8:
+        octets = torch.cat([octets, octets.new_zeros(8 - rest)])
+    elif octets.storage_offset() % 8:
+        octets = octets.clone()
+    return octets.view(torch.int64)
+
+
+@torch.no_grad()
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """A 64-bit integer that any change of a single 64-bit word of the raw bits changes; a scalar on the device.
+
+    Each word counts with an odd factor that depends on its place, so words that are swapped show too (all but one in
+    2^63 of such changes).
+    """
+    weights = _odd_weights(tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for number, chunk in enumerate(_words(tensor).split(_CHUNK)):
+        total += (chunk * weights[: chunk.numel()]).sum() * weights[number % _CHUNK]
+    return total
+
+
+def _combined(sums: list[int]) -> int:
+    """One 64-bit number for a list of them, as a signed integer."""
+    total = 0
+    for value in sums:
+        total = (total * 6364136223846793005 + value + 1442695040888963407) % 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
+def culprits(digests: list[int]) -> tuple[list[int], list[int]]:
+    """Who is wrong among ranks that should agree.
+
+    Returns:
+        (positions whose value is not the majority's, []), or ([], all positions) where no value has a majority.
+    """
+    value, votes = Counter(digests).most_common(1)[0]
+    if 2 * votes <= len(digests):
+        return [], list(range(len(digests)))
+    return [place for place, digest in enumerate(digests) if digest != value], []
+
+
+def attach(engine: Any, section: SdcCheckConfig | None) -> None:
+    """Check `engine` before every so-many-th update; nothing without the config's section."""
+    if section is not None:
+        SdcCheck(engine, section)
+
+
+class SdcCheck:
+    """The checks of one engine.
+
+    Raises:
+        TrainingError: with `on_mismatch` "error", on every rank of the data-parallel group.
+    """
+
+    def __init__(self, engine: Any, section: SdcCheckConfig) -> None:
+        self._engine = weakref.ref(engine)
+        self._section = section
+        self._noted: dict[str, int] | None = None
+        self._noted_at = -1
+        step, load = engine.step, engine.load_checkpoint
+
+        @wraps(step)
+        def checked_step(*args: Any, **kwargs: Any) -> Any:
+            boundary = engine.is_gradient_accumulation_boundary()
+            if boundary and self._due(engine.global_steps + 1):
+                self._check()
+            result = step(*args, **kwargs)
+            if boundary and section.own_states and self._due(engine.global_steps + 1):
+                self._note()
+            return result
+
+        @wraps(load)
+        def noted_load(*args: Any, **kwargs: Any) -> Any:
+            self._noted = None
+            return load(*args, **kwargs)
+
+        # Instance attributes; nn.Module keeps functions apart from parameters and modules.
+        engine.step, engine.load_checkpoint = checked_step, noted_load
+
+    def _due(self, step: int) -> bool:
+        return step % self._section.every == 0
+
+    # ---------------------------------------------------------------- what is compared
+
+    def _shared(self, engine: Any) -> list[tuple[str, torch.Tensor]]:
+        """What every rank of the data-parallel group has whole: parameters that are not divided."""
+        divided = {param for group in engine.partition.sharded for param in group.members}
+        return [(name, p) for name, p in engine.module.named_parameters() if p not in divided and p.numel()]
+
+    def _own(self, engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """What nobody else has: this rank's slices of parameters, of masters and of optimizer states."""
+        for group in engine.partition.sharded:
+            yield from _pieces(group, "parameter", group.shard)
+        if engine.optimizer is None:
+            return
+        for group in engine.partition.trained:
+            for member, name in enumerate(group.names):
+                found = group.piece_of(member)
+                if found is None or found[2] is None:
+                    continue
+                piece, bucket, master = found
+                start = piece.shard_start - bucket.start // group.layout.partitions
+                stop = start + piece.stop - piece.start
+                yield f"the master weights of parameter {name!r}", master.data[start:stop]
+                for state, value in sorted(engine.optimizer.state.get(master, {}).items()):
+                    if torch.is_tensor(value) and value.shape == master.shape:
+                        yield f"{state} of parameter {name!r}", value[start:stop]
+
+    @staticmethod
+    def _sums(items: list[tuple[str, torch.Tensor]]) -> list[int]:
+        """Their checksums, fetched from the device at once."""
+        if not items:
+            return []
+        sums: list[int] = torch.stack([checksum(tensor).cpu() for _, tensor in items]).tolist()
+        return sums
+
+    def _note(self) -> None:
+        """Remember this rank's own states as the update has left them."""
+        engine = self._engine()
+        if engine is not None and not engine.partition.offloaded:
+            items = list(self._own(engine))
+            self._noted = dict(zip((name for name, _ in items), self._sums(items), strict=True))
+            self._noted_at = engine.global_steps
+
+    def _changed(self, engine: Any) -> str | None:
+        """The first of the own states that has changed since it was noted."""
+        if self._noted is None or self._noted_at != engine.global_steps or engine.partition.offloaded:
+            return None
+        items = list(self._own(engine))
+        for (name, _), value in zip(items, self._sums(items), strict=True):
+            if self._noted.get(name, value) != value:
+                return name
+        return None
+
+    # ---------------------------------------------------------------- comparing
+
+    def _check(self) -> None:
+        engine = self._engine()
+        assert engine is not None
+        grid = engine.grid
+        shared = self._shared(engine)
+        sums = self._sums(shared)
+        changed = self._changed(engine)
+        self._noted = None
+        mine = torch.tensor(
+            [_combined(sums), int(changed is not None)], dtype=torch.int64, device=engine.device
+        )
+        rows = torch.empty(grid.size * 2, dtype=torch.int64, device=engine.device)
+        comm.all_gather_into_tensor(rows, mine, group=grid.group)
+        digests, flags = rows.view(-1, 2).t().tolist()
+        problem = None
+        if len(set(digests)) > 1 or any(flags):
+            problem = self._explain(engine, [name for name, _ in shared], sums, changed)
+        self._report(engine, problem)
+
+    def _explain(self, engine: Any, names: list[str], sums: list[int], changed: str | None) -> str:
+        """Who differs in what; every rank of the group calls, and gets the same sentence."""
+        everyone: list[Any] = [None] * engine.grid.size
+        comm.all_gather_object(everyone, (engine.global_rank, sums, changed), group=engine.grid.group)
+        ranks = [rank for rank, _, _ in everyone]
+        found = [f"rank {rank}: {what} changed between two updates" for rank, _, what in everyone if what]
+        differing = [i for i in range(len(names)) if len({theirs[i] for _, theirs, _ in everyone}) > 1]
+        if differing:
+            first = differing[0]
+            wrong, undecided = culprits([theirs[first] for _, theirs, _ in everyone])
+            more = f" (and {len(differing) - 1} more parameters)" if len(differing) > 1 else ""
+            if undecided:
+                found.append(
+                    f"parameter {names[first]!r}{more} is not the same on ranks {', '.join(map(str, ranks))}, and no "
+                    "majority tells which is right"
+                )
+            else:
+                named = ", ".join(str(ranks[place]) for place in wrong)
+                found.append(
+                    f"parameter {names[first]!r}{more} on rank {named} is not that of the {len(ranks) - len(wrong)} "
+                    "other ranks"
+                )
+        return "; ".join(found)
+
+    def _report(self, engine: Any, problem: str | None) -> None:
+        model = engine.grid.model
+        if model.size > 1:
+            # Ranks that hold other parts of the model end training with this one.
+            problems: list[str | None] = [None] * model.size
+            comm.all_gather_object(problems, problem, group=model.group)
+            problem = problem or next((other for other in problems if other), None)
+        if problem is None:
+            return
+        sentence = (
+            f"step {engine.global_steps + 1}: silent data corruption: {problem}: test that machine, and go on from the "
+            "last checkpoint"
+        )
+        if self._section.on_mismatch == "error":
+            raise TrainingError(sentence)
+        log_dist(sentence, ranks=[engine.grid.source], level=logging.WARNING)
+
+
+def _pieces(group: ShardedGroup, what: str, shard: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's elements of each divided parameter."""
+    for member, name in enumerate(group.names):
+        if (found := group.piece_of(member)) is not None:
+            piece = found[0]
+            yield f"{what} {name!r}", shard[piece.shard_start : piece.shard_start + piece.stop - piece.start]
