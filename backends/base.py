@@ -179,6 +179,12 @@ class PrecisionFacet:
         return {}
 
     @property
+    def float32_unit(self) -> float:
+        """Relative distance of the numbers that inputs of float32 products are rounded to at present: 2**-23 where
+        they are exact."""
+        return torch.finfo(torch.float32).eps
+
+    @property
     def saturates(self) -> bool:
         """Whether overflow gives the largest number instead of infinity: gradients do not show it then."""
         return False

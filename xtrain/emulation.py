@@ -162,7 +162,9 @@ class Faults:
             elif fault.kind in ("slow_rank", "killed_rank") or fault.target == "parameter":
                 self._before.append((number, fault))
             elif fault.target == "gradient":
-                module.get_parameter(str(fault.name)).register_hook(self._on_gradient(number, fault))
+                dict(module.named_parameters())[str(fault.name)].register_hook(
+                    self._on_gradient(number, fault)
+                )
             else:
                 module.get_submodule(str(fault.name)).register_forward_hook(self._on_output(number, fault))
         if self._before:
@@ -242,8 +244,9 @@ class Faults:
     def _damage_parameter(self, fault: FaultConfig) -> None:
         engine = self._engine()
         assert engine is not None
-        param = engine.module.get_parameter(str(fault.name))
-        for group in engine.partition.sharded if engine.partition is not None else ():
+        # Not by attribute: in stage 3 that would gather the parameter, on this rank alone.
+        param = dict(engine.module.named_parameters())[str(fault.name)]
+        for group in engine.partition.sharded:
             if (mine := _slice_of(group, param)) is not None:
                 first, data = mine
                 if not first <= fault.element < first + data.numel():

@@ -20,6 +20,7 @@ from xtrain.errors import ConfigError
 
 __all__ = ["PROFILES", "Chosen", "Costs", "FakeBackend", "Numerics", "Profile", "choose", "switched"]
 
+_UNITS = {"fp32": 2.0**-23, "hf32": 2.0**-11, "tf32": 2.0**-10, "fp16": 2.0**-10, "bf16": 2.0**-7}
 PROFILE_VARIABLE = "XTRAIN_FAKE_PROFILE"
 """Environment variable with the profile's name, where no config has said it (yet)."""
 
@@ -56,6 +57,11 @@ class FakePrecision(PrecisionFacet):
     @property
     def stand_ins(self) -> Mapping[torch.dtype, torch.dtype]:
         return {torch.bfloat16: torch.float32} if self._numerics.bf16 == "fp32" else {}
+
+    @property
+    def float32_unit(self) -> float:
+        exact = self._backend.exact and self._numerics.switchable
+        return _UNITS["fp32" if exact else self._numerics.products]
 
     @property
     def saturates(self) -> bool:
