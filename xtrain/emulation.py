@@ -146,7 +146,7 @@ class Faults:
         self._rank: int = engine.global_rank
         self._done: set[int] = set()
         self._begun = 0
-        self._before: list[tuple[int, FaultConfig]] = []
+        self._before: list[FaultConfig] = []
         messages.step = self.step
         module: nn.Module = engine.module
         for number, fault in enumerate(faults):
@@ -160,7 +160,7 @@ class Faults:
             if fault.kind == "lost_message":
                 messages.lost.append(fault)
             elif fault.kind in ("slow_rank", "killed_rank") or fault.target == "parameter":
-                self._before.append((number, fault))
+                self._before.append(fault)
             elif fault.target == "gradient":
                 dict(module.named_parameters())[str(fault.name)].register_hook(
                     self._on_gradient(number, fault)
@@ -231,14 +231,14 @@ class Faults:
         if not (module.training and torch.is_grad_enabled()) or step == self._begun:
             return
         self._begun = step
-        for _, fault in self._before:
+        for fault in self._before:
             if fault.kind == "slow_rank":
                 if fault.step <= step <= (fault.last_step or fault.step):
                     time.sleep(fault.seconds or 0.0)
+            elif fault.step == step and fault.kind == "killed_rank":
+                log_dist(f"fault: rank {self._rank} is killed at step {step}", ranks=[self._rank])
+                os.kill(os.getpid(), signal.SIGKILL)
             elif fault.step == step:
-                if fault.kind == "killed_rank":
-                    log_dist(f"fault: rank {self._rank} is killed at step {step}", ranks=[self._rank])
-                    os.kill(os.getpid(), signal.SIGKILL)
                 self._damage_parameter(fault)
 
     def _damage_parameter(self, fault: FaultConfig) -> None:
