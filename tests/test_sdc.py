@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import xtrain
 from tests import training
 from xtrain import comm
-from xtrain.errors import NotImplementedYetError, TrainingError
-from xtrain.sdc import checksum, culprits
+from xtrain.config import load_config
+from xtrain.errors import ConfigError, NotImplementedYetError, TrainingError
+from xtrain.sdc import culprits
+from xtrain.sdc_checksum import checksum
 
 QUICK = settings(max_examples=50, deadline=None)
 
@@ -159,8 +162,103 @@ def test_a_checkpoint_that_is_loaded_is_no_corruption(ranks: Any, tmp_path: Any)
     assert ranks(2, _resumed, str(tmp_path)) == ["quiet", "quiet"]
 
 
-def test_recomputing_is_not_there_yet() -> None:
-    from xtrain.config import load_config
+# ---------------------------------------------------------------- a neighbour computes again
 
-    with pytest.raises(NotImplementedYetError, match=r"xtrain\.sdc_check\.recompute"):
-        load_config({"train_batch_size": 1, "xtrain": {"sdc_check": {"recompute": True}}})
+
+class Dropping(nn.Module):
+    """Dropout, running statistics, several outputs in a dictionary; the loss is the script's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(training.FEATURES, 33)
+        self.norm = nn.BatchNorm1d(33)
+        self.dropout = nn.Dropout(0.3)
+        self.second = nn.Linear(33, training.OUTPUTS)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        hidden = self.dropout(torch.tanh(self.norm(self.first(x))))
+        return {"out": self.second(hidden) * scale, "unused": hidden.detach(), "mean": hidden.mean()}
+
+
+def _recomputed(
+    stage: int, faults: list[dict[str, Any]], precision: dict[str, Any], odd: bool = False
+) -> Any:
+    """Three steps with every step's first micro-batch computed again; the error, or weights and statistics."""
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        section = {"aligned": True, "sdc_check": {"every": 1, "recompute": recompute}, "backend": "fake"}
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": 2,
+            "zero_optimization": training.zero(stage),
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+            **precision,
+            "xtrain": {**section, "fake": {"faults": faults if recompute else []}},
+        }
+        engine = xtrain.initialize(model=Dropping(), config=config)[0]
+        dtype = engine.module.first.weight.dtype
+        try:
+            for step in range(3):
+                for micro in range(2):
+                    x, y = (torch.cat([t, t, t]) for t in training.samples(step))
+                    start = (2 * engine.grid.rank + micro) * 4 + odd
+                    # A slice that begins anywhere, where kernels round otherwise.
+                    got = engine(x.to(dtype)[start : start + 4], scale=0.5)
+                    difference = got["out"].float() - y[start : start + 4].float()
+                    engine.backward(difference.square().mean() + 0.01 * got["mean"].float())
+                    engine.step()
+        except TrainingError as error:
+            engine.destroy()
+            return str(error)
+        state = engine.module.state_dict()
+        results.append({name: value.clone() for name, value in state.items()})
+        engine.destroy()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    return "quiet"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_recomputing_agrees_and_changes_nothing(ranks: Any, size: int) -> None:
+    half: dict[str, Any] = {"bf16": {"enabled": True}, "data_types": {"buffer_dtype": "bf16"}}
+    scaled: dict[str, Any] = {"fp16": {"enabled": True}, "data_types": {"buffer_dtype": "fp16"}}
+    for stage, precision in ((0, {}), (1, half), (2, scaled)):
+        assert ranks(size, _recomputed, stage, [], precision, True) == ["quiet"] * size
+
+
+def test_a_wrong_gradient_is_found_by_the_neighbour(ranks: Any) -> None:
+    fault = {**FLIP, "rank": 1, "target": "gradient", "bit": 12}
+    messages = ranks(3, _recomputed, 1, [fault], {})
+    assert len(set(messages)) == 1
+    assert (
+        "step 2: silent data corruption: the first micro-batch of rank 1, computed again on rank 0, has another "
+        "gradient of parameter 'second.weight':"
+    ) in messages[0]
+
+
+def test_a_wrong_activation_is_found_and_named(ranks: Any) -> None:
+    fault = {**FLIP, "rank": 2, "target": "activation", "name": "norm", "bit": 22}
+    messages = ranks(3, _recomputed, 2, [fault], {})
+    assert len(set(messages)) == 1
+    assert "the first micro-batch of rank 2, computed again on rank 1, has another output" in messages[0]
+    (message,) = ranks(1, _recomputed, 0, [{**fault, "rank": 0}], {})
+    assert "rank 0, computed again on rank 0, has another output" in message
+
+
+def test_a_rank_with_a_wrong_weight_is_in_both(ranks: Any) -> None:
+    messages = ranks(3, _recomputed, 0, [{**FLIP, "rank": 1, "bit": 22}], {})
+    assert "rank 1 is in both" in messages[0]
+    assert "on rank 1 is not that of the 2 other ranks" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("section", "stage", "kind", "said"),
+    [
+        ({}, 1, ConfigError, "which need 'xtrain.aligned'"),
+        ({"aligned": True}, 3, NotImplementedYetError, "in ZeRO stage 3"),
+    ],
+)
+def test_recomputing_says_what_it_needs(section: dict[str, Any], stage: int, kind: Any, said: str) -> None:
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": stage}}
+    with pytest.raises(kind, match=said):
+        load_config({**config, "xtrain": {**section, "sdc_check": {"recompute": True}}})

@@ -17,46 +17,12 @@ from typing import Any
 import torch
 
 from xtrain import comm
-from xtrain.aligned_random import random_words
 from xtrain.config.fake import SdcCheckConfig
 from xtrain.errors import TrainingError
 from xtrain.log import log_dist
+from xtrain.sdc_checksum import checksum
+from xtrain.sdc_recompute import Recompute
 from xtrain.zero.shards import ShardedGroup
-
-_CHUNK = 2**16
-_weights: dict[torch.device, torch.Tensor] = {}
-
-
-def _odd_weights(device: torch.device) -> torch.Tensor:
-    """Odd 64-bit numbers: a word that changes, changes the product by which it counts, modulo 2^64."""
-    if device not in _weights:
-        low, high = random_words(2 * _CHUNK, 2718281828, (7, 7, 7), device).view(2, _CHUNK)
-        _weights[device] = ((high << 32) ^ low) | 1
-    return _weights[device]
-
-
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The raw bits of a tensor as 64-bit integers, the last one filled up with zeros."""
-    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if rest := octets.numel() % 8:
-        octets = torch.cat([octets, octets.new_zeros(8 - rest)])
-    elif octets.storage_offset() % 8:
-        octets = octets.clone()
-    return octets.view(torch.int64)
-
-
-@torch.no_grad()
-def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """A 64-bit integer that any change of a single 64-bit word of the raw bits changes; a scalar on the device.
-
-    Each word counts with an odd factor that depends on its place, so words that are swapped show too (all but one in
-    2^63 of such changes).
-    """
-    weights = _odd_weights(tensor.device)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for number, chunk in enumerate(_words(tensor).split(_CHUNK)):
-        total += (chunk * weights[: chunk.numel()]).sum() * weights[number % _CHUNK]
-    return total
 
 
 def _combined(sums: list[int]) -> int:
@@ -97,6 +63,7 @@ class SdcCheck:
         self._section = section
         self._noted: dict[str, int] | None = None
         self._noted_at = -1
+        self._recompute = Recompute(engine, self._due) if section.recompute else None
         step, load = engine.step, engine.load_checkpoint
 
         @wraps(step)
@@ -105,6 +72,8 @@ class SdcCheck:
             if boundary and self._due(engine.global_steps + 1):
                 self._check()
             result = step(*args, **kwargs)
+            if boundary and self._recompute is not None:
+                self._recompute.forget()
             if boundary and section.own_states and self._due(engine.global_steps + 1):
                 self._note()
             return result
@@ -182,23 +151,40 @@ class SdcCheck:
         sums = self._sums(shared)
         changed = self._changed(engine)
         self._noted = None
-        mine = torch.tensor(
-            [_combined(sums), int(changed is not None)], dtype=torch.int64, device=engine.device
-        )
+        other = self._recompute.check() if self._recompute is not None else None
+        found = int(changed is not None or other is not None)
+        mine = torch.tensor([_combined(sums), found], dtype=torch.int64, device=engine.device)
         rows = torch.empty(grid.size * 2, dtype=torch.int64, device=engine.device)
         comm.all_gather_into_tensor(rows, mine, group=grid.group)
         digests, flags = rows.view(-1, 2).t().tolist()
         problem = None
         if len(set(digests)) > 1 or any(flags):
-            problem = self._explain(engine, [name for name, _ in shared], sums, changed)
+            problem = self._explain(engine, [name for name, _ in shared], sums, (changed, other))
         self._report(engine, problem)
 
-    def _explain(self, engine: Any, names: list[str], sums: list[int], changed: str | None) -> str:
-        """Who differs in what; every rank of the group calls, and gets the same sentence."""
+    def _explain(
+        self, engine: Any, names: list[str], sums: list[int], alone: tuple[str | None, tuple[int, str] | None]
+    ) -> str:
+        """Who differs in what; every rank of the group calls, and gets the same sentence.
+
+        Args:
+            sums: checksums of the parameters called `names`.
+            alone: what changed on this rank, and what it computed otherwise than its neighbour.
+        """
         everyone: list[Any] = [None] * engine.grid.size
-        comm.all_gather_object(everyone, (engine.global_rank, sums, changed), group=engine.grid.group)
+        comm.all_gather_object(everyone, (engine.global_rank, sums, alone), group=engine.grid.group)
         ranks = [rank for rank, _, _ in everyone]
-        found = [f"rank {rank}: {what} changed between two updates" for rank, _, what in everyone if what]
+        found = [
+            f"rank {rank}: {what} changed between two updates" for rank, _, (what, _) in everyone if what
+        ]
+        pairs = [(rank, other) for rank, _, (_, other) in everyone if other is not None]
+        found += [
+            f"the first micro-batch of rank {neighbour}, computed again on rank {rank}, has {what}"
+            for rank, (neighbour, what) in pairs
+        ]
+        checked = [rank for rank, (neighbour, _) in pairs if any(n == rank and r != n for r, (n, _) in pairs)]
+        if len(checked) == 1 and len(ranks) > 2:
+            found.append(f"rank {checked[0]} is in both")
         differing = [i for i in range(len(names)) if len({theirs[i] for _, theirs, _ in everyone}) > 1]
         if differing:
             first = differing[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from tests.backends import fake_tools
 from xtrain.backends.fake import PROFILES, Numerics, choose, switched
@@ -294,6 +297,34 @@ def test_it_can_be_left_under_another_mode() -> None:
     with switched(Numerics()):
         pass  # takes what was left off the stack
     assert torch.utils._python_dispatch._get_current_dispatch_mode_stack() == []
+
+
+def test_children_of_a_fork_compute_as_the_host_does() -> None:
+    """A loader's workers prepare data, which is not the chip's work."""
+    x = draw(8, 8)
+    expected = (x @ x).sum().item()
+    with switched(Numerics(products="bf16")):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if (x @ x).sum().item() == expected else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert (x @ x).sum().item() != expected
+
+
+def test_backward_that_checkpointing_recomputes() -> None:
+    """Both kinds, one of which runs backward inside of backward."""
+    x, weight = draw(6, 40), draw(40, 40)
+
+    def block(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x @ w, -1) @ w
+
+    with switched(choose("a100-tf32").numerics):
+        plain = grown(block, x, weight)
+        for reentrant in (False, True):
+            run = partial(checkpoint, block, use_reentrant=reentrant)
+            for a, b in zip(plain, grown(run, x, weight), strict=True):
+                assert torch.equal(a, b)
+    assert not torch.equal(plain[1], grown(block, x, weight)[1])
 
 
 def test_no_profile_changes_nothing() -> None:

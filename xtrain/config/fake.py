@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from xtrain.config.rules import NotYet, Section
+from xtrain.config.rules import Section
 
 
 class FakeNumericsConfig(Section):
@@ -116,7 +116,6 @@ class SdcCheckConfig(Section):
     own_states: bool = True
     """Also that what only one rank has (slices of parameters, master weights, optimizer states) did not change between
     two updates."""
-    recompute: Annotated[
-        bool, NotYet("leave it out: parameters and states are compared without it (xtrain.sdc_check.every)")
-    ] = False
-    """Let a neighbour compute a micro-batch again."""
+    recompute: bool = False
+    """Also compute the first micro-batch of the step again on the neighbouring rank, output and gradients, and compare
+    bits. Needs `xtrain.aligned`, and a ZeRO stage below 3."""
