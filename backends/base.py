@@ -214,6 +214,8 @@ class Backend:
     """One accelerator: a name and four facets."""
 
     name = "base"
+    emulates = False
+    """Whether it imitates another chip: `describe` then says what, and faults may be asked for."""
     runtime: RuntimeFacet = RuntimeFacet()
     collectives: CollectivesFacet = CollectivesFacet()
     precision: PrecisionFacet = PrecisionFacet()

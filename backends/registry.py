@@ -60,12 +60,12 @@ def _load(name: str) -> Backend:
     return backend
 
 
-_loaded: set[str] = set()
+_used: dict[str, Backend] = {}
 
 
-def loaded() -> frozenset[str]:
-    """Names of the backends that this process has used."""
-    return frozenset(_loaded)
+def used() -> list[Backend]:
+    """The backends that this process has asked for."""
+    return list(_used.values())
 
 
 def reason(name: str) -> str | None:
@@ -86,8 +86,8 @@ def get(name: str) -> Backend:
         raise BackendError(unknown_name("backend", name, names()))
     if (why := reason(name)) is not None:
         raise BackendError(f"backend {name!r} cannot be used here: {why}")
-    _loaded.add(name)
-    return _load(name)
+    _used[name] = _load(name)
+    return _used[name]
 
 
 def available() -> dict[str, str | None]:

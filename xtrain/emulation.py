@@ -30,7 +30,7 @@ from xtrain.zero.home import full_shape
 from xtrain.zero.shards import ShardedGroup
 
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Engines of this process on the backend "fake"."""
+"""Engines of this process on a backend that emulates."""
 
 
 def choose_backend(config: XtrainConfig | None) -> Backend:
@@ -46,31 +46,39 @@ def choose_backend(config: XtrainConfig | None) -> Backend:
         settings = section.fake.model_dump(exclude_none=True)
         if section.fake.cost is not None:
             settings["cost"] = section.fake.cost.model_dump(exclude_none=True)
-    if backend.name != "fake" and "fake" in registry.loaded():
-        if _live:
-            gc.collect()  # an engine is in cycles of references
-        if _live:
-            log_dist(
-                f"an engine on backend 'fake' is alive, whose operators an engine on {backend.name!r} in this process "
-                "gets too: call destroy() on the former first",
-                level=logging.WARNING,
-            )
-        else:
-            registry.get("fake").release()
+    if not backend.emulates:
+        _end_emulation(backend)
     backend.configure(settings)
     return backend
 
 
+def _end_emulation(backend: Backend) -> None:
+    """Let the host compute for an engine on another backend, unless one that emulates is still in use."""
+    for other in registry.used():
+        if not other.emulates:
+            continue
+        if _live:
+            gc.collect()  # an engine is in cycles of references
+        if not _live:
+            other.release()
+            continue
+        log_dist(
+            f"an engine on backend {other.name!r} is alive, whose operators an engine on {backend.name!r} in this "
+            "process gets too: call destroy() on the former first",
+            level=logging.WARNING,
+        )
+
+
 def attach(engine: Any) -> None:
-    """Let an engine on the backend "fake" have its faults and its modelled clock, and tell what is emulated."""
+    """Let an engine on a backend that emulates have its faults and its modelled clock, and tell what is emulated."""
     backend: Backend = engine.backend
-    if backend.name != "fake":
+    if not backend.emulates:
         return
     section = engine.xtrain_config.values.xtrain.fake
     described = backend.describe()["emulated"]
     shown = ", ".join(f"{name} {entry['value']}" for name, entry in described["numerics"].items())
     log_dist(
-        f"backend 'fake' emulates {described['profile']!r} on the host ({shown or 'host arithmetic'}): nothing here "
+        f"backend {backend.name!r} emulates {described['profile']!r} on the host ({shown or 'host arithmetic'}): nothing here "
         "has run on that chip",
         ranks=[0],
     )
@@ -84,7 +92,7 @@ def attach(engine: Any) -> None:
 def detach(engine: Any) -> None:
     """The engine is gone; with the last one, the host computes again."""
     _live.discard(engine)
-    if engine.backend.name == "fake" and not _live:
+    if engine.backend.emulates and not _live:
         comm.ledger.listener = None
         engine.backend.release()
 

@@ -85,6 +85,7 @@ class FakeBackend(Backend):
     """
 
     name = "fake"
+    emulates = True
     runtime = FakeRuntime()
     zero = CpuZero()
 

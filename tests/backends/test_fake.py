@@ -191,7 +191,7 @@ OPERATORS: dict[str, tuple[Any, list[torch.Tensor]]] = {
     "variance": (lambda x: x.var(-1), [draw(5, 37)]),
     "std": (lambda x: x.std((0, 1), correction=0), [draw(5, 7, 3)]),
     "norm": (lambda x: torch.linalg.vector_norm(x, dim=-1), [draw(5, 37)]),
-    "mse": (lambda x, y: F.mse_loss(x, y), [draw(31, 37), draw(31, 37, seed=2)]),
+    "mse": (lambda x, y: F.mse_loss(x, y), [draw(7, 501), draw(7, 501, seed=2)]),
     "cross_entropy": (
         lambda x: F.cross_entropy(x, torch.arange(37) % 5, ignore_index=3), [draw(37, 5)]
     ),
