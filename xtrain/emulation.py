@@ -78,8 +78,8 @@ def attach(engine: Any) -> None:
     described = backend.describe()["emulated"]
     shown = ", ".join(f"{name} {entry['value']}" for name, entry in described["numerics"].items())
     log_dist(
-        f"backend {backend.name!r} emulates {described['profile']!r} on the host ({shown or 'host arithmetic'}): nothing here "
-        "has run on that chip",
+        f"backend {backend.name!r} emulates {described['profile']!r} on the host ({shown or 'host arithmetic'}): "
+        "nothing here has run on that chip",
         ranks=[0],
     )
     _live.add(engine)

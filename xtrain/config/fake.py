@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from xtrain.config.rules import Section
+from xtrain.config.rules import OnlyNative, Section
 
 
 class FakeNumericsConfig(Section):
@@ -100,9 +100,9 @@ class FakeConfig(Section):
     """"none", "a100-tf32", "ascend910-fp16", "ascend910b-hf32", "dcu-nobf16", "sw26010pro", or "custom" with everything
     said under `numerics`. None: XTRAIN_FAKE_PROFILE, else "none"."""
     numerics: FakeNumericsConfig = FakeNumericsConfig()
-    cost: FakeCostConfig | None = None
+    cost: Annotated[FakeCostConfig | None, OnlyNative()] = None
     """{} counts with the profile's rates."""
-    faults: list[FaultConfig] = []
+    faults: Annotated[list[FaultConfig], OnlyNative(fine=([],))] = []
 
 
 class SdcCheckConfig(Section):

@@ -343,7 +343,7 @@ class XtrainSection(Section):
     """Path of the run record (JSON Lines) that rank 0 writes. None: no record, unless the launcher asks."""
     tokens_per_sample: int | None = Field(None, gt=0)
     """Tokens in one sample; with it the record and the progress display count tokens."""
-    fake: Annotated[FakeConfig | None, OnlyNative()] = None
+    fake: FakeConfig | None = None
     """What the backend "fake" emulates."""
     sdc_check: Annotated[SdcCheckConfig | None, OnlyNative()] = None
     """Compare what ranks must have in common, now and then. None: never."""
