@@ -17,6 +17,7 @@ import torch.distributed as dist
 import xtrain
 from tests import training
 from tests.backends import contract
+from tests.live_deepspeed import fresh_deepspeed
 from xtrain import comm
 from xtrain.align.record import read_record
 from xtrain.errors import ConfigError, PeerLostError
@@ -369,3 +370,39 @@ def test_mistakes_in_settings_are_one_sentence(ranks: Any) -> None:
     assert "unknown profile of backend 'fake' 'h100'" in profile
     assert "'xtrain.fake.numerics' changes a profile, and none is named" in unnamed
     assert "'xtrain.fake.numerics.products' is 'fp8'" in value
+
+
+def _under_deepspeed(folder: str) -> Any:
+    losses = {}
+    for profile in ("none", "a100-tf32", "none"):
+        with fresh_deepspeed():
+            config = training.config(1)
+            config["optimizer"]["params"]["torch_adam"] = True
+            section = {"engine": "deepspeed", "backend": "fake", "fake": {"profile": profile}}
+            config["xtrain"] = {**section, "record": f"{folder}/{profile}.jsonl"}
+            model = training.build_model()
+            engine = xtrain.initialize(
+                model=model, model_parameters=training.param_groups(model), config=config
+            )[0]
+            curve = []
+            for step in range(STEPS):
+                x, y = training.samples(step)
+                for micro in range(2):
+                    start = (2 * engine.global_rank + micro) * 4
+                    loss = training.loss_of(engine, x[start : start + 4], y[start : start + 4])
+                    engine.backward(loss)
+                    engine.step()
+                    curve.append(loss.item())
+            losses.setdefault(profile, []).append(curve)
+    xtrain.backends.get("fake").release()
+    return losses
+
+
+@pytest.mark.deepspeed
+def test_arithmetic_is_emulated_under_deepspeeds_engine_too(ranks: Any, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    losses = ranks(2, _under_deepspeed, str(tmp_path))[0]
+    assert losses["none"][0] == losses["none"][1]
+    assert losses["none"][0] != losses["a100-tf32"][0]
+    assert losses["a100-tf32"][0] == pytest.approx(losses["none"][0], rel=1e-3)
+    assert read_record(tmp_path / "a100-tf32.jsonl").headers[0]["emulated"]["profile"] == "a100-tf32"
