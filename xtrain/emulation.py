@@ -83,8 +83,9 @@ def attach(engine: Any) -> None:
         ranks=[0],
     )
     _live.add(engine)
-    messages = Messages(backend, engine.global_rank)
-    comm.ledger.listener = messages
+    messages = comm.ledger.listener
+    if not isinstance(messages, Messages):  # else it is that of another engine, which goes on
+        messages = comm.ledger.listener = Messages(backend, engine.global_rank)
     if section is not None and section.faults:
         Faults(engine, section.faults, messages)
 
@@ -101,34 +102,35 @@ class Messages:
     """Hears of each collective before it starts: counts its modelled time, and loses those that are to be lost."""
 
     def __init__(self, backend: Backend, rank: int) -> None:
-        self.lost: list[FaultConfig] = []
-        self.step: Callable[[], int] = lambda: 0
         self._backend = backend
         self._rank = rank
-        self._counted = (0, 0)
+        self._lost: list[tuple[FaultConfig, Callable[[], int]]] = []
+        self._seen: dict[int, int] = {}
+        """Collectives since the step began in which a message is to be lost, by place in `_lost`."""
+
+    def lose(self, fault: FaultConfig, step: Callable[[], int]) -> None:
+        """Lose a message of the step that the fault names; `step` tells which is running."""
+        self._lost.append((fault, step))
 
     def __call__(self, operation: str, sent_bytes: float) -> None:
         self._backend.count_message(sent_bytes)
-        if not self.lost:
-            return
-        step = self.step()
-        number = self._counted[1] if self._counted[0] == step else 0
-        self._counted = (step, number + 1)
-        for fault in self.lost:
-            if (fault.step, fault.message) == (step, number):
-                self._lose(fault, operation, step)
+        for place, (fault, step) in enumerate(self._lost):
+            if step() != fault.step:
+                continue
+            number = self._seen.get(place, 0)
+            self._seen[place] = number + 1
+            if number == fault.message:
+                self._never_send(fault, operation)
 
-    def _lose(self, fault: FaultConfig, operation: str, step: int) -> None:
-        """Never send it: wait as for an answer, longer than the others wait for the message."""
+    def _never_send(self, fault: FaultConfig, operation: str) -> None:
+        """Wait as for an answer, longer than the others wait for the message."""
         seconds = fault.seconds or _timeout() + 5.0
-        log_dist(
-            f"fault: the {operation} number {fault.message} of step {step} is lost on rank {self._rank}",
-            ranks=[self._rank],
-        )
+        which = f"{operation} number {fault.message} of step {fault.step}"
+        log_dist(f"fault: {which} is lost on rank {self._rank}", ranks=[self._rank])
         time.sleep(seconds)
         raise PeerLostError(
-            f"rank {self._rank}: {operation} number {fault.message} of step {step} was lost (a fault of backend "
-            f"'fake'), and nobody answered in {seconds:g} seconds"
+            f"rank {self._rank}: {which} was lost (a fault of backend 'fake'), and nobody answered in {seconds:g} "
+            "seconds"
         )
 
 
@@ -155,7 +157,6 @@ class Faults:
         self._done: set[int] = set()
         self._begun = 0
         self._before: list[FaultConfig] = []
-        messages.step = self.step
         module: nn.Module = engine.module
         for number, fault in enumerate(faults):
             if fault.rank >= engine.world_size:
@@ -166,7 +167,7 @@ class Faults:
             if fault.rank != self._rank:
                 continue
             if fault.kind == "lost_message":
-                messages.lost.append(fault)
+                messages.lose(fault, self.step)
             elif fault.kind in ("slow_rank", "killed_rank") or fault.target == "parameter":
                 self._before.append(fault)
             elif fault.target == "gradient":
