@@ -112,6 +112,12 @@ def test_a_change_of_what_one_rank_has_is_named(ranks: Any) -> None:
     assert "rank 1: parameter 'second.weight' changed between two updates" in messages[0]
 
 
+def test_unmanaged_accumulation_is_checked_at_every_step(ranks: Any) -> None:
+    more = {"managed_gradient_accumulation": False}
+    messages = ranks(3, _run, 0, {**FLIP, "rank": 1}, {"every": 2}, more)
+    assert "parameter 'second.weight' on rank 1 is not that of the 2 other ranks" in messages[0]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_it_is_quiet_otherwise(ranks: Any, stage: int) -> None:
     offload = {"zero_optimization": training.zero(stage, offload_optimizer={"device": "cpu"})}

@@ -44,8 +44,6 @@ def choose_backend(config: XtrainConfig | None) -> Backend:
     settings = None
     if section is not None and section.fake is not None:
         settings = section.fake.model_dump(exclude_none=True)
-        if section.fake.cost is not None:
-            settings["cost"] = section.fake.cost.model_dump(exclude_none=True)
     if not backend.emulates:
         _end_emulation(backend)
     backend.configure(settings)

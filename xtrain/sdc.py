@@ -68,7 +68,8 @@ class SdcCheck:
 
         @wraps(step)
         def checked_step(*args: Any, **kwargs: Any) -> Any:
-            boundary = engine.is_gradient_accumulation_boundary()
+            managed = engine.managed_gradient_accumulation()  # without it, every step is an update
+            boundary = not managed or engine.is_gradient_accumulation_boundary()
             if boundary and self._due(engine.global_steps + 1):
                 self._check()
             result = step(*args, **kwargs)
@@ -116,11 +117,11 @@ class SdcCheck:
                         yield f"{state} of parameter {name!r}", value[start:stop]
 
     @staticmethod
-    def _sums(items: list[tuple[str, torch.Tensor]]) -> list[int]:
-        """Their checksums, fetched from the device at once."""
+    def _sums(engine: Any, items: list[tuple[str, torch.Tensor]]) -> list[int]:
+        """Their checksums, fetched from the device at once; what is offloaded is read where it is."""
         if not items:
             return []
-        sums: list[int] = torch.stack([checksum(tensor).cpu() for _, tensor in items]).tolist()
+        sums: list[int] = torch.stack([checksum(tensor).to(engine.device) for _, tensor in items]).tolist()
         return sums
 
     def _note(self) -> None:
@@ -128,7 +129,7 @@ class SdcCheck:
         engine = self._engine()
         if engine is not None and not engine.partition.offloaded:
             items = list(self._own(engine))
-            self._noted = dict(zip((name for name, _ in items), self._sums(items), strict=True))
+            self._noted = dict(zip((name for name, _ in items), self._sums(engine, items), strict=True))
             self._noted_at = engine.global_steps
 
     def _changed(self, engine: Any) -> str | None:
@@ -136,7 +137,7 @@ class SdcCheck:
         if self._noted is None or self._noted_at != engine.global_steps or engine.partition.offloaded:
             return None
         items = list(self._own(engine))
-        for (name, _), value in zip(items, self._sums(items), strict=True):
+        for (name, _), value in zip(items, self._sums(engine, items), strict=True):
             if self._noted.get(name, value) != value:
                 return name
         return None
@@ -148,7 +149,7 @@ class SdcCheck:
         assert engine is not None
         grid = engine.grid
         shared = self._shared(engine)
-        sums = self._sums(shared)
+        sums = self._sums(engine, shared)
         changed = self._changed(engine)
         self._noted = None
         other = self._recompute.check() if self._recompute is not None else None
