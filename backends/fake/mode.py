@@ -24,13 +24,15 @@ from xtrain.errors import NotImplementedYetError
 
 _MOVES = frozenset(
     """
-    alias_copy as_strided_scatter bernoulli cat clone constant_pad_nd contiguous copy embedding empty empty_like
+    alias_copy as_strided_scatter bernoulli cat clone constant_pad_nd contiguous embedding empty empty_like
     empty_strided fill flip full full_like gather index index_put index_select lift_fresh masked_fill masked_scatter
     new_empty new_empty_strided new_full new_ones new_zeros normal ones ones_like rand rand_like randn randn_like repeat
     resize roll scatter select_scatter set slice_scatter stack uniform where zero zeros zeros_like
     """.split()  # noqa: SIM905
 )
 """Operators that compute nothing: what they write was there before, or the script has asked for it."""
+
+_COPY = torch.ops.aten.copy_.default
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Plan:
     """Whether its results are an arithmetic unit's, which flushes or saturates."""
     refused: bool
     has_out: bool
+    writes: tuple[int, ...] = ()
+    """Positions of the arguments that it changes, where it returns nothing (operators on lists, fused optimizers)."""
 
 
 def _plan(func: Any) -> Plan:
@@ -57,7 +61,12 @@ def _plan(func: Any) -> Plan:
         overload = {"IntList_out": "dim_IntList", "correction_out": "correction"}.get(func._overloadname)
         operator = OPERATORS.get(getattr(packet, overload or "default", None))
     finish = not func.is_view and name.rstrip("_") not in _MOVES
-    return Plan(operator, finish, name in FUSED, has_out)
+    changed = tuple(
+        place
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    return Plan(operator, finish, name in FUSED, has_out, () if schema.returns else changed)
 
 
 class EmulatedOperators(TorchDispatchMode):
@@ -121,7 +130,10 @@ class EmulatedOperators(TorchDispatchMode):
         elif plan.has_out:
             result = kwargs["out"].resize_(result.shape).copy_(result)
         if plan.finish and (arithmetic.numerics.flush_denormals or arithmetic.numerics.saturate):
-            self._finish(arithmetic.numerics, result)
+            if func is not _COPY or args[0].dtype != args[1].dtype:  # a copy converts, or computes nothing
+                self._finish(arithmetic.numerics, result)
+            for place in plan.writes:
+                self._finish(arithmetic.numerics, args[place] if place < len(args) else None)
         return result
 
     def _finish(self, numerics: Numerics, result: Any) -> None:

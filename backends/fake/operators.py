@@ -273,6 +273,13 @@ def _vector_norm(
     return total if total is NotImplemented else total.sqrt()
 
 
+def _foreach_norm(
+    arithmetic: Arithmetic, tensors: Sequence[torch.Tensor], order: Any = 2, dtype: Any = None
+) -> Any:
+    norms = [_vector_norm(arithmetic, x.reshape(-1), order, dtype=dtype) for x in tensors]
+    return NotImplemented if any(norm is NotImplemented for norm in norms) else norms
+
+
 # ---------------------------------------------------------------- softmax
 
 
@@ -416,6 +423,7 @@ OPERATORS: dict[Any, Operator] = {
     aten.var.correction: _var,
     aten.var_mean.correction: _var_mean,
     aten.linalg_vector_norm.default: _vector_norm,
+    aten._foreach_norm.Scalar: _foreach_norm,
     aten._softmax.default: _softmax,
     aten._safe_softmax.default: _safe_softmax,
     aten._softmax_backward_data.default: _softmax_backward,

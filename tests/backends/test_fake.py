@@ -243,6 +243,33 @@ def test_denormals_are_flushed_forward_and_backward() -> None:
     assert (x * 0.5)[0].item() == tiny / 2
 
 
+def test_lists_copies_and_fused_optimizers_are_flushed_and_saturated() -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    x = torch.tensor([tiny, 1.0])
+    with switched(Numerics(flush_denormals=True)):
+        torch._foreach_mul_([x], 0.5)
+        weight = torch.tensor([1.0, 1.0], requires_grad=True)
+        weight.grad = torch.tensor([1e-20, 1.0])
+        adam = torch.optim.AdamW([weight], fused=True)
+        adam.step()
+    assert x.tolist() == [0.0, 0.5]
+    assert adam.state[weight]["exp_avg_sq"][0].item() == 0.0  # 1e-43 otherwise
+    half = torch.zeros(1, dtype=torch.float16)
+    with switched(Numerics(saturate=True)) as emulated:
+        half.copy_(torch.tensor([1e6]))
+        assert half.item() == 65504.0
+        assert emulated.overflowed
+
+
+def test_norms_of_lists_follow_the_workers() -> None:
+    parts = [draw(7, 13), draw(29, seed=2)]
+    with switched(Numerics(sums=4)):
+        got = torch._foreach_norm(parts, 2)
+    for norm, part in zip(got, parts, strict=True):
+        total = fake_tools.worker_sum(part.square().flatten().tolist(), 4)
+        assert norm.item() == torch.tensor(total).sqrt().item()
+
+
 def test_float16_saturates_and_tells() -> None:
     a = torch.full((2, 4), 300.0, dtype=torch.float16)
     with switched(Numerics(saturate=True)) as emulated:
