@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain.backends import host
+from xtrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,12 @@ class PrecisionFacet:
         return {}
 
     @property
+    def float32_unit(self) -> float:
+        """Relative distance of the numbers that inputs of float32 products are rounded to at present: 2**-23 where
+        they are exact."""
+        return torch.finfo(torch.float32).eps
+
+    @property
     def saturates(self) -> bool:
         """Whether overflow gives the largest number instead of infinity: gradients do not show it then."""
         return False
@@ -207,10 +214,27 @@ class Backend:
     """One accelerator: a name and four facets."""
 
     name = "base"
+    emulates = False
+    """Whether it imitates another chip: `describe` then says what, and faults may be asked for."""
     runtime: RuntimeFacet = RuntimeFacet()
     collectives: CollectivesFacet = CollectivesFacet()
     precision: PrecisionFacet = PrecisionFacet()
     zero: ZeroFacet = ZeroFacet()
+
+    def configure(self, settings: Mapping[str, Any] | None) -> None:
+        """Take the settings that the config has for this backend, before `prepare`.
+
+        Args:
+            settings: the section `xtrain.fake` of the config as a dictionary; None: there is none.
+
+        Raises:
+            ConfigError: the backend has no such settings.
+        """
+        if settings is not None:
+            raise ConfigError(
+                f"config key 'xtrain.fake' is for backend 'fake', and the backend is {self.name!r}: set "
+                "'xtrain.backend' to \"fake\", or remove the key"
+            )
 
     def prepare(self, local_rank: int, aligned: bool = False) -> None:
         """Make this rank's device the current one, before process groups and tensors are made; may be repeated.
@@ -225,6 +249,20 @@ class Backend:
         if aligned:
             self.runtime.set_deterministic(True)
             self.precision.exact_float32()
+
+    def release(self) -> None:
+        """Undo what `prepare` has done to the process and others would notice: the last engine is gone."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the header of a run's record says about the backend beside its name."""
+        return {}
+
+    def count_message(self, sent_bytes: float) -> None:
+        """A collective is about to start, of which this rank sends so many bytes."""
+
+    def take_times(self) -> dict[str, float | int] | None:
+        """Modelled seconds since the last call, for a line of the record; None where time is real."""
+        return None
 
     def __repr__(self) -> str:
         return f"<xtrain backend {self.name}>"

@@ -21,9 +21,9 @@ _BUILTIN = {
     "dcu": "xtrain.backends.dcu:DcuBackend",
     "ascend": "xtrain.backends.ascend:AscendBackend",
     "sunway": "xtrain.backends.sunway:SunwayBackend",
+    "fake": "xtrain.backends.fake:FakeBackend",  # never taken unasked
     "cpu": "xtrain.backends.cpu:CpuBackend",
 }
-_NOT_YET = ("fake",)
 _DS_NAMES = {"npu": ("ascend",), "cuda": ("cuda", "dcu")}
 """DS_ACCELERATOR values whose backend here has another name, or that mean one of several (under HIP, DeepSpeed
 calls its accelerator cuda as torch does)."""
@@ -60,6 +60,14 @@ def _load(name: str) -> Backend:
     return backend
 
 
+_used: dict[str, Backend] = {}
+
+
+def used() -> list[Backend]:
+    """The backends that this process has asked for."""
+    return list(_used.values())
+
+
 def reason(name: str) -> str | None:
     """Why the backend cannot be used here; None when it can."""
     try:
@@ -75,14 +83,11 @@ def get(name: str) -> Backend:
         BackendError: no such backend, or it cannot be used on this machine (the reason is given).
     """
     if name not in names():
-        if name in _NOT_YET:
-            raise BackendError(
-                f"backend {name!r} is not there yet in xtrain: use one of {', '.join(names())}"
-            )
         raise BackendError(unknown_name("backend", name, names()))
     if (why := reason(name)) is not None:
         raise BackendError(f"backend {name!r} cannot be used here: {why}")
-    return _load(name)
+    _used[name] = _load(name)
+    return _used[name]
 
 
 def available() -> dict[str, str | None]:

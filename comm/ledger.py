@@ -7,6 +7,7 @@ ring sends), so that figures can be compared with formulas whatever algorithm th
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -41,9 +42,14 @@ class Entry:
 
 
 class Ledger:
-    """Exact totals since the last `reset`."""
+    """Exact totals since the last `reset`.
+
+    Attributes:
+        listener: called with (operation, bytes that this rank sends) before each operation starts.
+    """
 
     def __init__(self) -> None:
+        self.listener: Callable[[str, float], None] | None = None
         self.entries: dict[tuple[str, str], Entry] = defaultdict(Entry)
 
     def record(
@@ -59,9 +65,10 @@ class Ledger:
         entry = self.entries[operation, group_name]
         entry.calls += 1
         entry.message_bytes += message_bytes
-        entry.sent_bytes += (
-            message_bytes * _FACTOR[operation](group_size) if sent_bytes is None else Fraction(sent_bytes)
-        )
+        sent = message_bytes * _FACTOR[operation](group_size) if sent_bytes is None else Fraction(sent_bytes)
+        entry.sent_bytes += sent
+        if self.listener is not None:
+            self.listener(operation, float(sent))
 
     def sent_bytes(self, *operations: str) -> Fraction:
         """Bytes sent by this rank in the given operations (all of them when none is named)."""

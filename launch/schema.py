@@ -23,9 +23,10 @@ class ClusterSection(_Section):
 
 
 class BackendSection(_Section):
-    """`backend`: None detects."""
+    """`backend`: None detects. `fake`: config key `xtrain.fake`, for the backend of that name."""
 
     name: str | None
+    fake: dict[str, Any] | None = None
 
 
 class ModelSection(_Section):

@@ -427,8 +427,8 @@ def _single(case: str) -> str:
         kwargs["mesh_param"] = (1, 1)
     elif case == "backend":
         settings["xtrain"] = {"backend": "cpuu"}
-    elif case == "backend later":
-        settings["xtrain"] = {"backend": "fake"}
+    elif case == "fake settings":
+        settings["xtrain"] = {"backend": "cpu", "fake": {"profile": "a100-tf32"}}
 
     def use() -> None:
         engine, _, _, _ = xtrain.initialize(model=model, config=settings, **kwargs)
@@ -452,7 +452,7 @@ def _single(case: str) -> str:
         ("unknown optimizer", "LBFGS"),
         ("mesh", "mesh_param"),
         ("backend", "did you mean 'cpu'"),
-        ("backend later", "'fake' is not there yet"),
+        ("fake settings", "'xtrain.fake' is for backend 'fake'"),
         ("step without backward", "no gradient has arrived"),
         ("vector loss", "scalar loss"),
     ],

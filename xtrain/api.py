@@ -11,8 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from xtrain import checkpointing, comm, log, managed, random_states
-from xtrain.backends import registry
+from xtrain import checkpointing, comm, emulation, log, managed, random_states, sdc
 from xtrain.config import load_config
 from xtrain.delegate import start as delegate
 from xtrain.engine import XtrainEngine
@@ -87,7 +86,7 @@ def initialize(
     if mesh_param is not None and checked.values.xtrain.engine == "native":
         raise NotImplementedYetError("initialize(mesh_param=...)", "leave it out, or pass an mpu")
     log.configure(checked.values.log_level)
-    backend = registry.detect(checked.values.xtrain.backend)
+    backend = emulation.choose_backend(checked)
     backend.prepare(comm.find_local_rank(), checked.values.xtrain.aligned)
     comm.init_distributed(
         dist_backend=backend.collectives.process_group_backend,
@@ -131,6 +130,8 @@ def initialize(
         collate_fn=collate_fn,
         mpu=mpu,
     )
+    emulation.attach(engine)
+    sdc.attach(engine, checked.values.xtrain.sdc_check)
     managed.attach(engine, checked, backend, {"engine": "native"}, engine.grid.model.reports_loss)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

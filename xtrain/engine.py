@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from xtrain import comm, garbage, setup
+from xtrain import comm, emulation, garbage, setup
 from xtrain.align.perturb import perturb_if_asked
 from xtrain.aligned_random import AlignedRandom
 from xtrain.backends import Backend
@@ -451,6 +451,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         In stage 3 they stay divided until then; `zero.GatheredParameters` makes them whole.
         """
         garbage.release(id(self))
+        emulation.detach(self)
         self.instruments.close()
         if self.optimizer is not None:
             self._reducer.detach()

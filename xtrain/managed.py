@@ -56,12 +56,13 @@ def attach(
         return
     recorder = Recorder(
         path,
-        header={**who, "backend": backend.name, "config": config.public()},
+        header={**who, "backend": backend.name, **backend.describe(), "config": config.public()},
         tokens_per_sample=section.tokens_per_sample,
         flag=(run_dir / STOP).exists if run_dir else None,
         counts=counts,
         modules_every=record.modules_every,
         modules=record.modules,
+        more=lambda: {} if (times := backend.take_times()) is None else {"modelled": times},
     )
 
     def stop_if_asked(engine: Any) -> None:

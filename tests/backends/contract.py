@@ -201,6 +201,8 @@ def native_dtypes_compute(backend: Backend) -> None:
         assert x.grad is not None
         wide = torch.promote_types(dtype, torch.float32)
         relative = n * torch.finfo(wide).eps + (torch.finfo(dtype).eps if wide != dtype else 0.0)
+        if dtype == torch.float32:
+            relative += inexact(backend)
         for got, left, right in ((product, a, b), (x.grad, torch.ones_like(a), b.t())):
             exact = left.double() @ right.double()
             bound = left.double().abs() @ right.double().abs()
@@ -363,6 +365,13 @@ def curve(backend: Backend, config: dict[str, Any], steps: int = STEPS) -> tuple
     return losses, rates
 
 
+def inexact(backend: Backend) -> float:
+    """What the chip's float32 products say of themselves that they lose: half a unit in each of two inputs."""
+    unit = backend.precision.float32_unit
+    assert unit <= 2.0**-7
+    return 0.0 if unit == torch.finfo(torch.float32).eps else unit
+
+
 def close(got: list[float], expected: list[float], relative: float, what: str) -> None:
     for number, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert abs(a - b) <= relative * abs(b), f"{what}: step {number + 1}: {a!r}, expected {b!r}"
@@ -380,10 +389,11 @@ def every_stage_trains_like_pytorch_and_like_the_host(backend: Backend) -> None:
         for stage in range(4):
             losses, rates = curve(backend, settings(backend, stage, dtype))
             what = f"stage {stage}, {dtype}"
-            close(losses, training.reference(rates)["losses"], TOLERANCE[dtype], f"{what}, float64 PyTorch")
+            tolerance = max(TOLERANCE[dtype], inexact(backend))
+            close(losses, training.reference(rates)["losses"], tolerance, f"{what}, float64 PyTorch")
             if comm.get_world_size() == 1:
                 expected, _ = curve(host, settings(host, stage, dtype))
-                close(losses, expected, TOLERANCE[dtype], f"{what}, cpu backend")
+                close(losses, expected, tolerance, f"{what}, cpu backend")
 
 
 @check

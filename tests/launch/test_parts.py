@@ -101,3 +101,16 @@ def test_the_launcher_names_the_backend_to_its_ranks(tmp_path: Path) -> None:
     for overrides, named in (([], None), (["backend=sunway"], "sunway")):
         config, _ = compose_config([f"run_dir={tmp_path / 'run'}", *overrides])
         assert make_job(config, [])[0].env.get("XTRAIN_BACKEND") == named
+
+
+def test_the_emulated_chip_is_chosen_with_the_backend(tmp_path: Path) -> None:
+    for overrides, expected in (
+        (["backend=fake_a100_tf32"], {"profile": "a100-tf32"}),
+        (
+            ["backend=fake", "backend.fake.profile=custom", "+backend.fake.numerics.block=8"],
+            {"profile": "custom", "numerics": {"block": 8}},
+        ),
+        (["backend=cpu"], None),
+    ):
+        config, _ = compose_config([f"run_dir={tmp_path / 'run'}", *overrides])
+        assert make_job(config, [])[1]["xtrain"]["fake"] == expected

@@ -82,6 +82,7 @@ class Recorder:
         modules_every: measure the modules on every so many steps; None: never.
         modules: names of modules to measure, with * and ?; None: see ModuleStatistics.
         config: the run's settings, for the header: what `xtrain align` compares first.
+        more: asked once per step for further keys of its line.
     """
 
     def __init__(
@@ -95,12 +96,14 @@ class Recorder:
         modules_every: int | None = None,
         modules: Iterable[str] | None = None,
         config: dict[str, Any] | None = None,
+        more: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self.path = _default_path() if path is None else Path(path)
         self.header = {**(header or {}), **({} if config is None else {"config": config})}
         self.tokens_per_sample = tokens_per_sample
         self.flag = flag
         self.counts = counts
+        self.more = more
         self.raised = False
         """Whether `flag` answered True on rank 0 at the last step; the same on every rank."""
         if modules_every is not None and modules_every < 1:
@@ -180,6 +183,8 @@ class Recorder:
         }
         if self.tokens_per_sample:
             line["tokens"] = engine.train_batch_size() * self.tokens_per_sample
+        if self.more is not None:
+            line |= self.more()
         replicas = int(getattr(engine, "dp_world_size", engine.world_size))
         measured = self._finish_statistics(engine.device, scale or 1.0, replicas, engine.global_steps + 1)
         if engine.global_rank == 0:

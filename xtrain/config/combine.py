@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xtrain.config.schema import Config
-from xtrain.errors import ConfigError
+from xtrain.errors import ConfigError, NotImplementedYetError
 
 
 def _gradient_sum(config: Config) -> None:
@@ -33,6 +33,20 @@ def _norm(config: Config) -> None:
         raise ConfigError(
             "config key 'zero_optimization.compute_grad_norm' is false, but gradient_clipping needs the norm: set "
             "gradient_clipping to 0 (it is 1 when left out)"
+        )
+
+
+def _recompute(config: Config) -> None:
+    check = config.xtrain.sdc_check
+    if check is None or not check.recompute:
+        return
+    if not config.xtrain.aligned:
+        raise ConfigError(
+            "config key 'xtrain.sdc_check.recompute' compares bits, which need 'xtrain.aligned': set it to true"
+        )
+    if config.zero_optimization.stage == 3:
+        raise NotImplementedYetError(
+            "config key 'xtrain.sdc_check.recompute' in ZeRO stage 3", "use stage 2, or leave the key out"
         )
 
 
@@ -68,5 +82,5 @@ def check_combinations(config: Config) -> None:
     Raises:
         ConfigError: the first one found, with what to do.
     """
-    for check in (_gradient_sum, _norm, _accumulation, _module_dtype):
+    for check in (_gradient_sum, _norm, _recompute, _accumulation, _module_dtype):
         check(config)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from xtrain.config.fake import FakeConfig, SdcCheckConfig
 from xtrain.config.instruments import (
     CometConfig,
     CommsLoggerConfig,
@@ -356,6 +357,10 @@ class XtrainSection(Section):
     """What rank 0 writes of every step. None: no record, unless the launcher asks."""
     tokens_per_sample: int | None = Field(None, gt=0)
     """Tokens in one sample; with it the record and the progress display count tokens."""
+    fake: FakeConfig | None = None
+    """What the backend "fake" emulates."""
+    sdc_check: Annotated[SdcCheckConfig | None, OnlyNative()] = None
+    """Compare what ranks must have in common, now and then. None: never."""
 
     @field_validator("record", mode="before")
     @classmethod

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtrain import comm, managed
-from xtrain.backends import Backend, registry
+from xtrain import comm, emulation, managed
+from xtrain.backends import Backend
 from xtrain.config import XtrainConfig
 from xtrain.delegate.accelerator import import_deepspeed, present
 from xtrain.errors import ConfigError
@@ -115,7 +115,7 @@ def initialize(config: XtrainConfig, backend: Backend, args: Any, model: nn.Modu
 
 def zero_init(config: XtrainConfig, call: dict[str, Any]) -> Any:
     """DeepSpeed's zero.Init for a config that chooses its engine; `call`: the arguments by name."""
-    backend = registry.detect(config.values.xtrain.backend)
+    backend = emulation.choose_backend(config)
     backend.prepare(comm.get_local_rank())
     comm.init_distributed(dist_backend=backend.collectives.process_group_backend, verbose=False)
     theirs = {

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from xtrain import comm
-from xtrain.backends import registry
+from xtrain import comm, emulation
 from xtrain.config import load_config
 from xtrain.delegate import start as delegate
 from xtrain.errors import ConfigError, NotImplementedYetError
@@ -137,7 +136,7 @@ class Init:
         given = config_dict_or_path if config_dict_or_path is not None else config
         checked = None if given is None else load_config(given)
         self.dtype = dtype
-        backend = registry.detect(checked.values.xtrain.backend if checked else None)
+        backend = emulation.choose_backend(checked)
         if dtype is None and checked is not None:
             self.dtype = for_backend(make_policy(checked.values), checked.values, backend).module
         if self.dtype is not None and not self.dtype.is_floating_point:
