@@ -254,11 +254,15 @@ def test_statistics_do_not_depend_on_stage_and_split(ranks: Any, tmp_path: Path,
             np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6, err_msg=f"{phase} {statistic}")
 
 
-def test_a_record_without_a_path_needs_the_launcher() -> None:
+def _without_a_path() -> None:
     model = training.build_model()
     settings = training.config(0, micro=16, xtrain={"record": {"modules_every": 2}})
+    xtrain.initialize(model=model, model_parameters=training.param_groups(model), config=settings)
+
+
+def test_a_record_without_a_path_needs_the_launcher(ranks: Any) -> None:
     with pytest.raises(ConfigError, match="has no path"):
-        xtrain.initialize(model=model, model_parameters=training.param_groups(model), config=settings)
+        ranks(1, _without_a_path)
 
 
 def test_a_restart_makes_void_what_came_after_it(tmp_path: Path) -> None:
