@@ -1,7 +1,7 @@
 """Time of collectives: gloo, xtrain's shared memory (flat, and as two hosts), MPI, and a copy in memory, interleaved.
 
     torchrun --nproc-per-node 2 benchmarks/collectives.py [--dtype fp32 bf16] [--largest 256]
-    torchrun --nproc-per-node 4 benchmarks/collectives.py --mpi      # under mpiexec instead of torchrun
+    mpiexec -n 4 python benchmarks/collectives.py --mpi              # with MPI, too
     torchrun --nproc-per-node 2 benchmarks/collectives.py --exchange # gloo's own calls against comm/direct.py
 
 All libraries live in the same processes and take turns, so that drift of a shared machine hits all alike. Printed are
