@@ -1,7 +1,7 @@
 """Time of collectives: gloo, xtrain's shared memory (flat, and as two hosts), MPI, and a copy in memory, interleaved.
 
     torchrun --nproc-per-node 2 benchmarks/collectives.py [--dtype fp32 bf16] [--largest 256]
-    torchrun --nproc-per-node 4 benchmarks/collectives.py --mpi      # under mpiexec instead of torchrun
+    mpiexec -n 4 python benchmarks/collectives.py --mpi              # with MPI, too
     torchrun --nproc-per-node 2 benchmarks/collectives.py --exchange # gloo's own calls against comm/direct.py
 
 All libraries live in the same processes and take turns, so that drift of a shared machine hits all alike. Printed are
@@ -91,8 +91,11 @@ def exchanges(elements: int, dtype: torch.dtype, gloo: dist.ProcessGroup) -> Cal
 
 
 def measure(calls: Calls, size: int, rounds: int, gloo: dist.ProcessGroup) -> dict[str, float]:
-    """Median seconds of each; the first round warms up and is not counted."""
-    repeats = max(1, min(20, 2**23 // size))
+    """Median seconds of a call; the first round warms up and is not counted.
+
+    Each turn is several calls in a row, as the buckets of a training step are.
+    """
+    repeats = max(4, min(20, 2**23 // size))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 1):
         for name, call in calls.items():

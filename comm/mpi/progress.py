@@ -1,4 +1,4 @@
-"""Operations that MPI works on, and who asks MPI to go on with them: waiters, and a thread in the background.
+"""Operations that MPI works on, and asking MPI to go on with them.
 
 Every MPI call of this package is made under one lock and returns at once (but for making a communicator, once its
 ranks have met), so MPI_THREAD_SERIALIZED is enough and no operation can hold up another
@@ -7,7 +7,6 @@ ranks have met), so MPI_THREAD_SERIALIZED is enough and no operation can hold up
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,14 +14,12 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from xtrain.comm.background import LONGEST_NAP, Background
 from xtrain.comm.work import Outcome
 from xtrain.errors import BackendError, PeerLostError
 
 _SPIN = 0.010
 """Seconds that a waiter only yields before it begins to sleep between its looks."""
-_LONGEST_NAP = 0.001
-_LINGER = 0.5
-"""Seconds without operations after which the thread sleeps until there is one."""
 _LOOK = 1.0
 """Seconds of waiting between two questions whether a rank has ended."""
 
@@ -93,18 +90,20 @@ class Operation(Outcome):
         self.end()
 
 
-class Progress:
+class Progress(Background):
     """All operations of this process that have not finished."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        super().__init__("xtrain-mpi-progress", _LOOK, _LOOK / 4)
         self._pending: list[Operation] = []
         self._stuck: list[Operation] = []
-        self._arrived = threading.Condition()
-        self._waiters = 0
-        self._asleep = False
-        self._next_look = 0.0
-        self._thread: threading.Thread | None = None
+
+    def operations(self) -> list[Operation]:
+        with self.lock:
+            return list(self._pending)
+
+    def busy(self) -> bool:
+        return bool(self._pending)
 
     def incomplete(self) -> int:
         """How many operations MPI still holds, those that were given up included."""
@@ -117,15 +116,9 @@ class Progress:
         """Follow an operation from now on."""
         with self.lock:
             self._pending.append(operation)
-        with self._arrived:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="xtrain-mpi-progress", daemon=True)
-                self._thread.start()
-            elif self._asleep:
-                self._arrived.notify()
+        self.wake()
 
     def poll(self) -> bool:
-        """Let MPI go on with everything; whether something has finished."""
         with self.lock:
             ready = [operation for operation in self._pending if operation.test()]
             if ready:
@@ -134,41 +127,10 @@ class Progress:
             operation.finish()
         return bool(ready)
 
-    def wait(self, operation: Operation, timeout: float) -> None:
-        """Until the operation is done.
+    def rest(self, waited: float) -> None:
+        time.sleep(0 if waited < _SPIN else min(LONGEST_NAP, waited / 100))
 
-        Raises:
-            BackendError: not within `timeout` seconds, or MPI reported an error, or a rank has ended.
-        """
-        with self._arrived:
-            self._waiters += 1
-        try:
-            self._wait(operation, timeout)
-        finally:
-            with self._arrived:
-                self._waiters -= 1
-        if operation.error is not None:
-            raise operation.error
-
-    def _wait(self, operation: Operation, timeout: float) -> None:
-        begun, look = time.monotonic(), _LOOK
-        while True:
-            self.poll()
-            if operation.done:
-                return
-            waited = time.monotonic() - begun
-            if waited > timeout:
-                self._give_up(
-                    operation, f"did not finish within {timeout:g} s: a rank did not join in or is stuck"
-                )
-                return
-            if waited > look:
-                look = waited + _LOOK
-                if self._lost(operation, waited):
-                    return
-            time.sleep(0 if waited < _SPIN else min(_LONGEST_NAP, waited / 100))
-
-    def _give_up(self, operation: Operation, reason: str) -> None:
+    def give_up(self, operation: Operation, reason: str) -> None:
         with self.lock:
             ours = operation in self._pending
             if ours:
@@ -191,57 +153,17 @@ class Progress:
             if all(done) or waited > timeout:
                 return done
             self.poll()
-            time.sleep(0 if waited < _SPIN else min(_LONGEST_NAP, waited / 100))
+            self.rest(waited)
 
-    def _run(self) -> None:
-        """The thread in the background: for overlap with computation, and for futures that nobody polls."""
-        nap, busy = 0.0, time.monotonic()
-        while True:
-            if not self._pending:
-                # Falling asleep at once would cost every short collective a wake-up and a switch of threads.
-                if time.monotonic() - busy > _LINGER:
-                    self._sleep()
-                    busy = time.monotonic()
-                else:
-                    time.sleep(_LONGEST_NAP)
-                nap = 0.0
-                continue
-            busy = time.monotonic()
-            if self._waiters > 0:  # a waiter polls everything already
-                time.sleep(_LONGEST_NAP)
-            elif self.poll():
-                nap = 0.0
-            else:
-                nap = min(_LONGEST_NAP / 2, nap + 0.00002)
-                time.sleep(nap)
-            self._expire()
-
-    def _sleep(self) -> None:
-        with self._arrived:
-            self._asleep = True
-            while not self._pending:
-                self._arrived.wait()
-            self._asleep = False
-
-    def _expire(self) -> None:
-        """Futures cannot keep time, nor ask whether a rank has ended: that is done here."""
-        now = time.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + _LOOK / 4
-        for operation in [one for one in list(self._pending) if one.has_future]:
-            waited = now - operation.started
-            if waited > operation.timeout:
-                self._give_up(operation, f"did not finish within {operation.timeout:g} s")
-            elif waited > _LOOK:
-                self._lost(operation, waited)
-
-    def _lost(self, operation: Operation, waited: float) -> bool:
-        """Give up an operation whose ranks cannot all take part any more."""
+    def ask(self, operation: Operation, waited: float) -> None:
         try:
             reason = operation.lost(waited)
         except BackendError:
-            return False  # rank 0 is too busy to say who has ended: nothing is known
+            return  # rank 0 is too busy to say who has ended: nothing is known
         if reason is not None:
-            self._give_up(operation, f"cannot finish: {reason}")
-        return reason is not None
+            self.give_up(operation, f"cannot finish: {reason}")
+
+    def ask_for_futures(self, now: float) -> None:
+        for operation in self.operations():
+            if operation.has_future and now - operation.started > _LOOK:
+                self.ask(operation, now - operation.started)

@@ -240,6 +240,8 @@ def test_a_rank_that_goes_wrong_hangs_nobody(kind: str, words: list[str], tmp_pa
         text = texts[rank]
         if kind != "future":
             assert f"backend shm, rank {rank}" in text, text
+        if kind in ("killed", "inside", "error", "stuck"):
+            assert "PeerLostError" in text, text  # the launcher looks for another rank's failure
         assert float(text.partition("waited ")[2].split()[0]) < 5, text
     for word in words:
         assert word in "".join(texts), texts
