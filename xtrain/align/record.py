@@ -34,8 +34,8 @@ class Record:
     Attributes:
         step: numbers of the steps, ascending, each once.
         columns: float64 by name, one value a step, NaN where the step has none: `loss`, `grad_norm`, `lr`,
-            `loss_scale`, `applied`, `tokens`, `loss_by_rank.0`, ... A list becomes `name.0`, `name.1`, ...
-            and its first element of `lr` is `lr`.
+            `loss_scale`, `applied`, `tokens`, `loss_by_rank.0`, ... A list becomes `name.0`, `name.1`, ...,
+            a dictionary `name.key`, ...; and the first element of `lr` is `lr`.
         headers: in the order in which processes started writing.
         modules: statistics by phase and module; None without.
         kind: what sort of file it was.
@@ -92,6 +92,9 @@ class ColumnBuilder:
             if isinstance(value, list):
                 for index, item in enumerate(value):
                     self._put(row, "lr" if name == "lr" and index == 0 else f"{name}.{index}", item)
+            elif isinstance(value, dict):
+                for key, item in value.items():
+                    self._put(row, f"{name}.{key}", item)
             else:
                 self._put(row, name, value)
 
