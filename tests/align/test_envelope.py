@@ -13,11 +13,22 @@ from hypothesis import strategies as st
 from tests.align.records import make, write
 from xtrain import cli
 from xtrain.align.alignment import align_records
-from xtrain.align.band import FLOOR, Band, chi_square_median, smooth_scale, strays, widening
+from xtrain.align.band import (
+    FLOOR,
+    NORM_FLOOR,
+    RESOLUTION,
+    Band,
+    chi_square_median,
+    smooth_scale,
+    strays,
+    widening,
+)
 from xtrain.align.compare import Policy
 from xtrain.align.envelope import Envelope, measure_records, read_envelope
+from xtrain.align.html import html
 from xtrain.align.record import Floats, Record
 from xtrain.align.student import probability, quantile
+from xtrain.align.text import junit, markdown
 from xtrain.errors import RecordError
 
 STEPS = 120
@@ -65,7 +76,7 @@ def test_medians_of_chi_square_by_sampling() -> None:
 def test_a_constant_variance_gives_its_root_over_the_median() -> None:
     scale = smooth_scale(np.full(50, 4.0), 2)
     assert scale == pytest.approx(2 / math.sqrt(math.log(2)))
-    assert smooth_scale(np.zeros(50), 2) == pytest.approx(FLOOR)
+    assert smooth_scale(np.zeros(50), 2) == pytest.approx(RESOLUTION * FLOOR)
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=60), st.integers(1, 12))
@@ -78,15 +89,15 @@ def test_the_scale_never_shrinks_but_after_a_spike(variance: list[float], half_w
         reach = min(h, row, n - 1 - row)
         median = np.median(values[row - reach : row + reach + 1])
         largest = max(largest, math.sqrt(median / chi_square_median(3)))
-        assert scale[row] == pytest.approx(max(largest, math.sqrt(values[row]), FLOOR))
+        assert scale[row] == pytest.approx(max(largest, math.sqrt(values[row]), RESOLUTION * FLOOR))
 
 
 def test_two_runs_by_hand() -> None:
     """Losses 1 and 1.02: mean 1.01, variance of deviations 2 * (0.01 / 1.01)**2 over one degree of freedom."""
     envelope = Envelope.measure(np.arange(3), np.array([[1.0] * 3, [1.02] * 3]))
     deviation = math.sqrt(2) * 0.01 / 1.01 / math.sqrt(0.454936423119573)
-    assert envelope.centre.tolist() == pytest.approx([1.01] * 3)
-    assert envelope.limit == pytest.approx(10 * math.sqrt(1.5) * deviation)
+    assert envelope.centre["loss"].tolist() == pytest.approx([1.01] * 3)
+    assert envelope.limit["loss"] == pytest.approx(10 * math.sqrt(1.5) * deviation)
     assert envelope.false_alarms is None
     assert "no false-alarm rate" in envelope.sentence()
 
@@ -127,7 +138,8 @@ def test_false_alarms_where_only_rounding_is_left(size: float) -> None:
         curves = 2 * (1 + size * draw.standard_normal((10, 30)))
         envelope = Envelope.measure(np.arange(30), curves[:5], 0.05)
         alarms += sum(bool(envelope.outside(curve).any()) for curve in curves[5:])
-        assert envelope.limit.max() < 1e-3
+        assert envelope.limit["loss"].min() >= FLOOR
+        assert envelope.limit["loss"].max() <= max(FLOOR, 100 * size)
     assert alarms / 300 <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 60)
 
 
@@ -146,8 +158,21 @@ def test_leaving_one_out() -> None:
 
 def test_strays_are_measured_against_the_others() -> None:
     curves = _runs(4, 0)
-    by_hand = Band.of(curves[1:]).excess(curves[0]).max()
-    assert strays(curves)[0] == pytest.approx(by_hand)
+    band = Band.of(curves[1:])
+    deviation = np.abs(curves[0] / band.centre - 1)
+    beyond = deviation > FLOOR  # what the floor allows is no stray
+    assert 0 < beyond.sum() < STEPS
+    assert strays(curves)[0] == pytest.approx((deviation / band.scale)[beyond].max())
+
+
+def test_what_the_floor_allows_is_allowed() -> None:
+    """Runs that are almost the same: one more is inside up to the floor, and outside beyond it."""
+    curves = np.stack([np.full(30, 2.0) * (1 + k * 1e-9) for k in range(4)])
+    envelope = Envelope.measure(np.arange(30), curves, norms=curves)
+    for name, floor in (("loss", FLOOR), ("grad_norm", NORM_FLOOR)):
+        assert envelope.limit[name] == pytest.approx(floor)
+        assert not envelope.outside(np.full(30, 2.0 * (1 + 0.9 * floor)), name).any()
+        assert envelope.outside(np.full(30, 2.0 * (1 + 1.1 * floor)), name).all()
 
 
 def _records(count: int, seed: int) -> list[Record]:
@@ -180,11 +205,49 @@ def test_steps_beyond_the_envelope_are_not_judged() -> None:
         align_records(make({999: 1.0}), make({999: 1.0}), policy, envelope)
 
 
+def test_gradient_norms_are_judged_too() -> None:
+    runs = _records(6, 0)
+    for run, norms in zip(runs, _runs(6, 1), strict=True):
+        run.columns["grad_norm"] = norms
+    envelope = measure_records(runs[:5])
+    policy = Policy("envelope")
+    assert align_records(runs[0], runs[5], policy, envelope).aligned
+    right = runs[5].columns["grad_norm"].copy()
+    runs[5].columns["grad_norm"][39:] *= 1.5
+    found = align_records(runs[0], runs[5], policy, envelope)
+    assert found.curve is not None
+    assert found.curve.aligned
+    assert (found.aligned, found.exit_code, found.began) == (False, 1, 40)
+    assert "the gradient norms part at step 40" in found.sentence()
+    assert "departs at step 40, and the loss does not" in " ".join(found.hints)
+    assert 'name="gradient norm"' in junit(found)
+    assert "gradient norm" in html(found)
+    assert "first step outside, gradient norm" in markdown(found)
+    runs[5].columns["grad_norm"] = 2 * right
+    assert "is 2 times the reference's since the first step" in " ".join(
+        align_records(runs[0], runs[5], policy, envelope).hints
+    )
+    # A step without a norm is not judged, nor is a run without norms, nor is a norm by another policy.
+    runs[5].columns["grad_norm"] = np.where(np.arange(STEPS) == 10, np.nan, right)
+    assert align_records(runs[0], runs[5], policy, envelope).aligned
+    del runs[5].columns["grad_norm"]
+    assert align_records(runs[0], runs[5], policy, envelope).norm is None
+    runs[5].columns["grad_norm"] = 2 * right
+    assert align_records(runs[0], runs[5], Policy("relative", 0.5)).norm is None
+    runs[1].columns["grad_norm"][3] = np.inf  # an overflow: nothing to measure by
+    assert measure_records(runs[:5]).norms is None
+
+
 def test_saved_and_read(tmp_path: Path) -> None:
-    envelope = measure_records(_records(4, 0), size="one ulp")
+    runs = _records(4, 0)
+    for run, norms in zip(runs, _runs(4, 1), strict=True):
+        run.columns["grad_norm"] = norms
+    envelope = measure_records(runs, size="one ulp")
     envelope.save(tmp_path / "e.npz")
     again = read_envelope(tmp_path / "e.npz")
-    assert again.limit.tolist() == envelope.limit.tolist()
+    assert again.norms is not None
+    for name in ("loss", "grad_norm"):
+        assert again.limit[name].tolist() == envelope.limit[name].tolist()
     assert again.sentence() == envelope.sentence()
     for content in (b"", b"rubbish", (tmp_path / "e.npz").read_bytes()[:200]):
         (tmp_path / "bad.npz").write_bytes(content)

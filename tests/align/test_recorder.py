@@ -15,9 +15,10 @@ import xtrain
 from tests import training
 from tests.align.records import write
 from tests.live_deepspeed import live_deepspeed
-from xtrain.align.module_table import PHASES
+from xtrain.align.module_table import PHASES, STATISTICS
 from xtrain.align.record import read_record
 from xtrain.align.recorder import Recorder
+from xtrain.align.statistics import measure
 from xtrain.errors import ConfigError, RecordError
 
 
@@ -252,6 +253,70 @@ def test_statistics_do_not_depend_on_stage_and_split(ranks: Any, tmp_path: Path,
         for statistic in one.statistics(phase):
             expected, found = one.values[phase, statistic], two.values[phase, statistic]
             np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6, err_msg=f"{phase} {statistic}")
+
+
+class _Crosswise(nn.Module):
+    """Modules that run in another order than they are registered in, and one that does not run at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Linear(3, 3)
+        self.unused = nn.Linear(3, 3)
+        self.early = nn.Linear(3, 3)
+        self.use_all = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.late(self.early(x))
+        return self.unused(x) if self.use_all else x
+
+
+def test_modules_are_in_the_order_in_which_they_ran(tmp_path: Path) -> None:
+    model = _Crosswise()
+    with Recorder(tmp_path / "r.jsonl", model=model, modules_every=1) as recorder:
+        for step in range(2):
+            model.use_all = step == 1
+            loss = model(torch.ones(2, 3)).square().mean()
+            loss.backward()
+            recorder.step(loss=loss)
+    modules = read_record(tmp_path / "r.jsonl").modules
+    assert modules is not None
+    assert modules.names == ["early", "late", "unused"]
+    early = model.early(torch.ones(3)).abs().mean().item()
+    assert modules.values["forward", "abs_mean"][:, 0].tolist() == pytest.approx([early, early])
+    assert np.isnan(modules.values["forward", "rms"][:, 2]).tolist() == [True, False]
+
+
+def test_names_in_another_order_after_a_restart(tmp_path: Path) -> None:
+    def line(names: list[str], step: int, values: list[float]) -> str:
+        statistics = dict.fromkeys(STATISTICS, values)
+        return "".join(
+            json.dumps(entry) + "\n"
+            for entry in (
+                {"type": "header", "version": 2, "from_step": step - 1},
+                {"type": "names", "modules": names},
+                {"type": "step", "step": step, "loss": 1.0},
+                {"type": "modules", "step": step, "phase": "forward", **statistics},
+            )
+        )
+
+    file = tmp_path / "r.jsonl"
+    file.write_text(line(["a", "b"], 1, [1.0, 2.0]) + line(["b", "a"], 2, [4.0, 3.0]))
+    record = read_record(file)
+    assert record.modules is not None
+    assert record.modules.names == ["a", "b"]
+    assert record.modules.values["forward", "rms"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert not record.notes
+    assert record.modules.ordered(["b", "a"]).values["forward", "rms"].tolist() == [[2.0, 1.0], [4.0, 3.0]]
+
+
+def test_norms_of_large_tensors_are_exact() -> None:
+    """Mostly zeros, as the gradient of an embedding: a plain sum of squares is off by 1e-4."""
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 31, 2048, 2049):
+        x = torch.randn(rows, 128, generator=generator) * (torch.rand(rows, 1, generator=generator) < 0.05)
+        for tensor in (x, x.t(), x.bfloat16()):
+            exact = float(tensor.double().norm())
+            assert float(measure(tensor)[2]) == pytest.approx(exact, rel=1e-6)
 
 
 def _without_a_path() -> None:

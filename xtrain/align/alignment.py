@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xtrain.align.compare import Comparison, Policy, compare
+from xtrain.align.compare import Comparison, Policy, compare, compare_norms
 from xtrain.align.differences import Difference, header_differences
 from xtrain.align.envelope import Envelope, read_envelope
 from xtrain.align.hints import hints
@@ -26,6 +26,7 @@ class Alignment:
 
     Attributes:
         curve: the outcome for the losses; None when the files have none (msProbe's).
+        norm: the outcome for the gradient norms; None unless the policy is the envelope, and both have them.
         modules: the outcome for the modules; None when one of them has no statistics.
         differences: of configuration and environment.
         hints: where to look first.
@@ -37,6 +38,7 @@ class Alignment:
     policy: Policy
     curve: Comparison | None
     modules: ModuleComparison | None
+    norm: Comparison | None = None
     envelope: Envelope | None = None
     differences: list[Difference] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
@@ -44,9 +46,9 @@ class Alignment:
 
     @property
     def aligned(self) -> bool:
-        """The verdict: that of the losses, and without losses that of the modules."""
+        """The verdict: that of the losses and, by the envelope, of the gradient norms; without them the modules'."""
         if self.curve is not None:
-            return self.curve.aligned
+            return self.curve.aligned and (self.norm is None or self.norm.aligned)
         return self.modules is not None and self.modules.first is None
 
     @property
@@ -54,12 +56,25 @@ class Alignment:
         """0: aligned, 1: not."""
         return 0 if self.aligned else 1
 
+    @property
+    def began(self) -> int | None:
+        """The first step at which anything that was compared departs; None: they are aligned."""
+        if self.aligned:
+            return None
+        found = [outcome.first_outside for outcome in (self.curve, self.norm) if outcome is not None]
+        if self.modules is not None and self.modules.first is not None:
+            found.append(self.modules.first.step)
+        return min(step for step in found if step is not None)
+
     def sentence(self) -> str:
         """The verdict for a person."""
-        if self.curve is not None:
-            return self.curve.sentence()
-        assert self.modules is not None
-        return self.modules.sentence()
+        if self.curve is None:
+            assert self.modules is not None
+            return self.modules.sentence()
+        parts = [outcome.sentence() for outcome in (self.curve, self.norm) if outcome is not None]
+        if self.began is not None:
+            parts.append(f"the departure begins at step {self.began}")
+        return "; ".join(parts)
 
 
 def _gaps(record: Record, name: str) -> list[str]:
@@ -114,7 +129,9 @@ def align_records(
     unmeasured: list[str] = []
     if reference.modules is not None and candidate.modules is not None:
         bands = None if envelope is None else envelope.bands
-        if bands is not None and bands.names != reference.modules.names:
+        if bands is not None and sorted(bands.names) == sorted(reference.modules.names):
+            reference.modules = reference.modules.ordered(bands.names)
+        else:
             bands = None
         if policy.kind != "envelope" or bands is not None:
             modules = compare_modules(reference.modules, candidate.modules, policy.tolerance, bands)
@@ -124,6 +141,7 @@ def align_records(
             unmeasured.append("the envelope was not measured for these modules: they were not compared")
     without = [record for record in (reference, candidate) if not len(record.step)]
     curve = None if without else compare(reference, candidate, policy, envelope)
+    norm = None if curve is None else compare_norms(reference, candidate, policy, envelope)
     if curve is None and modules is None:
         others = "" if len(without) == 2 else ", and the other has no statistics of its modules"
         raise RecordError(
@@ -150,8 +168,9 @@ def align_records(
         policy,
         curve,
         modules,
+        norm,
         envelope,
         header_differences(reference.header, candidate.header),
-        [] if curve is None else hints(reference, candidate, curve),
+        [] if curve is None else hints(reference, candidate, curve, norm),
         notes,
     )

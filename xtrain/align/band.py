@@ -13,10 +13,14 @@ from xtrain.align.student import quantile
 
 FLOOR = 1e-6
 """Relative difference that is always allowed: about eight units in the last place of a float32."""
+NORM_FLOOR = 1e-5
+"""The same for gradient norms, whose squares some engines and chips add up in float32."""
+RESOLUTION = 0.1
+"""No scale is smaller than this share of the floor: about one unit in the last place."""
 HALF_WINDOW = 10
 """Steps before and after that the scale at a step is smoothed over."""
 SMALLEST_STRAY = 0.3
-"""Runs that stray less count as straying so much: below the floor a logarithm would make much of nothing."""
+"""Runs that stray less, or never beyond the floor, count as straying so much."""
 TINY = 1e-12
 
 
@@ -30,12 +34,12 @@ def chi_square_median(freedom: int) -> float:
 
 
 def smooth_scale(
-    variance: Floats, freedom: int, half_window: int = HALF_WINDOW, floor: float = FLOOR
+    variance: Floats, freedom: int, half_window: int = HALF_WINDOW, smallest: float = RESOLUTION * FLOOR
 ) -> Floats:
     """The scale of deviations at every step, from the variance over runs at every step (axis 0).
 
     A running median of the variances, corrected for the median of a chi-square being below its mean; never
-    smaller than at an earlier step, than what the step itself shows, or than `floor`.
+    smaller than at an earlier step, than what the step itself shows, or than `smallest`.
     """
     n = len(variance)
     medians = np.empty_like(variance)
@@ -52,7 +56,7 @@ def smooth_scale(
         medians[n - 1 - row] = np.median(variance[n - 1 - 2 * row :], axis=0)
     smoothed = np.sqrt(medians / chi_square_median(freedom))
     growing = np.maximum.accumulate(smoothed, axis=0)
-    return np.asarray(np.maximum(np.maximum(growing, np.sqrt(variance)), floor))
+    return np.asarray(np.maximum(np.maximum(growing, np.sqrt(variance)), smallest))
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Band:
 
     centre: Floats
     scale: Floats
+    floor: float
 
     @classmethod
     def of(
@@ -69,19 +74,26 @@ class Band:
         """From curves of shape (K, steps, ...).
 
         Args:
+            floor: relative deviation that is always allowed.
             base: what deviations are relative to; None: the size of the centre.
         """
         centre = curves.mean(axis=0)
         size = np.maximum(np.abs(centre) if base is None else base, TINY)
         variance = (((curves - centre) / size) ** 2).sum(axis=0) / (len(curves) - 1)
         # A further run differs from the mean of K by its own deviation and that of the mean.
-        scale = smooth_scale(variance, len(curves) - 1, half_window, floor) * math.sqrt(1 + 1 / len(curves))
-        return cls(centre, scale)
+        more = math.sqrt(1 + 1 / len(curves))
+        scale = smooth_scale(variance, len(curves) - 1, half_window, RESOLUTION * floor) * more
+        return cls(centre, scale, floor)
 
     def excess(self, curve: Floats, base: Any = None) -> Floats:
-        """How many scales a curve is away, at every step."""
+        """How many scales a curve is away, at every step; 0 where the floor allows it anyway."""
         size = np.maximum(np.abs(self.centre) if base is None else base, TINY)
-        return np.asarray(np.abs(curve - self.centre) / size / self.scale)
+        deviation = np.abs(curve - self.centre) / size
+        return np.asarray(np.where(deviation <= self.floor, 0.0, deviation / self.scale))
+
+    def limit(self, factor: float) -> Floats:
+        """The largest relative deviation that is allowed at every step."""
+        return np.asarray(np.maximum(self.scale * factor, self.floor))
 
 
 def strays(curves: Floats, **options: Any) -> Floats:
@@ -89,7 +101,7 @@ def strays(curves: Floats, **options: Any) -> Floats:
     found = []
     for left_out in range(len(curves)):
         band = Band.of(np.delete(curves, left_out, axis=0), **options)
-        found.append(float(band.excess(curves[left_out], options.get("base")).max()))
+        found.append(float(np.nanmax(band.excess(curves[left_out], options.get("base")), initial=0.0)))
     return np.array(found)
 
 

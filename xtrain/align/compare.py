@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from xtrain.align.envelope import Envelope
+from xtrain.align.envelope import LOSS, NORM, Envelope
 from xtrain.align.record import Floats, Record, Steps
 from xtrain.errors import RecordError
 
@@ -58,7 +58,8 @@ class Comparison:
     """The outcome over the steps that both records have.
 
     Attributes:
-        bit_identical: steps whose losses are the same bits (of rounded numbers: the same as far as written).
+        column: "loss" or "grad_norm".
+        bit_identical: steps whose values are the same bits (of rounded numbers: the same as far as written).
         largest, largest_step, mean: of the relative differences.
         first_outside: the first step that the policy does not allow; None: they agree.
         missing: steps that stand in one record only.
@@ -68,6 +69,7 @@ class Comparison:
     """
 
     policy: Policy
+    column: str
     steps: int
     bit_identical: int
     largest: float
@@ -88,7 +90,7 @@ class Comparison:
         return self.first_outside is None
 
     def allowed(self) -> tuple[Floats, Floats]:
-        """The smallest and largest loss that are allowed at every step; NaN where everything is."""
+        """The smallest and largest value that are allowed at every step; NaN where everything is."""
         limit = np.where(np.isfinite(self.limit), self.limit, np.nan)
         with np.errstate(invalid="ignore", over="ignore"):
             reach = np.abs(self.centre) * limit
@@ -103,7 +105,8 @@ class Comparison:
         return f"{self._verdict()}; {self.missing} {stand} in one record only and {were} not compared"
 
     def _verdict(self) -> str:
-        verdict = "the curves agree" if self.aligned else f"the curves part at step {self.first_outside}"
+        curves = "curves" if self.column == LOSS else "gradient norms"
+        verdict = f"the {curves} agree" if self.aligned else f"the {curves} part at step {self.first_outside}"
         if self.bit_identical == self.steps:
             return f"{verdict}: all {self.steps} steps are equal to the last bit"
         return (
@@ -151,9 +154,13 @@ def _no_common(reference: Record, candidate: Record) -> RecordError:
 
 
 def compare(
-    reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None = None
+    reference: Record,
+    candidate: Record,
+    policy: Policy,
+    envelope: Envelope | None = None,
+    column: str = LOSS,
 ) -> Comparison:
-    """Compare the losses of two records step by step.
+    """Compare a column of two records step by step.
 
     Raises:
         RecordError: they have no step in common (with the envelope), or the policy needs an envelope.
@@ -161,10 +168,10 @@ def compare(
     step, mine, its = common_steps(reference.step, candidate.step)
     if not len(step):
         raise _no_common(reference, candidate)
-    ours, theirs = reference.loss[mine], candidate.loss[its]
+    ours, theirs = reference.column(column)[mine], candidate.column(column)[its]
     rounding: Floats | float = 0.0
     for record, rows in ((reference, mine), (candidate, its)):
-        if record.rounding is not None:
+        if record.rounding is not None and column == LOSS:
             rounding = rounding + record.rounding[rows]
     difference = relative_difference(ours, theirs, rounding)
     centre, limit = ours, np.full(len(step), policy.tolerance)
@@ -174,26 +181,14 @@ def compare(
         first = _first_over_mean(difference, policy.tolerance)
         outside = np.arange(len(step)) == (-1 if first is None else first)
     elif policy.kind == "envelope":
-        if envelope is None:
-            raise RecordError(
-                "the envelope policy needs an envelope: measure one with `xtrain align envelope`, and name it with "
-                "--envelope FILE"
-            )
-        covered, here, there = common_steps(step, envelope.step)
-        if not len(covered):
-            raise RecordError(
-                f"the envelope has steps {envelope.step[0]} to {envelope.step[-1]}, and none of those of the records"
-            )
-        limit = np.full(len(step), np.inf)
-        limit[here] = envelope.limit[there]
-        centre = ours.copy()
-        centre[here] = envelope.centre[there]
+        centre, limit = _from_envelope(step, ours, envelope, column)
         outside = relative_difference(centre, theirs, rounding) > limit
         outside |= ~np.isfinite(theirs) & np.isfinite(centre)  # beyond the envelope's steps, too
     largest = int(np.argmax(difference))
     first_row = int(np.argmax(outside)) if outside.any() else None
     return Comparison(
         policy=policy,
+        column=column,
         steps=len(step),
         bit_identical=int((difference == 0.0).sum()),
         largest=float(difference[largest]),
@@ -208,3 +203,37 @@ def compare(
         limit=limit,
         centre=centre,
     )
+
+
+def _from_envelope(
+    step: Steps, reference: Floats, envelope: Envelope | None, column: str
+) -> tuple[Floats, Floats]:
+    """(centre, limit) at every step; where the envelope was not measured, the reference, and no limit."""
+    if envelope is None:
+        raise RecordError(
+            "the envelope policy needs an envelope: measure one with `xtrain align envelope`, and name it with "
+            "--envelope FILE"
+        )
+    covered, here, there = common_steps(step, envelope.step)
+    if not len(covered):
+        raise RecordError(
+            f"the envelope has steps {envelope.step[0]} to {envelope.step[-1]}, and none of those of the records"
+        )
+    centre, limit = reference.copy(), np.full(len(step), np.inf)
+    centre[here], limit[here] = envelope.centre[column][there], envelope.limit[column][there]
+    return centre, limit
+
+
+def compare_norms(
+    reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None
+) -> Comparison | None:
+    """Compare the gradient norms by the envelope; None with another policy, or where one of the three has none.
+
+    Steps at which one of the records has no norm are not compared.
+    """
+    if policy.kind != "envelope" or envelope is None or NORM not in envelope.limit:
+        return None
+    ours, theirs = reference.known(NORM), candidate.known(NORM)
+    if not len(common_steps(common_steps(ours.step, theirs.step)[0], envelope.step)[0]):
+        return None
+    return compare(ours, theirs, policy, envelope, NORM)

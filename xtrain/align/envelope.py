@@ -18,16 +18,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xtrain.align.band import TINY, Band, strays, widening
+from xtrain.align.band import FLOOR, NORM_FLOOR, TINY, Band, strays, widening
 from xtrain.align.modules import ModuleBands, measure_bands
 from xtrain.align.record import Floats, Record, Steps
 from xtrain.errors import RecordError
 from xtrain.files import atomic_path
 
-VERSION = 1
+VERSION = 2
 FALSE_ALARMS = 0.01
 FACTOR_OF_TWO = 10.0
 """Widening for two runs, of which nothing can be left out: a guess, for which no false-alarm rate is claimed."""
+LOSS, NORM = "loss", "grad_norm"
+FLOORS = {LOSS: FLOOR, NORM: NORM_FLOOR}
+"""The curves that are judged, and what each of them may differ in any case."""
 
 
 @dataclass
@@ -36,9 +39,11 @@ class Envelope:
 
     Attributes:
         step, curves: steps that all runs have; their losses, shape (K, steps).
+        norms: their gradient norms, of the same shape; None when they have none that are all finite.
         false_alarms: share of correct runs that it may call departed; None where none can be claimed (two runs).
         factor: scales that are allowed.
-        centre, limit: mean loss, and largest relative deviation from it, at every step.
+        centre, limit: mean, and largest relative deviation from it that is allowed, at every step, by name of
+            the curve.
         header: of the first run.
         sources: where the runs were read.
         size: of the perturbation that the runs started with, if they did; "one ulp" or a relative size.
@@ -49,15 +54,19 @@ class Envelope:
     curves: Floats
     false_alarms: float | None
     factor: float
+    norms: Floats | None = None
     header: dict[str, Any] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
     size: str | None = None
     bands: ModuleBands | None = None
 
     def __post_init__(self) -> None:
-        band = Band.of(self.curves)
-        self.centre: Floats = band.centre
-        self.limit: Floats = band.scale * self.factor
+        measured = {name: Band.of(curves, FLOORS[name]) for name, curves in self._judged().items()}
+        self.centre: dict[str, Floats] = {name: band.centre for name, band in measured.items()}
+        self.limit: dict[str, Floats] = {name: band.limit(self.factor) for name, band in measured.items()}
+
+    def _judged(self) -> dict[str, Floats]:
+        return {LOSS: self.curves} if self.norms is None else {LOSS: self.curves, NORM: self.norms}
 
     @classmethod
     def measure(
@@ -65,17 +74,22 @@ class Envelope:
         step: Steps,
         curves: Floats,
         false_alarms: float = FALSE_ALARMS,
+        norms: Floats | None = None,
         **more: Any,
     ) -> Envelope:
-        """The envelope of K >= 2 curves over the same steps."""
+        """The envelope of K >= 2 runs over the same steps; one widening for losses and gradient norms together."""
         if len(curves) < 3:
-            return cls(step, curves, None, FACTOR_OF_TWO, **more)
-        return cls(step, curves, false_alarms, widening(strays(curves), false_alarms), **more)
+            return cls(step, curves, None, FACTOR_OF_TWO, norms, **more)
+        found = strays(curves, floor=FLOOR)
+        if norms is not None:
+            found = np.maximum(found, strays(norms, floor=NORM_FLOOR))
+        return cls(step, curves, false_alarms, widening(found, false_alarms), norms, **more)
 
-    def outside(self, curve: Floats) -> npt.NDArray[np.bool_]:
+    def outside(self, curve: Floats, name: str = LOSS) -> npt.NDArray[np.bool_]:
         """At which steps a curve over the same steps is outside."""
-        deviation = np.abs(curve - self.centre) / np.maximum(np.abs(self.centre), TINY)
-        return np.asarray(~(deviation <= self.limit))
+        centre = self.centre[name]
+        deviation = np.abs(curve - centre) / np.maximum(np.abs(centre), TINY)
+        return np.asarray(~(deviation <= self.limit[name]))
 
     def leave_one_out(self) -> int | None:
         """How many of the K runs the envelope of the others calls departed; None with fewer than four runs."""
@@ -83,14 +97,15 @@ class Envelope:
             return None
         departed = 0
         for left_out in range(len(self.curves)):
-            others = np.delete(self.curves, left_out, axis=0)
-            envelope = Envelope.measure(self.step, others, self.false_alarms)
-            departed += bool(envelope.outside(self.curves[left_out]).any())
+            judged = self._judged()
+            others = {name: np.delete(curves, left_out, axis=0) for name, curves in judged.items()}
+            envelope = Envelope.measure(self.step, others[LOSS], self.false_alarms, others.get(NORM))
+            departed += any(envelope.outside(curves[left_out], name).any() for name, curves in judged.items())
         return departed
 
     def sentence(self) -> str:
         """What it is, for a person."""
-        last = self.limit[-1]
+        limit = self.limit[LOSS]
         rate = (
             "no false-alarm rate can be claimed for two runs"
             if self.false_alarms is None
@@ -99,7 +114,8 @@ class Envelope:
         started = f", started {self.size} apart" if self.size else ""
         return (
             f"envelope of {len(self.curves)} runs{started}, steps {self.step[0]} to {self.step[-1]}: allows "
-            f"{self.limit[0]:.1e} at the first step and {last:.1e} at the last; widened {self.factor:.1f} times, {rate}"
+            f"the loss {limit[0]:.1e} at the first step and {limit[-1]:.1e} at the last; widened {self.factor:.1f} times, "
+            f"{rate}"
         )
 
     def save(self, path: Path) -> None:
@@ -117,6 +133,8 @@ class Envelope:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             more = {} if self.bands is None else self.bands.arrays()
+            if self.norms is not None:
+                more["norms"] = self.norms
             np.savez_compressed(file, about=text, step=self.step, curves=self.curves, **more)
 
 
@@ -130,6 +148,7 @@ def read_envelope(path: Path) -> Envelope:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
             step, curves = file["step"].astype(np.int64), file["curves"].astype(np.float64)
+            norms = file["norms"].astype(np.float64) if "norms" in file else None
             bands = ModuleBands.from_arrays(file)
         if about["type"] != "xtrain envelope" or about["version"] != VERSION:
             raise RecordError(
@@ -137,11 +156,14 @@ def read_envelope(path: Path) -> Envelope:
             )
         if curves.ndim != 2 or len(curves) < 2 or curves.shape[1] != len(step) or not len(step):
             raise ValueError(f"{curves.shape} losses for {len(step)} steps")
+        if norms is not None and norms.shape != curves.shape:
+            raise ValueError(f"{norms.shape} gradient norms for {curves.shape} losses")
         return Envelope(
             step,
             curves,
             about["false_alarms"],
             float(about["factor"]),
+            norms,
             about["header"],
             about["sources"],
             about["size"],
@@ -184,12 +206,14 @@ def measure_records(
             "two of the runs are the same to the last bit, so their spread says nothing: start each from weights "
             "perturbed by another seed (`xtrain align envelope --runs K -- COMMAND` does)"
         )
+    norms = np.stack([record.column(NORM)[np.searchsorted(record.step, steps)] for record in records])
     tables = [record.modules for record in records if record.modules is not None]
     bands = measure_bands(tables, false_alarms) if len(tables) == len(records) else None
     return Envelope.measure(
         steps,
         curves,
         false_alarms,
+        norms if np.isfinite(norms).all() else None,
         header=records[0].header,
         sources=[str(record.path) for record in records],
         size=size,

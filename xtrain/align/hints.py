@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from xtrain.align.compare import Comparison, common_steps, relative_difference
+from xtrain.align.compare import TINY, Comparison, common_steps, relative_difference
 from xtrain.align.record import Floats, Record
 
 AFTER_RESTART = 20
@@ -21,13 +21,27 @@ ALONE = 0.1
 
 
 class Evidence:
-    """Two records and the outcome of their comparison, with columns over the common steps."""
+    """Two records and the outcome of their comparison, with columns over the common steps.
 
-    def __init__(self, reference: Record, candidate: Record, outcome: Comparison) -> None:
-        self.reference, self.candidate, self.outcome = reference, candidate, outcome
+    Attributes:
+        outcome, norm: for the losses, and for the gradient norms if they were judged.
+        at: row of the first step at which either is outside.
+        loss_at: row at which the loss is; None: it is not.
+    """
+
+    def __init__(
+        self, reference: Record, candidate: Record, outcome: Comparison, norm: Comparison | None
+    ) -> None:
+        self.reference, self.candidate, self.outcome, self.norm = reference, candidate, outcome, norm
         self.step, self._mine, self._its = common_steps(reference.step, candidate.step)
-        assert outcome.first_outside is not None, "there are hints for departures only"
-        self.at = int(np.searchsorted(self.step, outcome.first_outside))
+        self.loss_at = self._row(outcome)
+        rows = [row for row in (self.loss_at, self._row(norm)) if row is not None]
+        self.at = min(rows)
+
+    def _row(self, outcome: Comparison | None) -> int | None:
+        if outcome is None or outcome.first_outside is None:
+            return None
+        return int(np.searchsorted(self.step, outcome.first_outside))
 
     def pair(self, name: str) -> tuple[Floats, Floats] | None:
         """A column of both over the common steps; None when one of them lacks it."""
@@ -124,7 +138,7 @@ def _one_rank(found: Evidence) -> str | None:
 
 
 def _from_the_start(found: Evidence) -> str | None:
-    if found.at != 0 or found.step[0] > 1:
+    if found.loss_at != 0 or found.step[0] > 1:
         return None
     ratio = found.outcome.candidate / found.outcome.reference - 1
     steady = (
@@ -138,14 +152,38 @@ def _from_the_start(found: Evidence) -> str | None:
     return "the losses differ since the first step, before any update: other data, or other initial weights"
 
 
+def _norm_ratio(found: Evidence) -> str | None:
+    pair = found.pair("grad_norm")
+    if pair is None or found.norm is None or found.norm.aligned or found.step[0] > 1:
+        return None
+    ratio = pair[1] / np.maximum(np.abs(pair[0]), TINY)
+    if not np.isfinite(ratio[0]) or abs(ratio[0] - 1) < SMALL_SPREAD:
+        return None
+    begin = ratio[: max(1, found.loss_at or len(ratio))]  # until the runs are others anyway
+    if not np.isfinite(begin).all() or begin.std() > SMALL_SPREAD * abs(begin.mean() - 1):
+        return None
+    return (
+        f"the gradient norm is {begin[0]:.4g} times the reference's since the first step: gradients are averaged or "
+        "summed differently (world size, accumulation steps), or the norm is defined differently (after clipping)"
+    )
+
+
 def _gradient_first(found: Evidence) -> str | None:
-    tolerance = 10 * np.clip(found.outcome.limit, SMALLEST, LARGEST)  # norms vary more than losses
-    row = found.first_apart("grad_norm", tolerance)
-    if row is None or row > found.at:
+    row = found.at
+    if found.norm is None:  # not judged: a tolerance has to do, and norms vary more than losses
+        apart = found.first_apart("grad_norm", 10 * np.clip(found.outcome.limit, SMALLEST, LARGEST))
+        if apart is None or apart > found.at:
+            return None
+        row = apart
+    elif found.norm.first_outside is None or found.norm.first_outside > found.step[row]:
         return None
     pair = found.pair("grad_norm")
     assert pair is not None
-    when = "before the loss" if row < found.at else "at the same step as the loss"
+    when = "before the loss"
+    if found.loss_at is None:
+        when = "and the loss does not"
+    elif row == found.loss_at:
+        when = "at the same step as the loss"
     values = f"{pair[1][row]:.6g} instead of {pair[0][row]:.6g}"
     return (
         f"the gradient norm departs at step {found.step[row]}, {when} ({values}): "
@@ -161,15 +199,18 @@ PATTERNS: tuple[Callable[[Evidence], str | None], ...] = (
     _skipped,
     _one_rank,
     _from_the_start,
+    _norm_ratio,
     _gradient_first,
 )
 """The most telling first."""
 
 
-def hints(reference: Record, candidate: Record, outcome: Comparison) -> list[str]:
+def hints(
+    reference: Record, candidate: Record, outcome: Comparison, norm: Comparison | None = None
+) -> list[str]:
     """What the patterns say; empty for curves that agree."""
-    if outcome.first_outside is None:
+    if outcome.aligned and (norm is None or norm.aligned):
         return []
-    evidence = Evidence(reference, candidate, outcome)
+    evidence = Evidence(reference, candidate, outcome, norm)
     found = [pattern(evidence) for pattern in PATTERNS]
     return [hint for hint in found if hint is not None]

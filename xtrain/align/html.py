@@ -119,7 +119,8 @@ def _curves(curve: Comparison) -> str:
     step = curve.step[rows].astype(np.float64)
     reference, candidate = curve.reference[rows], curve.candidate[rows]
     limit = np.where(np.isfinite(curve.limit[rows]), curve.limit[rows], np.nan)
-    loss = _Axes(step, [reference, candidate], 320, "loss: reference solid, candidate dashed")
+    name = curve.column.replace("_", " ").replace("grad", "gradient")
+    loss = _Axes(step, [reference, candidate], 320, f"{name}: reference solid, candidate dashed")
     if curve.policy.kind in ("relative", "envelope"):
         # Cut to what is shown: a wide envelope is not to flatten the curves.
         span = loss.high - loss.low
@@ -231,6 +232,8 @@ def html(alignment: Alignment) -> str:
         parts.append(_table(("setting", "reference", "candidate"), rows))
     if alignment.curve is not None:
         parts += ["<h2>Curves</h2>", _curves(alignment.curve)]
+    if alignment.norm is not None:
+        parts += ["<h2>Gradient norms</h2>", _curves(alignment.norm)]
     if alignment.modules is not None:
         parts.append(
             "<p>Blue: within what is allowed; red: beyond it; white: far within; grey: not measured.</p>"

@@ -18,7 +18,11 @@ Steps = npt.NDArray[np.int64]
 
 @dataclass
 class ModuleTable:
-    """Float32 arrays of shape (snapshots, modules) by (phase, statistic), and the steps of the snapshots."""
+    """Float32 arrays of shape (snapshots, modules) by (phase, statistic), and the steps of the snapshots.
+
+    Attributes:
+        names: of the modules, in the order in which they ran.
+    """
 
     names: list[str]
     steps: dict[str, Steps] = field(default_factory=dict)
@@ -36,3 +40,13 @@ class ModuleTable:
     def statistics(self, phase: str) -> list[str]:
         """The statistics that are there for a phase."""
         return [statistic for statistic in STATISTICS if (phase, statistic) in self.values]
+
+    def ordered(self, names: list[str]) -> ModuleTable:
+        """The same with its modules in another order."""
+        if names == self.names:
+            return self
+        place = {name: index for index, name in enumerate(self.names)}
+        columns = [place[name] for name in names]
+        return ModuleTable(
+            names, dict(self.steps), {key: values[:, columns] for key, values in self.values.items()}
+        )

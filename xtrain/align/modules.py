@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from xtrain.align.band import Band, widening
+from xtrain.align.band import Band, strays, widening
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable, Single, Steps
 
 FLOOR = 1e-5
@@ -115,8 +115,9 @@ def measure_bands(tables: Sequence[ModuleTable], false_alarms: float) -> ModuleB
     `false_alarms` of the runs.
     """
     names = tables[0].names
-    if len(tables) < 3 or any(table.names != names for table in tables):
+    if len(tables) < 3 or any(sorted(table.names) != sorted(names) for table in tables):
         return None
+    tables = [table.ordered(names) for table in tables]
     bands = ModuleBands(names)
     strayed = np.zeros(len(tables))
     for phase in tables[0].phases():
@@ -148,13 +149,12 @@ def measure_bands(tables: Sequence[ModuleTable], false_alarms: float) -> ModuleB
             band = Band.of(curves, FLOOR, HALF_WINDOW, base)
             bands.centre[phase, statistic] = band.centre.astype(np.float32)
             bands.limit[phase, statistic] = band.scale.astype(np.float32)
-            for left_out in range(len(curves)):
-                others = Band.of(np.delete(curves, left_out, axis=0), FLOOR, HALF_WINDOW, base)
-                worst = np.nanmax(others.excess(curves[left_out], base), initial=0.0)
-                strayed[left_out] = max(strayed[left_out], worst)
+            options = {"floor": FLOOR, "half_window": HALF_WINDOW, "base": base}
+            strayed = np.maximum(strayed, strays(curves, **options))
     factor = widening(strayed, false_alarms)
     for limit in bands.limit.values():
         limit *= factor
+        np.maximum(limit, np.float32(FLOOR), out=limit)
     return bands
 
 

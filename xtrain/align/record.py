@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ class Record:
         """A column; all NaN when the record has none of that name."""
         found = self.columns.get(name)
         return np.full(len(self.step), np.nan) if found is None else found
+
+    def known(self, name: str) -> Record:
+        """The record without the steps at which a column has no value."""
+        there = ~np.isnan(self.column(name))
+        columns = {other: values[there] for other, values in self.columns.items()}
+        rounding = None if self.rounding is None else self.rounding[there]
+        return replace(self, step=self.step[there], columns=columns, rounding=rounding)
 
     def losses(self) -> dict[int, float]:
         """Loss by step number, exact."""
@@ -141,16 +148,22 @@ class _ModuleBuilder:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self._places: list[int] | None = (
+            None  # of the names in the lines that follow, if they stand in another order
+        )
         self._steps: dict[str, array[int]] = {}
         self._values: dict[tuple[str, str], array[float]] = {}
 
     def set_names(self, names: list[str]) -> bool:
         """Returns whether statistics of other modules were dropped for these."""
-        changed = bool(self._steps) and names != self.names
+        changed = bool(self._steps) and sorted(names) != sorted(self.names)
         if changed:
             self._steps.clear()
             self._values.clear()
-        self.names = [str(name) for name in names]
+        if changed or not self._steps:
+            self.names = [str(name) for name in names]
+        place = {name: index for index, name in enumerate(names)}
+        self._places = None if names == self.names else [place[name] for name in self.names]
         return changed
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -162,6 +175,8 @@ class _ModuleBuilder:
             values = entry[statistic]
             if len(values) != width:
                 raise ValueError(f"{len(values)} values of {statistic} for {width} modules")
+            if self._places is not None:
+                values = [values[place] for place in self._places]
             try:
                 found.append(array("f", values))
             except TypeError:  # null: the module did not run

@@ -20,7 +20,11 @@ from torch import nn
 
 from xtrain.align.module_table import PHASES, STATISTICS
 
-_SUMS = 6  # sum, sum of magnitudes, sum of squares, largest magnitude, not finite, elements
+_SUMS = (
+    7  # sum, sum of magnitudes, sum of squares, largest magnitude, not finite, elements, place in the order
+)
+_LARGEST, _ELEMENTS, _PLACE = 3, 5, 6
+_ROW = 4096
 Sums = npt.NDArray[np.float64]
 
 
@@ -35,8 +39,18 @@ def measure(tensor: torch.Tensor) -> torch.Tensor:
         broken = torch.zeros((), dtype=wide)
     else:  # asking a device whether it is needed would wait for it
         broken = (x.numel() - (magnitudes < float("inf")).sum()).to(wide)
-    square_root = torch.linalg.vector_norm(x, 2, dtype=wide)
-    return torch.stack([x.sum(dtype=wide), magnitudes.sum(dtype=wide), square_root, largest, broken])
+    return torch.stack([x.sum(dtype=wide), magnitudes.sum(dtype=wide), _norm(x, wide), largest, broken])
+
+
+def _norm(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """2-norm. On the host torch adds squares one after the other: of a large tensor, row by row is more exact."""
+    if x.device.type != "cpu" or x.numel() <= _ROW:
+        return torch.linalg.vector_norm(x, 2, dtype=dtype)
+    flat = x.reshape(-1)
+    whole = flat.numel() - flat.numel() % _ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), 2, dim=1, dtype=dtype)
+    rest = torch.linalg.vector_norm(flat[whole:], 2, dtype=dtype)
+    return torch.hypot(torch.linalg.vector_norm(rows, 2), rest)
 
 
 def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
@@ -78,6 +92,9 @@ def _data(param: torch.Tensor) -> tuple[torch.Tensor, bool]:
 class ModuleStatistics:
     """Measures the modules of one model on the steps that `begin` selects.
 
+    Attributes:
+        names: of the modules; from the first measured step on in the order in which they first ran.
+
     Args:
         model: gets hooks; `detach` removes them.
         every: steps 1, 1 + every, 1 + 2 * every, ... are measured.
@@ -92,6 +109,7 @@ class ModuleStatistics:
             name: module for name, module in model.named_modules() if self._wanted(name, module, chosen)
         }
         self.names = list(self.modules)
+        self._order: list[int] | None = None
         self.active = False
         self._model = model
         self._rows: dict[str, list[tuple[int, float, float, torch.Tensor]]] = {}
@@ -181,27 +199,32 @@ class ModuleStatistics:
                     self._rows.setdefault("gradient", []).append(row)
                 if param.is_floating_point():
                     self._add("optimizer", index, *_data(param))
-        totals = _over_ranks(np.stack([self._totals(phase) for phase in PHASES]), device)
+        ranks = _of_all_ranks(np.stack([self._totals(phase) for phase in PHASES]), device)
+        if self._order is None:
+            self._order = _order(ranks[:, PHASES.index("forward"), :, _PLACE])
+            self.names = [self.names[index] for index in self._order]
+        totals = _added(ranks)[:, self._order]
         scales = {"backward": scale * replicas, "gradient": scale}
         self._rows = {}
         return {
             phase: _statistics(total, scales.get(phase, 1.0))
             for phase, total in zip(PHASES, totals, strict=True)
-            if total[:, 5].any()
+            if total[:, _ELEMENTS].any()
         }
 
     def _totals(self, phase: str) -> Sums:
-        total = np.zeros((len(self.names), _SUMS))
+        total = np.zeros((len(self.modules), _SUMS))
         rows = self._rows.get(phase, [])
         if not rows:
             return total
         numbers = torch.stack([row.float() for *_, row in rows]).cpu().double().numpy()
         numbers[:, 2] **= 2
-        for (index, elements, weight, _), row in zip(rows, numbers, strict=True):
-            largest = max(total[index, 3], row[3]) if not np.isnan(row[3]) else np.nan
-            total[index, :5] += row * weight
-            total[index, 3] = largest
-            total[index, 5] += elements
+        for place, ((index, elements, weight, _), row) in enumerate(zip(rows, numbers, strict=True), 1):
+            largest = max(total[index, _LARGEST], row[_LARGEST]) if not np.isnan(row[_LARGEST]) else np.nan
+            total[index, :_ELEMENTS] += row * weight
+            total[index, _LARGEST] = largest
+            total[index, _ELEMENTS] += elements
+            total[index, _PLACE] = total[index, _PLACE] or place
         return total
 
     def detach(self) -> None:
@@ -211,21 +234,38 @@ class ModuleStatistics:
         self._handles = []
 
 
-def _over_ranks(totals: Sums, device: torch.device | str) -> Sums:
+def _of_all_ranks(totals: Sums, device: torch.device | str) -> Sums:
+    """(ranks, phases, modules, sums)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return totals
+        return totals[None]
     mine = torch.from_numpy(totals).to(device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
-    stacked = np.stack([part.cpu().numpy() for part in everyone])
+    return np.stack([part.cpu().numpy() for part in everyone])
+
+
+def _added(ranks: Sums) -> Sums:
     # Added here, in rank order: not every library adds float64.
-    combined: Sums = stacked.sum(axis=0)
-    combined[..., 3] = stacked[..., 3].max(axis=0)
+    combined: Sums = ranks.sum(axis=0)
+    combined[..., _LARGEST] = ranks[..., _LARGEST].max(axis=0)
     return combined
 
 
+def _order(places: Sums) -> list[int]:
+    """Modules in the order in which they first ran, from their places on each rank (0: not there).
+
+    What ran on an earlier rank comes first: pipeline stages are in the order of ranks. What has not run comes last.
+    """
+
+    def key(index: int) -> tuple[int, float]:
+        ran = np.flatnonzero(places[:, index])
+        return (int(ran[0]), float(places[ran[0], index])) if len(ran) else (len(places), index)
+
+    return sorted(range(places.shape[1]), key=key)
+
+
 def _statistics(total: Sums, scale: float) -> dict[str, list[float | None]]:
-    elements = total[:, 5]
+    elements = total[:, _ELEMENTS]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         columns = (
             total[:, 0] / elements / scale,

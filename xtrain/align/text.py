@@ -11,16 +11,25 @@ from rich.table import Table
 from rich.text import Text
 
 from xtrain.align.alignment import Alignment
+from xtrain.align.compare import Comparison
+from xtrain.align.envelope import LOSS
 
 MOST_DIFFERENCES = 20
 _AROUND = 3  # steps shown on both sides of the first one outside
 
 
+def _departed(alignment: Alignment) -> Comparison | None:
+    """The losses, if they are outside somewhere, else the gradient norms, if those are."""
+    judged = (outcome for outcome in (alignment.curve, alignment.norm) if outcome is not None)
+    return next((outcome for outcome in judged if not outcome.aligned), None)
+
+
 def _nearby(alignment: Alignment) -> list[tuple[int, float, float, float, float]]:
     """(step, reference, candidate, relative difference, allowed) around the first step outside."""
-    curve = alignment.curve
-    if curve is None or curve.first_outside is None:
+    curve = _departed(alignment)
+    if curve is None:
         return []
+    assert curve.first_outside is not None
     row = int(np.searchsorted(curve.step, curve.first_outside))
     rows = range(max(0, row - _AROUND), min(len(curve.step), row + _AROUND + 1))
     columns = (curve.step, curve.reference, curve.candidate, curve.difference, curve.limit)
@@ -75,10 +84,11 @@ def print_report(alignment: Alignment, console: Console) -> None:
         say(alignment.envelope.sentence())
     say(f"{headline(alignment)}: {alignment.sentence()}", "bold green" if alignment.aligned else "bold red")
     if rows := _nearby(alignment):
-        table = Table(*_HEADINGS)
-        assert alignment.curve is not None
+        curve = _departed(alignment)
+        assert curve is not None
+        table = Table(*_HEADINGS, title=None if curve.column == LOSS else "gradient norm")
         for row in rows:
-            table.add_row(*_cells(row), style="red" if row[0] == alignment.curve.first_outside else "")
+            table.add_row(*_cells(row), style="red" if row[0] == curve.first_outside else "")
         console.print(table)
     if alignment.curve is not None:
         for line in module_lines(alignment):
@@ -120,7 +130,9 @@ def markdown(alignment: Alignment) -> str:
             [[d.key, d.reference, d.candidate] for d in alignment.differences],
         )
     if rows := _nearby(alignment):
-        out.write("## Around the first step outside\n\n")
+        curve = _departed(alignment)
+        which = "" if curve is None or curve.column == LOSS else ", gradient norm"
+        out.write(f"## Around the first step outside{which}\n\n")
         table(_HEADINGS, [_cells(row) for row in rows])
     for title, lines in (
         ("Modules", module_lines(alignment)),
@@ -133,10 +145,12 @@ def markdown(alignment: Alignment) -> str:
 
 
 def junit(alignment: Alignment) -> str:
-    """The report as JUnit XML: a case for the losses, and one for the modules if they were compared."""
+    """The report as JUnit XML: a case for the losses, one for the norms if they count, one for the modules."""
     cases = []
     if alignment.curve is not None:
         cases.append(("loss", alignment.curve.aligned, alignment.curve.sentence()))
+    if alignment.norm is not None:
+        cases.append(("gradient norm", alignment.norm.aligned, alignment.norm.sentence()))
     if alignment.modules is not None:
         # Where there are losses, the modules explain; the verdict is not theirs.
         passed = alignment.aligned or alignment.modules.first is None
