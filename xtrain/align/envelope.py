@@ -114,8 +114,8 @@ class Envelope:
         started = f", started {self.size} apart" if self.size else ""
         return (
             f"envelope of {len(self.curves)} runs{started}, steps {self.step[0]} to {self.step[-1]}: allows "
-            f"the loss {limit[0]:.1e} at the first step and {limit[-1]:.1e} at the last; widened {self.factor:.1f} times, "
-            f"{rate}"
+            f"the loss {limit[0]:.1e} at the first step and {limit[-1]:.1e} at the last; widened {self.factor:.1f} "
+            f"times, {rate}"
         )
 
     def save(self, path: Path) -> None:
