@@ -150,6 +150,14 @@ def _no_common(reference: Record, candidate: Record) -> RecordError:
     )
 
 
+def no_envelope() -> RecordError:
+    """The policy is the envelope, and there is none."""
+    return RecordError(
+        "the envelope policy needs an envelope: measure one with `xtrain align envelope`, and name it with "
+        "--envelope FILE"
+    )
+
+
 def compare(
     reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None = None
 ) -> Comparison:
@@ -175,10 +183,7 @@ def compare(
         outside = np.arange(len(step)) == (-1 if first is None else first)
     elif policy.kind == "envelope":
         if envelope is None:
-            raise RecordError(
-                "the envelope policy needs an envelope: measure one with `xtrain align envelope`, and name it with "
-                "--envelope FILE"
-            )
+            raise no_envelope()
         covered, here, there = common_steps(step, envelope.step)
         if not len(covered):
             raise RecordError(
