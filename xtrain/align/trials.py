@@ -122,7 +122,11 @@ def _without_record_path(deepspeed: Tree) -> Tree:
 
 
 def _read_launch(path: Path) -> Configuration:
-    """A run folder, or a config.yaml."""
+    """A run folder, or a config.yaml.
+
+    Raises:
+        ConfigError, RecordError: it is none, cannot be run again, or holds a record that is damaged.
+    """
     file = path / "config.yaml" if path.is_dir() else path
     try:
         loaded: Any = OmegaConf.load(file)
