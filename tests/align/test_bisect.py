@@ -175,6 +175,7 @@ def test_what_cannot_be_searched(stage: Stage) -> None:
         ((good, good), [], None, "have the same settings: there is nothing to search"),
         (([1], bad), [], None, "must hold a JSON object"),
         ((good, bad), ["x"], None, "takes two configurations, GOOD and BAD, and was given 3"),
+        ((good, bad), ["--markdown", "/nowhere/x"], None, "there is no folder /nowhere"),
         ((good, bad), ["--html", "x"], None, "--html has no meaning with --bisect"),
         ((good, bad), ["--plot", "x"], None, "--plot has no meaning with --bisect"),
         ((good, bad), ["--junit", "x"], None, "--junit has no meaning with --bisect"),

@@ -17,9 +17,9 @@ _USAGE = """
   xtrain align REF CAND [--policy POLICY] [--envelope FILE] [--html FILE] [--plot PNG] ...
   xtrain align envelope RUN RUN RUN ... -o FILE
   xtrain align envelope --runs K -o FILE -- COMMAND    ({run} in COMMAND is the run's folder)
-  xtrain align --bisect GOOD BAD [--policy POLICY] [-o FOLDER]    (run folders of xtrain launch, or their config.yaml)
-  xtrain align --bisect GOOD BAD [--policy POLICY] [-o FOLDER] -- COMMAND    (DeepSpeed configs; {config} in COMMAND is
-                                                         that of the trial, {run} its folder)"""
+  xtrain align --bisect GOOD BAD [--policy POLICY] [-o FOLDER]    (run folders of xtrain launch)
+  xtrain align --bisect GOOD BAD [--policy POLICY] [-o FOLDER] -- COMMAND
+      (DeepSpeed configs; in COMMAND, {config} is that of a trial and {run} its folder)"""
 _ENVELOPE = "envelope"
 
 
