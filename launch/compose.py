@@ -94,12 +94,22 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> tuple
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             defaults: Any = OmegaConf.to_container(compose("config"), resolve=False)
             raise ConfigError(_explain(error, defaults)) from None
+    return check_tree(OmegaConf.to_container(tree)), tree
+
+
+def check_tree(tree: Any) -> LaunchConfig:
+    """The typed configuration of a resolved tree.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or its value is wrong.
+    """
     try:
-        checked = LaunchConfig.model_validate(OmegaConf.to_container(tree))
+        return LaunchConfig.model_validate(tree)
     except ValidationError as error:
         problem = error.errors()[0]
         dotted = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "missing":
+            raise ConfigError(f"the key {dotted!r} is missing") from None
         raise ConfigError(
             f"{dotted} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
         ) from None
-    return checked, tree

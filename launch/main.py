@@ -65,6 +65,8 @@ def run(args: argparse.Namespace, script_args: list[str]) -> int:
     if args.dry_run:
         print(_describe(job))
         return 0
+    # config.yaml is to say all that this run was started with: `xtrain align --bisect` starts it again.
+    tree.script_args = [*config.script_args, *script_args]
     lock = write_run_folder(job, tree, deepspeed_config, overrides)
     with lock:
         console.print(

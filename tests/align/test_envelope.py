@@ -274,7 +274,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["envelope", "-o", output, "--runs", "3"], "give recorded runs"),
         (["envelope", "-o", "x.json", *paths], "a .npz file"),
         ([*paths[:2], "--runs", "3"], "for `xtrain align envelope` only"),
-        ([*paths[:2], "--", "x"], "for `xtrain align envelope` only"),
+        ([*paths[:2], "--false-alarms", "0.1"], "for `xtrain align envelope` only"),
+        ([*paths[:2], "--", "x"], "for `xtrain align envelope` and --bisect only"),
+        ([*paths[:2], "-o", "x"], "for `xtrain align envelope` and --bisect only"),
         ([*paths[:3]], "was given 3"),
         ([*paths[:2], "--policy", "envelope", "--envelope", paths[0]], "is not an envelope"),
     ):

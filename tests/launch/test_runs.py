@@ -152,8 +152,9 @@ def test_killing_the_launcher_leaves_nothing(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("CODE", "pass"))
     run_dir = tmp_path / "run"
-    process = _start(run_dir, f"script={script}")
+    process = _start(run_dir, f"script={script}", "script_args=[--mine]", "--", "--more=1")
     _wait_for(lambda: _steps(run_dir) >= 1)
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["script_args"] == ["--mine", "--more=1"]
     second = _start(run_dir, f"script={script}")
     assert "holds a run already" in _finish(second)
     assert second.returncode == 2

@@ -153,6 +153,14 @@ def _no_common(reference: Record, candidate: Record) -> RecordError:
     )
 
 
+def no_envelope() -> RecordError:
+    """The policy is the envelope, and there is none."""
+    return RecordError(
+        "the envelope policy needs an envelope: measure one with `xtrain align envelope`, and name it with "
+        "--envelope FILE"
+    )
+
+
 def compare(
     reference: Record,
     candidate: Record,
@@ -210,10 +218,7 @@ def _from_envelope(
 ) -> tuple[Floats, Floats]:
     """(centre, limit) at every step; where the envelope was not measured, the reference, and no limit."""
     if envelope is None:
-        raise RecordError(
-            "the envelope policy needs an envelope: measure one with `xtrain align envelope`, and name it with "
-            "--envelope FILE"
-        )
+        raise no_envelope()
     covered, here, there = common_steps(step, envelope.step)
     if not len(covered):
         raise RecordError(

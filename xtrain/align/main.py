@@ -16,7 +16,10 @@ from xtrain.files import write_text
 _USAGE = """
   xtrain align REF CAND [--policy POLICY] [--envelope FILE] [--html FILE] [--plot PNG] ...
   xtrain align envelope RUN RUN RUN ... -o FILE
-  xtrain align envelope --runs K -o FILE -- COMMAND    ({run} in COMMAND is the run's folder)"""
+  xtrain align envelope --runs K -o FILE -- COMMAND    ({run} in COMMAND is the run's folder)
+  xtrain align --bisect GOOD BAD [--policy POLICY] [-o FOLDER]    (run folders of xtrain launch)
+  xtrain align --bisect GOOD BAD [--policy POLICY] [-o FOLDER] -- COMMAND
+      (DeepSpeed configs; in COMMAND, {config} is that of a trial and {run} its folder)"""
 _ENVELOPE = "envelope"
 
 
@@ -28,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="PATH",
         help="reference and candidate: run folders, records, or files of other tools (docs/alignment.md); "
-        "or the word envelope, and the runs to measure it from",
+        "or the word envelope, and the runs to measure it from; or the two configurations of --bisect",
+    )
+    parser.add_argument(
+        "--bisect",
+        action="store_true",
+        help="find the settings that make BAD depart from GOOD, by running mixtures of the two",
     )
     parser.add_argument(
         "--policy",
@@ -49,8 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--html", metavar="FILE", help="write the report as one HTML file, with a map of the modules"
     )
     parser.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PATH",
+        help="file that the envelope is written to; folder that the trials of --bisect are kept in, and those "
+        "of an interrupted search found (default: a new one in runs)",
+    )
     measuring = parser.add_argument_group("xtrain align envelope")
-    measuring.add_argument("-o", "--output", metavar="FILE", help="where the envelope is written")
     measuring.add_argument(
         "--runs", type=int, metavar="K", help="run COMMAND so many times, each time perturbed"
     )
@@ -61,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="relative size of it; default: one ulp of each weight",
     )
     measuring.add_argument(
-        "--false-alarms", type=float, default=0.01, metavar="RATE", help="default: %(default)s"
+        "--false-alarms", type=float, metavar="RATE", help=f"default: {measure.FALSE_ALARMS:g}"
     )
 
 
@@ -99,19 +113,25 @@ def write_reports(alignment: Alignment, args: argparse.Namespace) -> list[str]:
 
 
 def run(args: argparse.Namespace, command: list[str] | None = None) -> int:
-    """Exit status 0: aligned, 1: not; errors (2) are raised.
+    """Exit status 0: aligned, 1: not (--bisect: and the settings were found); errors (2) are raised.
 
     Args:
         args: what was parsed.
         command: what stood after `--`; None: there was none.
     """
+    if args.bisect:
+        from xtrain.align import bisect  # Hydra, which comparing does without
+
+        return bisect.run(args, command)
     if args.paths[0] == _ENVELOPE:
         return measure.run(args, args.paths[1:], command)
     if command is not None:
-        raise RecordError("`--` has a meaning for `xtrain align envelope` only")
-    for option, value in (("-o", args.output), ("--runs", args.runs), ("--perturbation", args.perturbation)):
-        if value is not None:
-            raise RecordError(f"{option} has a meaning for `xtrain align envelope` only")
+        raise RecordError("`--` has a meaning for `xtrain align envelope` and --bisect only")
+    if args.output is not None:
+        raise RecordError("-o has a meaning for `xtrain align envelope` and --bisect only")
+    for option in ("runs", "perturbation", "false_alarms"):
+        if getattr(args, option) is not None:
+            raise RecordError(f"--{option.replace('_', '-')} has a meaning for `xtrain align envelope` only")
     if len(args.paths) != 2:
         raise RecordError(f"xtrain align compares two runs, and was given {len(args.paths)}")
     from xtrain.align.text import print_report

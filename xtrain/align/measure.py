@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import subprocess
 import tempfile
 from pathlib import Path
 
+from xtrain.align.command import RUN, last_lines, run_command
 from xtrain.align.envelope import Envelope, measure_records
 from xtrain.align.record import Record
 from xtrain.align.sources import read_curve
 from xtrain.errors import RecordError
 from xtrain.run_folder import METRICS, RUN_DIR_VARIABLE
 
-RUN = "{run}"
 PERTURB_VARIABLE = "XTRAIN_PERTURB"  # as in perturb.py, which needs torch
-_LAST_LINES = 5
+FALSE_ALARMS = 0.01
 WIDE = 20.0
 """A factor above it is told: such an envelope hides defects."""
 
@@ -29,17 +26,12 @@ def _run_once(command: list[str], folder: Path, seed: int, size: float | None) -
         RecordError: it failed, or wrote no record.
     """
     perturbation = str(seed) if size is None else f"{seed}:{size!r}"
-    env = {**os.environ, PERTURB_VARIABLE: perturbation, RUN_DIR_VARIABLE: str(folder)}
-    words = [word.replace(RUN, str(folder)) for word in command]
     log = folder.with_suffix(".log")
-    try:
-        with log.open("wb") as output:
-            status = subprocess.run(words, env=env, stdout=output, stderr=subprocess.STDOUT).returncode
-    except OSError as error:
-        raise RecordError(f"{shlex.quote(words[0])} cannot be run: {error.strerror}") from None
+    status = run_command(command, folder, log, {}, {PERTURB_VARIABLE: perturbation})
     if status != 0:
-        last = " / ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
-        raise RecordError(f"run {seed} of the reference ended with status {status} ({log}): {last}")
+        raise RecordError(
+            f"run {seed} of the reference ended with status {status} ({log}): {last_lines(log)}"
+        )
     if not (folder / METRICS).exists():
         raise RecordError(
             f"run {seed} wrote no record to {folder / METRICS}: pass {RUN} as its run folder "
@@ -66,8 +58,9 @@ def run(args: argparse.Namespace, paths: list[str], command: list[str] | None) -
     """Carry out the command; returns the exit status."""
     if args.output is None:
         raise RecordError("xtrain align envelope needs -o FILE: where the envelope is written")
-    if not 0 < args.false_alarms <= 0.5:
-        raise RecordError(f"--false-alarms is a rate above 0 and up to 0.5, not {args.false_alarms:g}")
+    rate = FALSE_ALARMS if args.false_alarms is None else args.false_alarms
+    if not 0 < rate <= 0.5:
+        raise RecordError(f"--false-alarms is a rate above 0 and up to 0.5, not {rate:g}")
     output = Path(args.output)
     if output.suffix != ".npz":
         raise RecordError(f"-o {args.output}: an envelope is a .npz file")
@@ -87,7 +80,7 @@ def run(args: argparse.Namespace, paths: list[str], command: list[str] | None) -
         if args.perturbation is not None:
             raise RecordError("--perturbation needs --runs K -- COMMAND: recorded runs have made theirs")
         records = [read_curve(path, args.loss) for path in paths]
-    envelope = measure_records(records, args.false_alarms, size)
+    envelope = measure_records(records, rate, size)
     try:
         envelope.save(output)
     except OSError as error:

@@ -97,8 +97,16 @@ def print_report(alignment: Alignment, console: Console) -> None:
         say(f"hint: {hint}", "yellow")
 
 
-def _escape(cell: str) -> str:
+def escape(cell: str) -> str:
+    """Text as a cell of a Markdown table."""
     return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def markdown_table(headings: tuple[str, ...], rows: list[list[str]]) -> str:
+    """A table and an empty line."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    lines += ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
+    return "\n".join(lines) + "\n\n"
 
 
 def markdown(alignment: Alignment) -> str:
@@ -106,12 +114,9 @@ def markdown(alignment: Alignment) -> str:
     out = StringIO()
 
     def table(headings: tuple[str, ...], rows: list[list[str]]) -> None:
-        out.write("| " + " | ".join(headings) + " |\n|" + " --- |" * len(headings) + "\n")
-        for row in rows:
-            out.write("| " + " | ".join(map(_escape, row)) + " |\n")
-        out.write("\n")
+        out.write(markdown_table(headings, rows))
 
-    out.write(f"# Loss curves: {headline(alignment)}\n\n{_escape(alignment.sentence())}.\n\n")
+    out.write(f"# Loss curves: {headline(alignment)}\n\n{escape(alignment.sentence())}.\n\n")
     table(
         ("", "file", "kind", "steps"),
         [
@@ -140,7 +145,7 @@ def markdown(alignment: Alignment) -> str:
         ("Notes", alignment.notes),
     ):
         if lines:
-            out.write(f"## {title}\n\n" + "".join(f"- {_escape(line)}\n" for line in lines) + "\n")
+            out.write(f"## {title}\n\n" + "".join(f"- {escape(line)}\n" for line in lines) + "\n")
     return out.getvalue().rstrip("\n") + "\n"
 
 

@@ -83,7 +83,12 @@ def _parse(text: str, source: str, strict: bool = False) -> dict[str, Any]:
     return data
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A DeepSpeed config file as it stands, unchecked.
+
+    Raises:
+        ConfigError: it is missing, or no JSON (or Hjson) object.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -113,7 +118,7 @@ def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     packed = None if isinstance(config, Path) or os.path.exists(config) else _from_base64(config)
     if packed is not None:
         return _parse(packed, "base64 config", strict=True), "base64 config"
-    return _read_json(Path(config)), str(config)
+    return read_json(Path(config)), str(config)
 
 
 def _section_model(path: tuple[Any, ...]) -> type[BaseModel] | None:
