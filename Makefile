@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-mpi lint parity docs clean
+.PHONY: install train test test-slow test-mpi lint parity detection docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -49,6 +49,10 @@ parity: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[deepspeed]'
 	$(BIN)/python -m tests.parity.record $(if $(RECORD),,--check)
 	$(BIN)/python -m tests.compat.record $(if $(RECORD),,--check)
+
+# Trains glm_tiny about 80 times (half an hour) and writes the tables of docs/alignment.md; runs are kept in $(RUNS)/detection.
+detection: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.detection --folder $(RUNS)/detection
 
 docs: $(STAMP)
 	$(BIN)/python -m xtrain.config.document docs/config.md

@@ -93,7 +93,7 @@ class ModuleStatistics:
     """Measures the modules of one model on the steps that `begin` selects.
 
     Attributes:
-        names: of the modules; from the first measured step on in the order in which they first ran.
+        names: of the modules; from the first measured step on in the order in which they last ran.
 
     Args:
         model: gets hooks; `detach` removes them.
@@ -224,7 +224,7 @@ class ModuleStatistics:
             total[index, :_ELEMENTS] += row * weight
             total[index, _LARGEST] = largest
             total[index, _ELEMENTS] += elements
-            total[index, _PLACE] = total[index, _PLACE] or place
+            total[index, _PLACE] = place  # of the last call: what ran between two calls is not to come after both
         return total
 
     def detach(self) -> None:
@@ -252,7 +252,7 @@ def _added(ranks: Sums) -> Sums:
 
 
 def _order(places: Sums) -> list[int]:
-    """Modules in the order in which they first ran, from their places on each rank (0: not there).
+    """Modules in the order in which they last ran, from their places on each rank (0: not there).
 
     What ran on an earlier rank comes first: pipeline stages are in the order of ranks. What has not run comes last.
     """

@@ -1,0 +1,109 @@
+"""The tables of docs/alignment.md."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.detection.judge import RUNS, Verdict
+from benchmarks.detection.training import LENGTH, SAMPLES, STEPS
+from xtrain.align.environment import describe
+from xtrain.files import write_text
+from xtrain.version import __version__
+
+BEGIN, END = "<!-- written by python -m benchmarks.detection -->", "<!-- end of what it writes -->"
+
+
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _step(step: int | None) -> str:
+    return "-" if step is None else str(step)
+
+
+def _module(verdict: Verdict) -> str:
+    if not verdict.module:
+        return "-"
+    mark = "" if verdict.right_module else f" (not {verdict.case.module})"
+    return f"{verdict.module}, {verdict.phase} of step {verdict.module_step}{mark}"
+
+
+def defects(verdicts: list[Verdict], wide: dict[str, Verdict]) -> str:
+    """Table and summary of injected defects; `wide`: verdicts by the TF32 band, by title."""
+    ran = [v for v in verdicts if not v.error]
+    flagged, right = sum(v.began is not None for v in ran), sum(v.right_step for v in ran)
+    blamed = [v for v in ran if v.case.module]
+    rows = [
+        (v.case.title, f"not run: {v.error}", *[""] * 6)
+        if v.error
+        else (
+            v.case.title,
+            _step(v.acts),
+            _step(v.began) + ("" if v.right_step else " (!)"),
+            _step(v.loss),
+            _step(v.norm),
+            _module(v),
+            _step(wide[v.case.title].began) if v.case.title in wide else "",
+            _step(v.common),
+        )
+        for v in verdicts
+    ]
+    headings = (
+        "defect", "acts from step", "report: departs from step", "loss outside", "norm outside", "module named",
+        "by the TF32 band", "2 % mean error",
+    )  # fmt: skip
+    return (
+        f"Of {len(ran)} defects the envelope flags {flagged}, {right} of them with the right step (±1), and names the "
+        f"right module for {sum(v.right_module for v in blamed)} of the {len(blamed)} for which one is to blame. "
+        f"By the TF32 band {sum(v.began is not None for v in wide.values())} of {len(wide)} are flagged, by a mean "
+        f"relative error of 2 % {sum(v.common is not None for v in ran)} of {len(ran)}.\n\n"
+        + _table(headings, rows)
+    )
+
+
+def harmless(verdicts: list[Verdict]) -> str:
+    """Table and summary of harmless differences."""
+    ran = [v for v in verdicts if not v.error]
+    rows = [
+        (v.case.title, f"not run: {v.error}", "", "", "")
+        if v.error
+        else (
+            v.case.title,
+            "one ulp" if v.case.band == "one ulp" else v.case.band,
+            "the same bits" if v.largest == 0 else f"{v.largest:.1e}",
+            f"{v.times:.2f}",
+            "aligned" if v.began is None else f"departs from step {v.began}",
+        )
+        for v in verdicts
+    ]
+    headings = ("difference", "band", "largest difference of a loss", "of what is allowed", "verdict")
+    return (
+        f"Of {len(ran)} harmless differences the envelope flags {sum(v.began is not None for v in ran)} "
+        f"(and a mean of 2 % {sum(v.common is not None for v in ran)}).\n\n" + _table(headings, rows)
+    )
+
+
+def _about() -> str:
+    processor = describe("cpu")["processor"]
+    return (
+        f"glm_tiny, {STEPS} steps of {SAMPLES} samples of {LENGTH} tokens, envelopes of {RUNS} runs. Measured on "
+        f"{datetime.date.today()} with xtrain {__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {processor}."
+    )
+
+
+def update(path: Path, *tables: str) -> None:
+    """Put the tables between the two marks of a document."""
+    text = path.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{path} has no lines {BEGIN} and {END}, between which the tables belong")
+    write_text(path, before + "\n\n".join([BEGIN, _about(), *tables]).rstrip("\n") + "\n\n" + END + after)
