@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-mpi lint parity docs clean
+.PHONY: install train test test-slow test-mpi lint parity align-reference docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -49,6 +49,10 @@ parity: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[deepspeed]'
 	$(BIN)/python -m tests.parity.record $(if $(RECORD),,--check)
 	$(BIN)/python -m tests.compat.record $(if $(RECORD),,--check)
+
+# The reference and the envelope that tests/align/test_curves.py compares with, measured anew on this machine.
+align-reference: $(STAMP)
+	$(BIN)/python -m tests.align.small_glm
 
 docs: $(STAMP)
 	$(BIN)/python -m xtrain.config.document docs/config.md
