@@ -85,7 +85,7 @@ def config(stage: int = 1, micro: int = 4, bf16: bool = False, **section: Any) -
     }
 
 
-def train(folder: str, settings: dict[str, Any], perturbation: str = "", steps: int = STEPS) -> None:
+def train(folder: str, settings: dict[str, Any], perturbation: str = "") -> None:
     """Train on this rank, and record to `metrics.jsonl` in a folder.
 
     Args:
@@ -102,14 +102,14 @@ def train(folder: str, settings: dict[str, Any], perturbation: str = "", steps: 
             model = GLM(SIZES)
         engine = xtrain.initialize(model=model, model_parameters=list(model.parameters()), config=given)[0]
         try:
-            _steps(engine, steps)
+            _steps(engine)
         finally:
             engine.destroy()
 
 
-def _steps(engine: Any, steps: int) -> None:
+def _steps(engine: Any) -> None:
     micro, accumulation = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
-    for step in range(steps):
+    for step in range(STEPS):
         for index in range(accumulation):
             first = (engine.global_rank * accumulation + index) * micro
             engine.backward(engine(**batch(step, first, micro)))

@@ -102,11 +102,11 @@ def _store(request: pytest.FixtureRequest, given: Path, stored: Path, loss: str 
     from xtrain.align.sources import read_curve
     from xtrain.files import atomic_path
 
-    by = request.config.stash.setdefault(_STORED, {})
-    if by.setdefault(stored.resolve(), request.node.nodeid) != request.node.nodeid:
+    by, key = request.config.stash.setdefault(_STORED, {}), stored.resolve()
+    if key in by:
         pytest.fail(
-            f"{stored} was stored by {by[stored.resolve()]} a moment ago: the last of several candidates would "
-            "win; pass update=False to all but one",
+            f"{stored} was stored by {by[key]} a moment ago: the last of several candidates would win; pass "
+            "update=False to all but one",
             pytrace=False,
         )
     read_curve(given, loss)  # what cannot be read must not become a reference
@@ -115,6 +115,7 @@ def _store(request: pytest.FixtureRequest, given: Path, stored: Path, loss: str 
     stored.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(stored) as temporary:
         shutil.copyfile(record_file(given), temporary)
+    by[key] = request.node.nodeid
 
 
 def _warn_if_outside(stored: Path, policy: str, envelope: Path | None, loss: str | None) -> None:
