@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-mpi lint parity detection docs clean
+.PHONY: install train test test-slow test-mpi lint parity detection align-reference docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -53,6 +53,10 @@ parity: $(STAMP)
 # Trains glm_tiny about 80 times (half an hour) and writes the tables of docs/alignment.md; runs are kept in $(RUNS)/detection.
 detection: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.detection --folder $(RUNS)/detection
+
+# The reference and the envelope that tests/align/test_curves.py compares with, measured anew on this machine.
+align-reference: $(STAMP)
+	$(BIN)/python -m tests.align.small_glm
 
 docs: $(STAMP)
 	$(BIN)/python -m xtrain.config.document docs/config.md

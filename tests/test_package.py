@@ -128,3 +128,37 @@ def test_the_wheel_has_everything_and_runs_from_any_folder(wheel: Path, tmp_path
     code = "import sys; from xtrain import cli; sys.exit(cli.main(['launch', '--dry-run', 'train.steps=3']))"
     out = _python(code, path=tmp_path / "site", cwd=tmp_path)
     assert str(tmp_path / "site" / "xtrain" / "examples" / "pretrain_glm.py") in out
+
+
+def test_the_wheels_pytest_plugin(wheel: Path, tmp_path: Path) -> None:
+    """Found by its entry point; it imports nothing heavy for tests that do not use it."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "conftest.py").write_text(
+        "import sys\n"
+        "def pytest_sessionfinish():\n"
+        "    print('heavy:', sorted({'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules)))\n"
+    )
+    (project / "test_it.py").write_text(
+        "def test_plain(): pass\ndef test_curve(xtrain_align): xtrain_align('none', 'none')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=project)
+
+    light = run("-k", "plain")
+    assert light.returncode == 0, light.stdout
+    assert "heavy: []" in light.stdout
+    used = run("-k", "curve")
+    assert used.returncode == 1
+    assert "there is no reference" in used.stdout
+    off = run("-p", "no:xtrain.align.pytest_plugin", "-k", "curve")
+    assert "fixture 'xtrain_align' not found" in off.stdout
+    assert (
+        "unrecognized arguments: --update-reference"
+        in run("-p", "no:xtrain.align.pytest_plugin", "--update-reference").stderr
+    )

@@ -397,3 +397,17 @@ def test_real_deepspeed_is_recorded_alike(
             np.testing.assert_allclose(
                 one.values[phase, statistic], two.values[phase, statistic], rtol=tolerance, err_msg=phase
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (513,), (7, 300), (1024, 1025)])
+def test_statistics_of_a_tensor_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Nearly equal elements, of which float32 loses much when it adds them one after the other."""
+    draw = torch.Generator().manual_seed(0)
+    x = (1 / 96 + 1e-4 * torch.rand(shape, generator=draw)).to(dtype)
+    for tensor in (x, x.t() if x.ndim == 2 else x, -x):
+        wide = tensor.double()
+        exact = [wide.sum(), wide.abs().sum(), wide.square().sum().sqrt(), wide.abs().max(), 0]
+        torch.testing.assert_close(
+            measure(tensor).double(), torch.tensor([float(v) for v in exact]).double(), rtol=1e-6, atol=0
+        )

@@ -1,4 +1,4 @@
-"""Reports: complete, well formed, self-contained; the pytest plug-in; envelopes from reruns."""
+"""Reports: complete, well formed, self-contained; envelopes from reruns."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from tests.align.records import write
 from xtrain import cli
 from xtrain.align.recorder import Recorder
 from xtrain.align.sources import read_curve
-
-pytest_plugins = ["pytester"]
 
 
 def _train(path: Path, factor: float = 1.0, steps: int = 30) -> Path:
@@ -112,40 +110,6 @@ def test_reports_of_curves_with_nothing_to_draw(tmp_path: Path) -> None:
         parser = _Balanced()
         parser.feed(page.read_text())
         assert not parser.open
-
-
-def test_the_fixture(pytester: pytest.Pytester, tmp_path: Path) -> None:
-    first, same, other = (tmp_path / f"{name}.jsonl" for name in ("first", "same", "other"))
-    write(first, {1: 2.0, 2: 1.0})
-    write(same, {1: 2.0, 2: 1.0001})
-    write(other, {1: 2.0, 2: 1.5})
-    pytester.makepyfile(
-        """
-        import os
-
-        def test_curve(xtrain_align):
-            xtrain_align(os.environ["CANDIDATE"], "references/curve.jsonl", policy="relative:0.001")
-        """
-    )
-    arguments = ("-p", "xtrain.align.pytest_plugin", "-q")
-
-    def run(candidate: Path, *more: str) -> pytest.RunResult:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("CANDIDATE", str(candidate))
-            return pytester.runpytest(*arguments, *more)
-
-    missing = run(first)
-    missing.assert_outcomes(failed=1)
-    missing.stdout.fnmatch_lines(["*there is no reference*--update-reference*"])
-    run(first, "--update-reference").assert_outcomes(passed=1)
-    run(same).assert_outcomes(passed=1)
-    parted = run(other)
-    parted.assert_outcomes(failed=1)
-    parted.stdout.fnmatch_lines(["*# Loss curves: not aligned*", "*part at step 2*"])
-    run(tmp_path / "none", "--update-reference").assert_outcomes(failed=1)
-    run(tmp_path / "none").assert_outcomes(failed=1)
-    run(other, "--update-reference").assert_outcomes(passed=1)
-    run(other).assert_outcomes(passed=1)
 
 
 # Without torch, whose import takes seconds: what a recorded run of a perturbed model leaves behind.

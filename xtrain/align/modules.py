@@ -246,7 +246,7 @@ class _Comparing:
             if statistic != "max_abs" or np.ndim(limit) or self.tolerance == 0:
                 # One element's magnitude is too restless for a tolerance that was not measured.
                 outside[statistic] = deviation > limit
-            with np.errstate(invalid="ignore"):
+            with np.errstate(invalid="ignore", over="ignore"):
                 heat = np.fmax(heat, deviation / np.maximum(limit, np.float32(_ULP)))
         self.result.heat[phase] = (steps, heat)
         if outside:
