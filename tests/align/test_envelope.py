@@ -199,7 +199,8 @@ def test_steps_beyond_the_envelope_are_not_judged() -> None:
     policy = Policy("envelope")
     found = align_records(make(longer), make({**longer, STEPS + 1: 2.0}), policy, envelope)
     assert found.aligned
-    assert "does not cover 1 of the steps" in " ".join(found.notes)
+    assert "does not cover 1 of the steps" in " ".join(found.left_out)
+    assert found.exit_code == 2
     assert not align_records(make(longer), make({**longer, STEPS + 1: math.nan}), policy, envelope).aligned
     with pytest.raises(RecordError, match="none of those of the records"):
         align_records(make({999: 1.0}), make({999: 1.0}), policy, envelope)

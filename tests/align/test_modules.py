@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from xtrain.align.envelope import measure_records
 from xtrain.align.hints import hints
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable
 from xtrain.align.modules import ModuleBands, compare_modules, measure_bands
+from xtrain.align.text import junit
 
 NAMES = [f"layers.{index}" for index in range(5)]
 
@@ -215,8 +217,50 @@ def test_gaps_are_told() -> None:
     with_gap = {step: loss for step, loss in _losses().items() if not 10 < step < 15}
     found = align_records(make(_losses()), make(with_gap), Policy("exact"))
     assert found.aligned
-    assert found.notes == ["the candidate has 1 gap: steps between 10 and 15 are missing"]
+    assert found.left_out == ["the candidate has 1 gap: steps between 10 and 15 are missing"]
+    assert found.exit_code == 2
     assert "4 steps stand in one record only and were not compared" in found.sentence()
+
+
+def test_ends_that_differ_are_told() -> None:
+    losses = _losses()
+    early = {step: loss for step, loss in losses.items() if step <= 10}
+    found = align_records(make(losses), make(early), Policy("exact"))
+    last = max(losses)
+    assert found.left_out == [
+        f"the reference ends at step {last} and the candidate at step 10: what is between was not compared"
+    ]
+    assert (found.aligned, found.exit_code, replace(found, partial=True).exit_code) == (True, 2, 0)
+    assert 'name="completeness"' in junit(found)
+    assert 'failures="1"' in junit(found)
+    assert 'failures="0"' in junit(replace(found, partial=True))
+    # A tool that logs every fifth step has left out nothing that it had.
+    coarse = {step: loss for step, loss in losses.items() if step % 5 == 0}
+    assert align_records(make(losses), make(coarse), Policy("exact")).exit_code == 0
+    # What is outside is outside, however little there is to compare.
+    assert align_records(make(losses), make({**early, 10: 9.0}), Policy("exact")).exit_code == 1
+
+
+def test_modules_decide_by_the_envelope() -> None:
+    """Losses that agree, and one module that does not: too small for the loss, and no rounding."""
+    runs = [make(_losses()) for _ in range(5)]
+    draw = np.random.default_rng(0)
+    for run in runs:
+        run.columns["loss"] *= 1 + 1e-8 * draw.standard_normal(len(run.step))
+        run.modules = _table()
+    envelope = measure_records(runs[:4])
+    assert envelope.bands is not None
+    assert align_records(runs[0], runs[4], Policy("envelope"), envelope).exit_code == 0
+    assert runs[4].modules is not None
+    runs[4].modules.values["forward", "rms"][1] *= 1.001
+    found = align_records(runs[0], runs[4], Policy("envelope"), envelope)
+    assert found.curve is not None
+    assert found.curve.aligned
+    assert found.modules is not None
+    assert found.modules.first is not None
+    assert (found.exit_code, found.began) == (1, found.modules.first.step)
+    assert "the first module that departs" in found.sentence()
+    assert "a flipped bit" in found.hints[0]
 
 
 @pytest.mark.parametrize("policy", ["exact", "relative:0.1", "mean:0.1"])

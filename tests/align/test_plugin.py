@@ -69,7 +69,7 @@ def test_a_candidate_that_stopped_early_fails(run: Run, tmp_path: Path) -> None:
     run(CURVE, "--update-reference", CANDIDATE=whole).assert_outcomes(passed=1)
     outcome = run(CURVE, CANDIDATE=short)
     outcome.assert_outcomes(failed=1)
-    outcome.stdout.fnmatch_lines(["*short.jsonl ends at step 5 and was to reach step 8*pass steps=5*"])
+    outcome.stdout.fnmatch_lines(["*the reference ends at step 8 and the candidate at step 5*steps=5*"])
     for steps, passed in ((5, 1), (6, 0)):
         text = CURVE.replace("policy=", f"steps={steps}, policy=")
         run(text, CANDIDATE=short).assert_outcomes(passed=passed, failed=1 - passed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from xtrain.align.record import Record
 from xtrain.align.sources import read_curve
 from xtrain.errors import RecordError
 
+POLICY = "relative:0.02"
+"""Unless another one is asked for."""
 ENVELOPE = "envelope.npz"
 """Name under which an envelope is found beside the reference."""
 
@@ -31,6 +33,8 @@ class Alignment:
         differences: of configuration and environment.
         hints: where to look first.
         notes: what was odd about the files.
+        left_out: what could not be compared, a sentence each.
+        partial: whether that is accepted.
     """
 
     reference: Record
@@ -43,18 +47,23 @@ class Alignment:
     differences: list[Difference] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    partial: bool = False
 
     @property
     def aligned(self) -> bool:
-        """The verdict: that of the losses and, by the envelope, of the gradient norms; without them the modules'."""
-        if self.curve is not None:
-            return self.curve.aligned and (self.norm is None or self.norm.aligned)
-        return self.modules is not None and self.modules.first is None
+        """The verdict: by the envelope that of everything measured; else that of the losses, if there are any."""
+        curves = [outcome.aligned for outcome in (self.curve, self.norm) if outcome is not None]
+        if curves and self.policy.kind != "envelope":
+            return all(curves)
+        return all(curves) and (self.modules is None or self.modules.first is None)
 
     @property
     def exit_code(self) -> int:
-        """0: aligned, 1: not."""
-        return 0 if self.aligned else 1
+        """0: aligned, 1: not, 2: aligned as far as they could be compared, and that is not accepted."""
+        if not self.aligned:
+            return 1
+        return 2 if self.left_out and not self.partial else 0
 
     @property
     def began(self) -> int | None:
@@ -66,28 +75,64 @@ class Alignment:
             found.append(self.modules.first.step)
         return min(step for step in found if step is not None)
 
+    def _by_modules(self) -> bool:
+        """Whether nothing but statistics of modules departs."""
+        return not self.aligned and all(
+            outcome.aligned for outcome in (self.curve, self.norm) if outcome is not None
+        )
+
     def sentence(self) -> str:
         """The verdict for a person."""
         if self.curve is None:
             assert self.modules is not None
             return self.modules.sentence()
         parts = [outcome.sentence() for outcome in (self.curve, self.norm) if outcome is not None]
-        if self.began is not None:
+        if self.modules is not None and self.modules.first is not None and self._by_modules():
+            parts.append(self.modules.first.sentence())
+        elif self.began is not None:
             parts.append(f"the departure begins at step {self.began}")
         return "; ".join(parts)
 
 
-def _gaps(record: Record, name: str) -> list[str]:
-    if len(record.step) < 3:
+def _stride(record: Record) -> int:
+    return int(np.median(np.diff(record.step))) if len(record.step) > 1 else 1
+
+
+def _gaps(record: Record, name: str, other: Record) -> list[str]:
+    """Steps that a record lacks between its first and last, and the other has."""
+    wide = np.flatnonzero(np.diff(record.step) > _stride(record))
+    between = [(record.step[row], record.step[row + 1]) for row in wide]
+    lost = [pair for pair in between if ((other.step > pair[0]) & (other.step < pair[1])).any()]
+    if not lost:
         return []
-    strides = np.diff(record.step)
-    usual = int(np.median(strides))
-    wide = np.flatnonzero(strides > usual)
-    if not len(wide):
-        return []
-    first = record.step[wide[0]]
-    many = "1 gap" if len(wide) == 1 else f"{len(wide)} gaps"
-    return [f"the {name} has {many}: steps between {first} and {first + strides[wide[0]]} are missing"]
+    many = "1 gap" if len(lost) == 1 else f"{len(lost)} gaps"
+    return [f"the {name} has {many}: steps between {lost[0][0]} and {lost[0][1]} are missing"]
+
+
+def _ends(reference: Record, candidate: Record) -> list[str]:
+    """Where the steps of one begin earlier or end later, by more than one of them is apart from the next."""
+    near = max(_stride(reference), _stride(candidate))
+    told = []
+    for word, place in (("begins", 0), ("ends", -1)):
+        ours, theirs = int(reference.step[place]), int(candidate.step[place])
+        if abs(ours - theirs) >= near:
+            told.append(
+                f"the reference {word} at step {ours} and the candidate at step {theirs}: what is between was not "
+                "compared"
+            )
+    return told
+
+
+def _not_compared(
+    reference: Record, candidate: Record, curve: Comparison, envelope: Envelope | None
+) -> list[str]:
+    told = [*_ends(reference, candidate)]
+    told += [*_gaps(reference, "reference", candidate), *_gaps(candidate, "candidate", reference)]
+    if broken := int((~np.isfinite(curve.reference)).sum()):
+        told.append(f"the reference itself has a loss that is not finite at {broken} steps")
+    if envelope is not None and (beyond := int(np.isinf(curve.limit).sum())):
+        told.append(f"the envelope does not cover {beyond} of the steps: they were not judged")
+    return told
 
 
 def find_envelope(reference: Path, given: str | Path | None) -> Envelope | None:
@@ -101,9 +146,10 @@ def find_envelope(reference: Path, given: str | Path | None) -> Envelope | None:
 def align(
     reference: str | Path,
     candidate: str | Path,
-    policy: str | Policy = "relative:0.02",
+    policy: str | Policy = POLICY,
     envelope: str | Path | None = None,
     loss: str | None = None,
+    partial: bool = False,
 ) -> Alignment:
     """Compare two runs.
 
@@ -112,13 +158,15 @@ def align(
         policy: "exact", "relative:0.02" (every step), "mean:0.02" or "envelope".
         envelope: its file; None: `envelope.npz` beside the reference.
         loss: the column that is the loss, for files with names of their own.
+        partial: accept that some of it cannot be compared.
 
     Raises:
         RecordError: there is nothing that could be compared, in one sentence.
     """
     chosen = Policy.parse(policy) if isinstance(policy, str) else policy
     measured = find_envelope(Path(reference), envelope) if chosen.kind == "envelope" else None
-    return align_records(read_curve(reference, loss), read_curve(candidate, loss), chosen, measured)
+    found = align_records(read_curve(reference, loss), read_curve(candidate, loss), chosen, measured)
+    return replace(found, partial=partial)
 
 
 def align_records(
@@ -152,16 +200,11 @@ def align_records(
         for name, record in (("reference", reference), ("candidate", candidate))
         for note in record.notes
     ]
-    notes += [*unmeasured, *_gaps(reference, "reference"), *_gaps(candidate, "candidate")]
+    notes += unmeasured
+    left_out = [] if modules is None else modules.notes
     if curve is not None:
-        broken = int((~np.isfinite(curve.reference)).sum())
-        if broken:
-            notes.append(f"the reference itself has a loss that is not finite at {broken} steps")
-        if envelope is not None and np.isinf(curve.limit).any():
-            beyond = int(np.isinf(curve.limit).sum())
-            notes.append(f"the envelope does not cover {beyond} of the steps: they were not judged")
-    if modules is not None:
-        notes += modules.notes
+        left_out = _not_compared(reference, candidate, curve, envelope) + left_out
+    depart = policy.kind == "envelope" and modules is not None and modules.first is not None
     return Alignment(
         reference,
         candidate,
@@ -171,6 +214,7 @@ def align_records(
         norm,
         envelope,
         header_differences(reference.header, candidate.header),
-        [] if curve is None else hints(reference, candidate, curve, norm),
+        [] if curve is None else hints(reference, candidate, curve, norm, depart),
         notes,
+        left_out,
     )

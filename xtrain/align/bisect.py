@@ -6,7 +6,7 @@ import argparse
 from datetime import datetime
 from pathlib import Path
 
-from xtrain.align.alignment import find_envelope
+from xtrain.align.alignment import POLICY, find_envelope
 from xtrain.align.bisection import Bisection, Cause
 from xtrain.align.changes import find_changes, make_settings
 from xtrain.align.compare import Policy, no_envelope
@@ -78,7 +78,9 @@ def _start(args: argparse.Namespace, command: list[str] | None) -> Bisection:
     for option in _REFUSED:
         if getattr(args, option) is not None:
             raise RecordError(f"--{option.replace('_', '-')} has no meaning with --bisect")
-    policy = Policy.parse(args.policy)
+    if args.partial:
+        raise RecordError("--partial has no meaning with --bisect, where runs have the same steps")
+    policy = Policy.parse(args.policy or POLICY)
     if args.envelope is not None and policy.kind != "envelope":
         raise RecordError(f"--envelope {args.envelope} is for --policy envelope, and the policy is {policy}")
     if args.markdown is not None and not Path(args.markdown).parent.is_dir():

@@ -75,15 +75,20 @@ class Envelope:
         curves: Floats,
         false_alarms: float = FALSE_ALARMS,
         norms: Floats | None = None,
+        bands: ModuleBands | None = None,
         **more: Any,
     ) -> Envelope:
-        """The envelope of K >= 2 runs over the same steps; one widening for losses and gradient norms together."""
+        """The envelope of K >= 2 runs over the same steps; one widening for losses and gradient norms together.
+
+        Where modules are judged, too, half of the false alarms is theirs.
+        """
         if len(curves) < 3:
-            return cls(step, curves, None, FACTOR_OF_TWO, norms, **more)
+            return cls(step, curves, None, FACTOR_OF_TWO, norms, bands=bands, **more)
         found = strays(curves, floor=FLOOR)
         if norms is not None:
             found = np.maximum(found, strays(norms, floor=NORM_FLOOR))
-        return cls(step, curves, false_alarms, widening(found, false_alarms), norms, **more)
+        share = false_alarms if bands is None else false_alarms / 2
+        return cls(step, curves, false_alarms, widening(found, share), norms, bands=bands, **more)
 
     def outside(self, curve: Floats, name: str = LOSS) -> npt.NDArray[np.bool_]:
         """At which steps a curve over the same steps is outside."""
@@ -99,7 +104,9 @@ class Envelope:
         for left_out in range(len(self.curves)):
             judged = self._judged()
             others = {name: np.delete(curves, left_out, axis=0) for name, curves in judged.items()}
-            envelope = Envelope.measure(self.step, others[LOSS], self.false_alarms, others.get(NORM))
+            envelope = Envelope.measure(
+                self.step, others[LOSS], self.false_alarms, others.get(NORM), self.bands
+            )
             departed += any(envelope.outside(curves[left_out], name).any() for name, curves in judged.items())
         return departed
 
@@ -150,10 +157,11 @@ def read_envelope(path: Path) -> Envelope:
             step, curves = file["step"].astype(np.int64), file["curves"].astype(np.float64)
             norms = file["norms"].astype(np.float64) if "norms" in file else None
             bands = ModuleBands.from_arrays(file)
-        if about["type"] != "xtrain envelope" or about["version"] != VERSION:
-            raise RecordError(
-                f"{path} is an envelope of version {about['version']}, this xtrain reads {VERSION}"
-            )
+        if about["type"] != "xtrain envelope":
+            raise ValueError(f"its type is {about['type']!r}")
+        if about["version"] != VERSION:
+            found = about["version"]
+            raise ValueError(f"version {found}, and this xtrain reads {VERSION}: measure it again")
         if curves.ndim != 2 or len(curves) < 2 or curves.shape[1] != len(step) or not len(step):
             raise ValueError(f"{curves.shape} losses for {len(step)} steps")
         if norms is not None and norms.shape != curves.shape:
@@ -172,7 +180,7 @@ def read_envelope(path: Path) -> Envelope:
     except FileNotFoundError:
         raise RecordError(f"{path} does not exist: measure it with `xtrain align envelope`") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, EOFError) as error:
-        raise RecordError(f"{path} is not an envelope: {error}") from None
+        raise RecordError(f"{path} is not an envelope that can be read: {error}") from None
 
 
 def measure_records(
@@ -208,7 +216,7 @@ def measure_records(
         )
     norms = np.stack([record.column(NORM)[np.searchsorted(record.step, steps)] for record in records])
     tables = [record.modules for record in records if record.modules is not None]
-    bands = measure_bands(tables, false_alarms) if len(tables) == len(records) else None
+    bands = measure_bands(tables, false_alarms / 2) if len(tables) == len(records) else None
     return Envelope.measure(
         steps,
         curves,

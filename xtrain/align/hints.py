@@ -203,14 +203,22 @@ PATTERNS: tuple[Callable[[Evidence], str | None], ...] = (
     _gradient_first,
 )
 """The most telling first."""
+_MODULES_ALONE = (
+    "losses and gradient norms agree, and a module does not: something too small for them to show, such as a flipped "
+    "bit, or other arithmetic in that module"
+)
 
 
 def hints(
-    reference: Record, candidate: Record, outcome: Comparison, norm: Comparison | None = None
+    reference: Record,
+    candidate: Record,
+    outcome: Comparison,
+    norm: Comparison | None = None,
+    modules_depart: bool = False,
 ) -> list[str]:
-    """What the patterns say; empty for curves that agree."""
+    """What the patterns say; empty for runs that agree."""
     if outcome.aligned and (norm is None or norm.aligned):
-        return []
+        return [_MODULES_ALONE] if modules_depart else []
     evidence = Evidence(reference, candidate, outcome, norm)
     found = [pattern(evidence) for pattern in PATTERNS]
     return [hint for hint in found if hint is not None]

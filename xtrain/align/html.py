@@ -212,7 +212,7 @@ def html(alignment: Alignment) -> str:
     parts = [
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>",
         f"</head><body><h1>{title}</h1>",
-        f"<p class='verdict {'yes' if alignment.aligned else 'no'}'>{escape(alignment.sentence())}.</p>",
+        f"<p class='verdict {'no' if alignment.exit_code else 'yes'}'>{escape(alignment.sentence())}.</p>",
         f"<p>Policy {escape(str(alignment.policy))}.",
         "" if alignment.envelope is None else f" {escape(alignment.envelope.sentence())}.",
         "</p>",
@@ -223,6 +223,7 @@ def html(alignment: Alignment) -> str:
                 for name, record in (("reference", alignment.reference), ("candidate", alignment.candidate))
             ],
         ),
+        _list("Not compared", alignment.left_out),
         _list("Hints", alignment.hints),
         _list("Modules", module_lines(alignment)),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from xtrain.align import measure
-from xtrain.align.alignment import Alignment, align
+from xtrain.align.alignment import POLICY, Alignment, align
 from xtrain.align.plot import plot_curves
 from xtrain.errors import RecordError
 from xtrain.files import write_text
@@ -40,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--policy",
-        default="relative:0.02",
-        help="exact, envelope, relative:TOLERANCE on every step, or mean:TOLERANCE (default: %(default)s)",
+        help="exact, envelope, relative:TOLERANCE on every step, or mean:TOLERANCE (default: relative:0.02)",
     )
     parser.add_argument(
         "--envelope",
@@ -49,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what --policy envelope judges by; default: envelope.npz beside REF",
     )
     parser.add_argument("--loss", metavar="NAME", help="the column that is the loss, in files of other tools")
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="runs of different length, with gaps, or of models that differ in part are aligned if what they have in "
+        "common is; without it the exit status is 2",
+    )
     parser.add_argument(
         "--plot", metavar="PNG", help="write a picture: curves, what is allowed, ratio, difference"
     )
@@ -124,6 +129,9 @@ def run(args: argparse.Namespace, command: list[str] | None = None) -> int:
 
         return bisect.run(args, command)
     if args.paths[0] == _ENVELOPE:
+        for option in ("policy", "envelope", "plot", "markdown", "html", "junit", "partial"):
+            if getattr(args, option):
+                raise RecordError(f"--{option} has no meaning for `xtrain align envelope`, which measures")
         return measure.run(args, args.paths[1:], command)
     if command is not None:
         raise RecordError("`--` has a meaning for `xtrain align envelope` and --bisect only")
@@ -137,7 +145,8 @@ def run(args: argparse.Namespace, command: list[str] | None = None) -> int:
     from xtrain.align.text import print_report
 
     reference, candidate = args.paths
-    alignment = align(reference, candidate, args.policy, args.envelope, args.loss)
+    policy = args.policy or POLICY
+    alignment = align(reference, candidate, policy, args.envelope, args.loss, args.partial)
     print_report(alignment, Console(highlight=False))
     for line in write_reports(alignment, args):
         print(line)

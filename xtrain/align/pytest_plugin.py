@@ -38,13 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def xtrain_align(request: pytest.FixtureRequest) -> Callable[..., Alignment | None]:
     """`xtrain_align(candidate, reference, policy="relative:0.02", envelope=None, loss=None, ...)`.
 
-    Fails the test with the whole report when the curves part, can't be compared, or when the candidate ends before
-    the reference does. A relative reference path counts from the test's own file. With --update-reference the
-    candidate is copied to it instead, and None returned; else the Alignment is.
+    Fails the test with the whole report when the curves part, or can't be compared as a whole. A relative reference
+    path counts from the test's own file. With --update-reference the candidate is copied to it instead, and None
+    returned; else the Alignment is.
 
     Args of the function:
         candidate, reference, policy, envelope, loss: as those of `xtrain.align.alignment.align`.
-        steps: the step that the candidate has to reach; None: the reference's last.
+        steps: up to which they must be there, whatever is left out beyond; None: nothing may be left out.
         update: whether --update-reference stores this candidate. False: it is compared all the same, for candidates
             that share a reference with the one that makes it.
     """
@@ -82,14 +82,17 @@ def xtrain_align(request: pytest.FixtureRequest) -> Callable[..., Alignment | No
             pytest.fail(str(error), pytrace=False)
         if not alignment.aligned:
             pytest.fail(markdown(alignment), pytrace=False)
-        if alignment.curve is not None:
-            last = int(alignment.reference.step[-1]) if steps is None else steps
-            if (end := int(alignment.candidate.step[-1])) < last:
-                pytest.fail(
-                    f"{given} ends at step {end} and was to reach step {last}: the run has stopped early, or pass "
-                    f"steps={end} to compare so many",
-                    pytrace=False,
-                )
+        if steps is None and alignment.left_out:
+            why = "; ".join(alignment.left_out)
+            also = (
+                "" if alignment.curve is None else f" (steps={alignment.curve.step[-1]} compares up to there)"
+            )
+            pytest.fail(f"{given} and {stored} cannot be compared as a whole: {why}{also}", pytrace=False)
+        if steps is not None and alignment.curve is not None and alignment.curve.step[-1] < steps:
+            pytest.fail(
+                f"{given} and {stored} have steps up to {alignment.curve.step[-1]} in common, and not up to {steps}",
+                pytrace=False,
+            )
         return alignment
 
     return check

@@ -51,8 +51,10 @@ _HEADINGS = ("step", "reference", "candidate", "relative difference", "allowed")
 
 
 def headline(alignment: Alignment) -> str:
-    """One or two words."""
-    return "aligned" if alignment.aligned else "not aligned"
+    """A few words."""
+    if not alignment.aligned:
+        return "not aligned"
+    return "aligned as far as they were compared" if alignment.left_out else "aligned"
 
 
 def module_lines(alignment: Alignment) -> list[str]:
@@ -80,6 +82,8 @@ def print_report(alignment: Alignment, console: Console) -> None:
             say(f"and {len(alignment.differences) - MOST_DIFFERENCES} more")
     for note in alignment.notes:
         say(f"note: {note}", "dim")
+    for sentence in alignment.left_out:
+        say(f"not compared: {sentence}", "yellow")
     if alignment.envelope is not None:
         say(alignment.envelope.sentence())
     say(f"{headline(alignment)}: {alignment.sentence()}", "bold green" if alignment.aligned else "bold red")
@@ -142,6 +146,7 @@ def markdown(alignment: Alignment) -> str:
     for title, lines in (
         ("Modules", module_lines(alignment)),
         ("Hints", alignment.hints),
+        ("Not compared", alignment.left_out),
         ("Notes", alignment.notes),
     ):
         if lines:
@@ -150,7 +155,7 @@ def markdown(alignment: Alignment) -> str:
 
 
 def junit(alignment: Alignment) -> str:
-    """The report as JUnit XML: a case for the losses, one for the norms if they count, one for the modules."""
+    """The report as JUnit XML: cases for losses, gradient norms, modules, and for what could not be compared."""
     cases = []
     if alignment.curve is not None:
         cases.append(("loss", alignment.curve.aligned, alignment.curve.sentence()))
@@ -160,6 +165,8 @@ def junit(alignment: Alignment) -> str:
         # Where there are losses, the modules explain; the verdict is not theirs.
         passed = alignment.aligned or alignment.modules.first is None
         cases.append(("modules", passed, alignment.modules.sentence()))
+    if alignment.left_out:
+        cases.append(("completeness", alignment.partial, "; ".join(alignment.left_out)))
     failures = sum(not passed for _, passed, _ in cases)
     suite = ElementTree.Element(
         "testsuite", name="xtrain align", tests=str(len(cases)), failures=str(failures), errors="0"
