@@ -124,6 +124,8 @@ def first_difference(reference: Record, candidate: Record) -> int | None:
     if reference.modules is not None and candidate.modules is not None:
         theirs = candidate.modules.ordered(reference.modules.names)
         for (phase, statistic), ours in reference.modules.values.items():
+            if phase not in theirs.steps:
+                continue  # real DeepSpeed's gradients are not public
             same = np.array_equal(reference.modules.steps[phase], theirs.steps[phase])
             assert same, "both measure every step"
             values = theirs.values[phase, statistic]
