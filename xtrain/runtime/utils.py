@@ -139,6 +139,14 @@ def get_global_norm(norm_list: Iterable[float]) -> float:
     return math.sqrt(sum(float(norm) ** 2 for norm in norm_list))
 
 
+def _norm(grad: torch.Tensor, norm_type: float) -> torch.Tensor:
+    # On the host torch adds in sequence: in float32 the norm of a large gradient would be off by up to a percent.
+    if grad.device.type != "cpu":
+        return torch.linalg.vector_norm(grad, norm_type)
+    exact = torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64)
+    return exact.to(torch.promote_types(grad.dtype, torch.float32))
+
+
 def clip_grad_norm_(
     parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2, mpu: Any = None
 ) -> torch.Tensor:
@@ -151,7 +159,7 @@ def clip_grad_norm_(
     """
     parameters = [parameters] if torch.is_tensor(parameters) else parameters
     grads = [param.grad for param in parameters if param.grad is not None]
-    norms = [torch.linalg.vector_norm(grad, norm_type) for grad in grads] or [torch.zeros(())]
+    norms = [_norm(grad, norm_type) for grad in grads] or [torch.zeros(())]
     total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     if mpu is not None:
         group = mpu.get_model_parallel_group()
