@@ -189,5 +189,5 @@ def test_a_run_that_stops_early_is_no_aligned_run(ranks: Any, check: Any, tmp_pa
     for message in ranks(2, _ends, str(tmp_path), {**nan, "stage": 0}):
         assert f"step {STEP}" in message
     said = _caught(check)
-    assert f"ends at step {STEP - 1} and was to reach step {STEPS}" in said
+    assert f"the reference ends at step {STEPS} and the candidate at step {STEP - 1}" in said
     assert check(update=False, steps=STEP - 1).curve.steps == STEP - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,16 @@ def _run(draw: np.random.Generator, steps: int = STEPS) -> Floats:
         slow[i] = 0.9 * slow[i - 1] + draw.standard_normal() * math.sqrt(1 - 0.81)
     noise = math.sqrt(0.5) * (slow + draw.standard_normal(steps))
     return np.asarray((3 * np.exp(-step / 80) + 1) * (1 + scale * noise))
+
+
+def _bursts(draw: np.random.Generator, steps: int = STEPS) -> Floats:
+    """A curve that deviates by rounding, but for bursts whose size differs from run to run, and leaves a trace."""
+    deviation = 3e-8 * draw.standard_normal(steps)
+    size = np.exp(draw.normal(0.0, 0.7))
+    for step, burst in ((50, 1e-6), (80, 1e-5), (100, 3e-5)):
+        deviation[step] += burst * size * draw.standard_normal()
+        deviation[step + 1 :] += 0.05 * burst * size * draw.standard_normal(steps - step - 1)
+    return np.asarray((3 * np.exp(-np.arange(steps) / 80) + 1) * (1 + deviation))
 
 
 def _runs(count: int, seed: int) -> Floats:
@@ -113,16 +124,18 @@ def test_the_widening_is_a_prediction_bound() -> None:
         assert beyond / 4000 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 4000)
 
 
-def test_false_alarms_by_simulation() -> None:
+@pytest.mark.parametrize("run", [_run, _bursts])
+def test_false_alarms_by_simulation(run: Callable[[np.random.Generator], Floats]) -> None:
     """Further correct runs against envelopes of five: the stated rate, and not by allowing everything."""
     alarms = trials = 0
     draw = np.random.default_rng(2)
-    for seed in range(60):
-        envelope = Envelope.measure(np.arange(STEPS), _runs(5, seed), false_alarms=0.05)
+    for _ in range(60):
+        curves = np.stack([run(draw) for _ in range(5)])
+        envelope = Envelope.measure(np.arange(STEPS), curves, false_alarms=0.05)
         for _ in range(5):
             trials += 1
-            alarms += bool(envelope.outside(_run(draw)).any())
-        off = _run(draw)
+            alarms += bool(envelope.outside(run(draw)).any())
+        off = run(draw)
         off[60:] *= 1.05
         assert envelope.outside(off)[60:63].any()
     # Trials against one envelope are dependent: the bound is generous.

@@ -15,12 +15,12 @@ FLOOR = 1e-6
 """Relative difference that is always allowed: about eight units in the last place of a float32."""
 NORM_FLOOR = 1e-5
 """The same for gradient norms, whose squares some engines and chips add up in float32."""
-RESOLUTION = 0.1
-"""No scale is smaller than this share of the floor: about one unit in the last place."""
+RESOLUTION = 0.02
+"""No scale is smaller than this share of the floor: for losses the root mean square of rounding to float32."""
 HALF_WINDOW = 10
 """Steps before and after that the scale at a step is smoothed over."""
-SMALLEST_STRAY = 0.3
-"""Runs that stray less, or never beyond the floor, count as straying so much."""
+SMALLEST_STRAY = 1.0
+"""Runs that stray less, or never beyond the floor, count as straying so much: how little says nothing of others."""
 TINY = 1e-12
 
 
