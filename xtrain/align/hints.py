@@ -16,7 +16,7 @@ BEFORE_LOSS = 50
 SMALL_SPREAD = 0.1
 SMALLEST, LARGEST = 1e-5, 1e-2
 """Between these a single column's tolerance is kept, whatever is allowed of the loss."""
-ALONE = 0.1
+ALONE = 0.01
 """A rank departs alone when the others differ by at most so much of what it does."""
 
 
