@@ -18,8 +18,8 @@ from xtrain.align.record import Record
 
 RUNS = 8
 """Perturbed runs that an envelope is measured from."""
-SIZES = {"one ulp": "", "TF32": ":0.0005"}
-"""Perturbations by name of the band; 2^-11 is TF32's unit roundoff."""
+SIZES = {"one ulp": 0.0, "TF32": 0.0005}
+"""Relative perturbations by name of the band, 0 for one ulp; 2^-11 is TF32's unit roundoff."""
 MEAN = Policy("mean", 0.02)
 
 
@@ -81,10 +81,10 @@ class Judge:
     def envelope(self, reference: str, band: str) -> Envelope:
         """The envelope of a reference, by runs perturbed by the band's size."""
         if (reference, band) not in self._envelopes:
-            runs = [
-                record_of(self.root, find(reference), f"{seed}{SIZES[band]}") for seed in range(1, RUNS + 1)
-            ]
-            self._envelopes[reference, band] = measure_records(runs)
+            size = SIZES[band]
+            seeds = [f"{seed}:{size}" if size else str(seed) for seed in range(1, RUNS + 1)]
+            runs = [record_of(self.root, find(reference), seed) for seed in seeds]
+            self._envelopes[reference, band] = measure_records(runs, size=size)
         return self._envelopes[reference, band]
 
     def verdict(self, case: Case, band: str = "") -> Verdict:

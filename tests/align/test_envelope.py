@@ -16,10 +16,15 @@ from xtrain import cli
 from xtrain.align.alignment import align_records
 from xtrain.align.band import (
     FLOOR,
+    MAJORITY,
+    MODULE_FLOOR,
     NORM_FLOOR,
     RESOLUTION,
+    WINDOW,
     Band,
     chi_square_median,
+    floors,
+    persists,
     smooth_scale,
     strays,
     widening,
@@ -175,7 +180,54 @@ def test_strays_are_measured_against_the_others() -> None:
     deviation = np.abs(curves[0] / band.centre - 1)
     beyond = deviation > FLOOR  # what the floor allows is no stray
     assert 0 < beyond.sum() < STEPS
-    assert strays(curves)[0] == pytest.approx((deviation / band.scale)[beyond].max())
+    excess = np.where(beyond, deviation / band.scale, 0.0)
+    once, lasting = strays(curves)
+    assert once[0] == pytest.approx(excess.max())
+    by_hand = max(sorted(excess[row : row + WINDOW])[MAJORITY - 1] for row in range(STEPS - WINDOW + 1))
+    assert lasting[0] == pytest.approx(by_hand)
+    assert (lasting <= once).all()
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_what_persists(beyond: list[bool]) -> None:
+    """The definition, step by step."""
+    found = persists(np.array(beyond, bool))
+    windows = range(len(beyond) - WINDOW + 1)
+    for step, there in enumerate(beyond):
+        many = any(
+            sum(beyond[row : row + WINDOW]) >= MAJORITY for row in windows if row <= step < row + WINDOW
+        )
+        assert found[step] == (there and many)
+
+
+def test_a_burst_of_one_run_does_not_widen_what_may_last() -> None:
+    """One of eight runs jumps once by ten thousand times the rounding: a lasting departure is still seen, and another
+    such jump is not called one."""
+    draw = np.random.default_rng(0)
+    curves = 2.0 * (1 + 1e-6 * draw.standard_normal((8, 60)))
+    curves[3, 30] *= 1.01
+    envelope = Envelope.measure(np.arange(60), curves)
+    assert envelope.factors.lasting < 10
+    assert envelope.factors.once > 100
+    further = 2.0 * (1 + 1e-6 * draw.standard_normal(60))
+    further[40] *= 1.005
+    assert not envelope.outside(further).any()
+    further[40:] *= 1 + 5e-5
+    assert 40 - WINDOW < int(np.argmax(envelope.outside(further))) <= 40
+    assert envelope.outside(further)[40:].all()
+
+
+def test_larger_perturbations_have_larger_floors() -> None:
+    assert floors(0.0) == (FLOOR, NORM_FLOOR, MODULE_FLOOR)
+    assert floors(5e-4) == (2.5e-4, 2e-3, 2e-3)
+    runs = _records(4, 0)
+    assert measure_records(runs).size is None
+    for run, told in zip(runs, ("1", "2:0.0005", "3:0.0005", "4"), strict=True):
+        run.headers = [{"environment": {"variables": {"XTRAIN_PERTURB": told}}}]
+    envelope = measure_records(runs)
+    assert envelope.size == 5e-4
+    assert envelope.limit["loss"].min() == pytest.approx(2.5e-4)
+    assert "started 0.0005 apart" in envelope.sentence()
 
 
 def test_what_the_floor_allows_is_allowed() -> None:
@@ -256,7 +308,7 @@ def test_saved_and_read(tmp_path: Path) -> None:
     runs = _records(4, 0)
     for run, norms in zip(runs, _runs(4, 1), strict=True):
         run.columns["grad_norm"] = norms
-    envelope = measure_records(runs, size="one ulp")
+    envelope = measure_records(runs, size=0.0)
     envelope.save(tmp_path / "e.npz")
     again = read_envelope(tmp_path / "e.npz")
     assert again.norms is not None

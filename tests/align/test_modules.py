@@ -118,7 +118,8 @@ def test_bands_of_measured_runs() -> None:
     again = ModuleBands.from_arrays(bands.arrays())
     assert again is not None
     assert again.names == NAMES
-    assert all((again.limit[key] == bands.limit[key]).all() for key in bands.limit)
+    assert again.factors == bands.factors
+    assert all((again.scale[key] == bands.scale[key]).all() for key in bands.scale)
     assert measure_bands([_table(), _table()], 0.05) is None
     assert measure_bands([_table(), _table(), _table(["x"])], 0.05) is None
 

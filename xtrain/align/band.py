@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from xtrain.align.record import Floats
 from xtrain.align.student import quantile
@@ -15,13 +16,26 @@ FLOOR = 1e-6
 """Relative difference that is always allowed: about eight units in the last place of a float32."""
 NORM_FLOOR = 1e-5
 """The same for gradient norms, whose squares some engines and chips add up in float32."""
+MODULE_FLOOR = 1e-5
+"""The same for statistics of modules: sums of float32 in another order."""
 RESOLUTION = 0.02
 """No scale is smaller than this share of the floor: for losses the root mean square of rounding to float32."""
 HALF_WINDOW = 10
 """Steps before and after that the scale at a step is smoothed over."""
-SMALLEST_STRAY = 1.0
+SMALLEST_STRAY = 0.5
 """Runs that stray less, or never beyond the floor, count as straying so much: how little says nothing of others."""
+WINDOW, MAJORITY = 5, 3
+"""What lasts is beyond a limit at so many of so many steps in a row."""
 TINY = 1e-12
+
+
+def floors(size: float) -> tuple[float, float, float]:
+    """What losses, gradient norms and statistics may differ by in any case, in a band of runs perturbed by `size`.
+
+    Arithmetic that rounds by so much may do it in one direction, as truncation does, which perturbations up and down
+    do not show: products shrink, norms with them, losses hardly.
+    """
+    return max(FLOOR, size / 2), max(NORM_FLOOR, 4 * size), max(MODULE_FLOOR, 4 * size)
 
 
 def chi_square_median(freedom: int) -> float:
@@ -96,13 +110,59 @@ class Band:
         return np.asarray(np.maximum(self.scale * factor, self.floor))
 
 
+def persists(beyond: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Where it is beyond a limit, and not alone: among WINDOW steps (axis 0) in a row, MAJORITY are."""
+    n = len(beyond)
+    found = np.zeros_like(beyond)
+    if n < WINDOW:
+        return found
+    counts = sum(beyond[shift : n - WINDOW + 1 + shift].astype(np.int8) for shift in range(WINDOW))
+    many = np.asarray(counts) >= MAJORITY
+    for shift in range(WINDOW):
+        found[shift : n - WINDOW + 1 + shift] |= many
+    return np.asarray(found & beyond)
+
+
+def outside(deviation: Any, limit: Any, once: Any) -> npt.NDArray[np.bool_]:
+    """Where a deviation is more than what is allowed: by `once` for a single step, by `limit` for what lasts."""
+    return np.asarray(~(deviation <= once) | persists(np.asarray(~(deviation <= limit))))
+
+
+def _largest_lasting(excess: Floats) -> float:
+    """The largest median over WINDOW steps in a row; 0 when there are fewer."""
+    largest = 0.0
+    for start in range(0, len(excess) - WINDOW + 1, 4096):  # in blocks, for memory
+        rows = excess[start : start + 4096 + WINDOW - 1]
+        medians = np.median(np.lib.stride_tricks.sliding_window_view(rows, WINDOW, axis=0), axis=-1)
+        largest = max(largest, float(np.nanmax(medians, initial=0.0)))
+    return largest
+
+
 def strays(curves: Floats, **options: Any) -> Floats:
-    """How far each curve strays at most from the band of the others, in scales. At least three curves."""
+    """How far each curve strays from the band of the others, in scales: shape (2, K). At least three curves.
+
+    The first row is at any step, the second what lasts.
+    """
     found = []
     for left_out in range(len(curves)):
         band = Band.of(np.delete(curves, left_out, axis=0), **options)
-        found.append(float(np.nanmax(band.excess(curves[left_out], options.get("base")), initial=0.0)))
-    return np.array(found)
+        excess = band.excess(curves[left_out], options.get("base"))
+        found.append((float(np.nanmax(excess, initial=0.0)), _largest_lasting(excess)))
+    return np.array(found).T
+
+
+@dataclass(frozen=True)
+class Factors:
+    """How many scales are allowed: what lasts, and what happens once."""
+
+    lasting: float
+    once: float
+
+    @classmethod
+    def of(cls, found: Floats, false_alarms: float) -> Factors:
+        """From what `strays` returned; half of the false alarms for each."""
+        once, lasting = (widening(row, false_alarms / 2) for row in found)
+        return cls(lasting, max(once, lasting))
 
 
 def widening(found: Floats, false_alarms: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from xtrain.align import band
 from xtrain.align.envelope import LOSS, NORM, Envelope
 from xtrain.align.record import Floats, Record, Steps
 from xtrain.errors import RecordError
@@ -65,7 +66,7 @@ class Comparison:
         missing: steps that stand in one record only.
         step, reference, candidate, difference, limit: by step, for pictures; `limit` is the largest relative
             difference that is allowed at the step (infinite where a step is not judged by itself).
-        centre: what `limit` is measured from.
+        centre: what `limit` is measured from. By the envelope `limit` is that of what lasts.
     """
 
     policy: Policy
@@ -189,8 +190,8 @@ def compare(
         first = _first_over_mean(difference, policy.tolerance)
         outside = np.arange(len(step)) == (-1 if first is None else first)
     elif policy.kind == "envelope":
-        centre, limit = _from_envelope(step, ours, envelope, column)
-        outside = relative_difference(centre, theirs, rounding) > limit
+        centre, limit, once = _from_envelope(step, ours, envelope, column)
+        outside = band.outside(relative_difference(centre, theirs, rounding), limit, once)
         outside |= ~np.isfinite(theirs) & np.isfinite(centre)  # beyond the envelope's steps, too
     largest = int(np.argmax(difference))
     first_row = int(np.argmax(outside)) if outside.any() else None
@@ -215,8 +216,8 @@ def compare(
 
 def _from_envelope(
     step: Steps, reference: Floats, envelope: Envelope | None, column: str
-) -> tuple[Floats, Floats]:
-    """(centre, limit) at every step; where the envelope was not measured, the reference, and no limit."""
+) -> tuple[Floats, Floats, Floats]:
+    """(centre, limit, limit of a single step); where the envelope was not measured, the reference, and no limit."""
     if envelope is None:
         raise no_envelope()
     covered, here, there = common_steps(step, envelope.step)
@@ -224,9 +225,10 @@ def _from_envelope(
         raise RecordError(
             f"the envelope has steps {envelope.step[0]} to {envelope.step[-1]}, and none of those of the records"
         )
-    centre, limit = reference.copy(), np.full(len(step), np.inf)
+    centre, limit, once = reference.copy(), np.full(len(step), np.inf), np.full(len(step), np.inf)
     centre[here], limit[here] = envelope.centre[column][there], envelope.limit[column][there]
-    return centre, limit
+    once[here] = envelope.once[column][there]
+    return centre, limit, once
 
 
 def compare_norms(

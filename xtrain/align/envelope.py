@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xtrain.align.band import FLOOR, NORM_FLOOR, TINY, Band, strays, widening
+from xtrain.align.band import TINY, Band, Factors, floors, outside, strays
 from xtrain.align.modules import ModuleBands, measure_bands
 from xtrain.align.record import Floats, Record, Steps
 from xtrain.errors import RecordError
@@ -26,11 +26,11 @@ from xtrain.files import atomic_path
 
 VERSION = 2
 FALSE_ALARMS = 0.01
-FACTOR_OF_TWO = 10.0
+FACTORS_OF_TWO = Factors(10.0, 100.0)
 """Widening for two runs, of which nothing can be left out: a guess, for which no false-alarm rate is claimed."""
 LOSS, NORM = "loss", "grad_norm"
-FLOORS = {LOSS: FLOOR, NORM: NORM_FLOOR}
-"""The curves that are judged, and what each of them may differ in any case."""
+"""The columns that are judged."""
+PERTURB_VARIABLE = "XTRAIN_PERTURB"  # as in perturb.py, which needs torch
 
 
 @dataclass
@@ -41,29 +41,36 @@ class Envelope:
         step, curves: steps that all runs have; their losses, shape (K, steps).
         norms: their gradient norms, of the same shape; None when they have none that are all finite.
         false_alarms: share of correct runs that it may call departed; None where none can be claimed (two runs).
-        factor: scales that are allowed.
-        centre, limit: mean, and largest relative deviation from it that is allowed, at every step, by name of
-            the curve.
+        factors: scales that are allowed.
+        centre, limit, once: mean, largest relative deviation from it that may last, and that may happen once, at
+            every step, by name of the curve.
         header: of the first run.
         sources: where the runs were read.
-        size: of the perturbation that the runs started with, if they did; "one ulp" or a relative size.
+        size: relative size of the perturbation that the runs started with; 0: one ulp; None: not known.
         bands: of the module statistics, when all runs have them.
     """
 
     step: Steps
     curves: Floats
     false_alarms: float | None
-    factor: float
+    factors: Factors
     norms: Floats | None = None
     header: dict[str, Any] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
-    size: str | None = None
+    size: float | None = None
     bands: ModuleBands | None = None
 
     def __post_init__(self) -> None:
-        measured = {name: Band.of(curves, FLOORS[name]) for name, curves in self._judged().items()}
+        allowed = dict(zip((LOSS, NORM), floors(self.size or 0.0), strict=False))
+        measured = {name: Band.of(curves, allowed[name]) for name, curves in self._judged().items()}
         self.centre: dict[str, Floats] = {name: band.centre for name, band in measured.items()}
-        self.limit: dict[str, Floats] = {name: band.limit(self.factor) for name, band in measured.items()}
+        self.limit: dict[str, Floats] = {}
+        self.once: dict[str, Floats] = {}
+        for name, band in measured.items():
+            self.limit[name], self.once[name] = (
+                band.limit(self.factors.lasting),
+                band.limit(self.factors.once),
+            )
 
     def _judged(self) -> dict[str, Floats]:
         return {LOSS: self.curves} if self.norms is None else {LOSS: self.curves, NORM: self.norms}
@@ -76,25 +83,28 @@ class Envelope:
         false_alarms: float = FALSE_ALARMS,
         norms: Floats | None = None,
         bands: ModuleBands | None = None,
+        size: float | None = None,
         **more: Any,
     ) -> Envelope:
         """The envelope of K >= 2 runs over the same steps; one widening for losses and gradient norms together.
 
         Where modules are judged, too, half of the false alarms is theirs.
         """
+        more |= {"bands": bands, "size": size}
         if len(curves) < 3:
-            return cls(step, curves, None, FACTOR_OF_TWO, norms, bands=bands, **more)
-        found = strays(curves, floor=FLOOR)
+            return cls(step, curves, None, FACTORS_OF_TWO, norms, **more)
+        loss_floor, norm_floor, _ = floors(size or 0.0)
+        found = strays(curves, floor=loss_floor)
         if norms is not None:
-            found = np.maximum(found, strays(norms, floor=NORM_FLOOR))
+            found = np.maximum(found, strays(norms, floor=norm_floor))
         share = false_alarms if bands is None else false_alarms / 2
-        return cls(step, curves, false_alarms, widening(found, share), norms, bands=bands, **more)
+        return cls(step, curves, false_alarms, Factors.of(found, share), norms, **more)
 
     def outside(self, curve: Floats, name: str = LOSS) -> npt.NDArray[np.bool_]:
         """At which steps a curve over the same steps is outside."""
         centre = self.centre[name]
         deviation = np.abs(curve - centre) / np.maximum(np.abs(centre), TINY)
-        return np.asarray(~(deviation <= self.limit[name]))
+        return outside(deviation, self.limit[name], self.once[name])
 
     def leave_one_out(self) -> int | None:
         """How many of the K runs the envelope of the others calls departed; None with fewer than four runs."""
@@ -105,7 +115,7 @@ class Envelope:
             judged = self._judged()
             others = {name: np.delete(curves, left_out, axis=0) for name, curves in judged.items()}
             envelope = Envelope.measure(
-                self.step, others[LOSS], self.false_alarms, others.get(NORM), self.bands
+                self.step, others[LOSS], self.false_alarms, others.get(NORM), self.bands, self.size
             )
             departed += any(envelope.outside(curves[left_out], name).any() for name, curves in judged.items())
         return departed
@@ -118,11 +128,12 @@ class Envelope:
             if self.false_alarms is None
             else f"false-alarm rate {self.false_alarms:.1%}"
         )
-        started = f", started {self.size} apart" if self.size else ""
+        apart = "one ulp" if self.size == 0 else f"{self.size:g}" if self.size else ""
+        started = f", started {apart} apart" if apart else ""
         return (
             f"envelope of {len(self.curves)} runs{started}, steps {self.step[0]} to {self.step[-1]}: allows "
-            f"the loss {limit[0]:.1e} at the first step and {limit[-1]:.1e} at the last; widened {self.factor:.1f} "
-            f"times, {rate}"
+            f"the loss {limit[0]:.1e} at the first step and {limit[-1]:.1e} at the last; widened "
+            f"{self.factors.lasting:.1f} times ({self.factors.once:.1f} for a single step), {rate}"
         )
 
     def save(self, path: Path) -> None:
@@ -131,7 +142,7 @@ class Envelope:
             "type": "xtrain envelope",
             "version": VERSION,
             "false_alarms": self.false_alarms,
-            "factor": self.factor,
+            "factors": {"lasting": self.factors.lasting, "once": self.factors.once},
             "header": self.header,
             "sources": self.sources,
             "size": self.size,
@@ -170,7 +181,7 @@ def read_envelope(path: Path) -> Envelope:
             step,
             curves,
             about["false_alarms"],
-            float(about["factor"]),
+            Factors(float(about["factors"]["lasting"]), float(about["factors"]["once"])),
             norms,
             about["header"],
             about["sources"],
@@ -183,10 +194,23 @@ def read_envelope(path: Path) -> Envelope:
         raise RecordError(f"{path} is not an envelope that can be read: {error}") from None
 
 
+def _perturbed_by(records: Sequence[Record]) -> float | None:
+    """The largest perturbation that headers tell of: 0 for one ulp, None where none does."""
+    sizes = []
+    for record in records:
+        told = record.header.get("environment", {}).get("variables", {}).get(PERTURB_VARIABLE)
+        if told is not None:
+            sizes.append(float(str(told).partition(":")[2] or 0.0))
+    return max(sizes, default=None)
+
+
 def measure_records(
-    records: Sequence[Record], false_alarms: float = FALSE_ALARMS, size: str | None = None
+    records: Sequence[Record], false_alarms: float = FALSE_ALARMS, size: float | None = None
 ) -> Envelope:
     """The envelope of recorded runs over the steps that all of them have.
+
+    Args:
+        size: of their perturbations; None: as their headers say.
 
     Raises:
         RecordError: fewer than two runs, no step in common, a loss that is not finite, or all runs the same.
@@ -216,7 +240,9 @@ def measure_records(
         )
     norms = np.stack([record.column(NORM)[np.searchsorted(record.step, steps)] for record in records])
     tables = [record.modules for record in records if record.modules is not None]
-    bands = measure_bands(tables, false_alarms / 2) if len(tables) == len(records) else None
+    size = _perturbed_by(records) if size is None else size
+    floor = floors(size or 0.0)[2]
+    bands = measure_bands(tables, false_alarms / 2, floor) if len(tables) == len(records) else None
     return Envelope.measure(
         steps,
         curves,

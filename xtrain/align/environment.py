@@ -23,6 +23,7 @@ VARIABLES = (
     "LCCL_DETERMINISTIC",
     "PYTORCH_CUDA_ALLOC_CONF",
     "XTRAIN_BACKEND",
+    "XTRAIN_PERTURB",
     "DS_ACCELERATOR",
 )
 """Environment variables that go into the header: those that change what is computed, and nothing private."""

@@ -7,13 +7,12 @@ import tempfile
 from pathlib import Path
 
 from xtrain.align.command import RUN, last_lines, run_command
-from xtrain.align.envelope import Envelope, measure_records
+from xtrain.align.envelope import PERTURB_VARIABLE, Envelope, measure_records
 from xtrain.align.record import Record
 from xtrain.align.sources import read_curve
 from xtrain.errors import RecordError
 from xtrain.run_folder import METRICS, RUN_DIR_VARIABLE
 
-PERTURB_VARIABLE = "XTRAIN_PERTURB"  # as in perturb.py, which needs torch
 FALSE_ALARMS = 0.01
 WIDE = 20.0
 """A factor above it is told: such an envelope hides defects."""
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace, paths: list[str], command: list[str] | None) -
             raise RecordError(f"--runs {args.runs}: an envelope needs 2 runs at least, and 5 are better")
         if args.perturbation is not None and not 0 < args.perturbation < 1:
             raise RecordError(f"--perturbation is a relative size between 0 and 1, not {args.perturbation:g}")
-        size = "one ulp" if args.perturbation is None else f"{args.perturbation:g}"
+        size = 0.0 if args.perturbation is None else args.perturbation
         records = _rerun(command, args.runs, output, args.perturbation)
     else:
         if args.perturbation is not None:
@@ -96,11 +95,11 @@ def _report(envelope: Envelope, output: Path) -> None:
         print(
             f"checked by leaving each run out: {outside} of {len(envelope.curves)} are outside the others' envelope"
         )
-    elif len(envelope.curves) == 3 and envelope.factor <= WIDE:
+    elif len(envelope.curves) == 3 and envelope.factors.lasting <= WIDE:
         print("three runs are too few to check it by leaving one out: record one or two more")
-    if envelope.factor > WIDE and envelope.false_alarms is not None:
+    if envelope.factors.lasting > WIDE and envelope.false_alarms is not None:
         print(
-            f"so few runs, straying so differently, say little: {envelope.factor:.0f} times their spread is allowed; "
-            "record more of them"
+            f"so few runs, straying so differently, say little: {envelope.factors.lasting:.0f} times their spread is "
+            "allowed; record more of them"
         )
     print(f"envelope: {output}")

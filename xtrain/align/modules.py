@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from xtrain.align.band import Band, strays, widening
+from xtrain.align.band import MODULE_FLOOR, Band, Factors, outside, strays
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable, Single, Steps
 
-FLOOR = 1e-5
-"""Relative difference of a statistic that a measured band always allows: sums of float32 in another order."""
 HALF_WINDOW = 2
 _ULP = 1.2e-7
 _TINY = 1e-30
@@ -74,21 +72,31 @@ class ModuleComparison:
 
 @dataclass
 class ModuleBands:
-    """What is allowed of each statistic: centre and relative limit, (snapshots, modules), by (phase, statistic)."""
+    """What is allowed of each statistic: centre and scale, (snapshots, modules), by (phase, statistic)."""
 
     names: list[str]
     steps: dict[str, Steps] = field(default_factory=dict)
     centre: dict[tuple[str, str], Single] = field(default_factory=dict)
-    limit: dict[tuple[str, str], Single] = field(default_factory=dict)
+    scale: dict[tuple[str, str], Single] = field(default_factory=dict)
+    factors: Factors = Factors(1.0, 1.0)  # noqa: RUF009 - it is frozen
+    floor: float = MODULE_FLOOR
+
+    def limits(self, key: tuple[str, str]) -> tuple[Single, Single]:
+        """Relative deviations that may last, and that may happen once."""
+        scale, floor = self.scale[key], np.float32(self.floor)
+        scale = np.where(np.isnan(scale), np.float32(np.inf), scale)  # the module did not run
+        lasting, once = np.float32(self.factors.lasting), np.float32(self.factors.once)
+        return np.maximum(scale * lasting, floor), np.maximum(scale * once, floor)
 
     def arrays(self) -> dict[str, Any]:
         """For np.savez."""
-        found: dict[str, Any] = {"modules": np.array(self.names)}
+        allowed = np.array([self.factors.lasting, self.factors.once, self.floor])
+        found: dict[str, Any] = {"modules": np.array(self.names), "module_limits": allowed}
         for phase, steps in self.steps.items():
             found[f"{phase}/step"] = steps
         for (phase, statistic), centre in self.centre.items():
             found[f"{phase}/{statistic}/centre"] = centre
-            found[f"{phase}/{statistic}/limit"] = self.limit[phase, statistic]
+            found[f"{phase}/{statistic}/scale"] = self.scale[phase, statistic]
         return found
 
     @classmethod
@@ -96,7 +104,8 @@ class ModuleBands:
         """What `arrays` returned; None when there was none."""
         if "modules" not in file:
             return None
-        bands = cls([str(name) for name in file["modules"]])
+        lasting, once, floor = file["module_limits"].tolist()
+        bands = cls([str(name) for name in file["modules"]], factors=Factors(lasting, once), floor=floor)
         for phase in PHASES:
             if f"{phase}/step" not in file:
                 continue
@@ -104,11 +113,13 @@ class ModuleBands:
             for statistic in STATISTICS:
                 if f"{phase}/{statistic}/centre" in file:
                     bands.centre[phase, statistic] = file[f"{phase}/{statistic}/centre"]
-                    bands.limit[phase, statistic] = file[f"{phase}/{statistic}/limit"]
+                    bands.scale[phase, statistic] = file[f"{phase}/{statistic}/scale"]
         return bands
 
 
-def measure_bands(tables: Sequence[ModuleTable], false_alarms: float) -> ModuleBands | None:
+def measure_bands(
+    tables: Sequence[ModuleTable], false_alarms: float, floor: float = MODULE_FLOOR
+) -> ModuleBands | None:
     """Bands from the tables of K >= 3 runs, by the model of xtrain.align.envelope; None where they don't fit.
 
     One widening for everything: so many scales does no statistic of no module of a correct run stray, but for
@@ -118,8 +129,8 @@ def measure_bands(tables: Sequence[ModuleTable], false_alarms: float) -> ModuleB
     if len(tables) < 3 or any(sorted(table.names) != sorted(names) for table in tables):
         return None
     tables = [table.ordered(names) for table in tables]
-    bands = ModuleBands(names)
-    strayed = np.zeros(len(tables))
+    bands = ModuleBands(names, floor=floor)
+    strayed = np.zeros((2, len(tables)))
     for phase in tables[0].phases():
         if any(phase not in table.steps for table in tables):
             continue
@@ -146,15 +157,12 @@ def measure_bands(tables: Sequence[ModuleTable], false_alarms: float) -> ModuleB
                     for table, row in zip(tables, rows, strict=True)
                 ]
                 base = np.mean(magnitudes, axis=0)
-            band = Band.of(curves, FLOOR, HALF_WINDOW, base)
+            band = Band.of(curves, floor, HALF_WINDOW, base)
             bands.centre[phase, statistic] = band.centre.astype(np.float32)
-            bands.limit[phase, statistic] = band.scale.astype(np.float32)
-            options = {"floor": FLOOR, "half_window": HALF_WINDOW, "base": base}
+            bands.scale[phase, statistic] = band.scale.astype(np.float32)
+            options = {"floor": floor, "half_window": HALF_WINDOW, "base": base}
             strayed = np.maximum(strayed, strays(curves, **options))
-    factor = widening(strayed, false_alarms)
-    for limit in bands.limit.values():
-        limit *= factor
-        np.maximum(limit, np.float32(FLOOR), out=limit)
+    bands.factors = Factors.of(strayed, false_alarms)
     return bands
 
 
@@ -196,19 +204,19 @@ class _Comparing:
                 self._phase(phase)
         return self.result
 
-    def _limits(self, phase: str, statistic: str, steps: Steps, reference: Single) -> tuple[Single, Any]:
-        """(what to compare with, largest relative deviation that is allowed)."""
-        bands = self.bands
+    def _limits(self, phase: str, statistic: str, steps: Steps, reference: Single) -> tuple[Single, Any, Any]:
+        """(what to compare with, largest relative deviation that may last, that may happen once)."""
+        bands, key = self.bands, (phase, statistic)
         if bands is None:
-            return reference, np.float32(self.tolerance)
-        if (phase, statistic) not in bands.centre:
-            return reference, np.full(reference.shape, np.inf, np.float32)  # it was not measured
+            return reference, np.float32(self.tolerance), np.float32(self.tolerance)
+        limit, once = (np.full(reference.shape, np.inf, np.float32) for _ in range(2))
+        if key not in bands.centre:
+            return reference, limit, once  # it was not measured
         _, here, there = np.intersect1d(steps, bands.steps[phase], assume_unique=True, return_indices=True)
         centre = reference.copy()
-        limit = np.full(reference.shape, np.inf, np.float32)
-        centre[here] = bands.centre[phase, statistic][there][:, self.mine]
-        limit[here] = bands.limit[phase, statistic][there][:, self.mine]
-        return centre, limit
+        centre[here] = bands.centre[key][there][:, self.mine]
+        limit[here], once[here] = (found[there][:, self.mine] for found in bands.limits(key))
+        return centre, limit, once
 
     def _phase(self, phase: str) -> None:
         table, other = self.reference, self.candidate
@@ -224,7 +232,7 @@ class _Comparing:
             return values if whole else values[rows][:, columns]
 
         heat = np.full((len(steps), len(self.names)), np.nan, np.float32)
-        outside: dict[str, Any] = {}
+        departed: dict[str, Any] = {}
         counts = [cut(table, "nonfinite", mine, self.mine), cut(other, "nonfinite", its, self.its)]
         # A module that did not run in one of them has no statistics to compare.
         absent = np.isnan(counts[0]) | np.isnan(counts[1])
@@ -236,8 +244,9 @@ class _Comparing:
             if statistic == "nonfinite":
                 deviation = np.where(reference != candidate, np.float32(np.inf), np.float32(0))
                 limit: Any = np.float32(0)
+                once = limit
             else:
-                centre, limit = self._limits(phase, statistic, steps, reference)
+                centre, limit, once = self._limits(phase, statistic, steps, reference)
                 size = centre
                 if statistic == "mean":
                     size = cut(table, _scale_of(table, phase), mine, self.mine)
@@ -245,12 +254,13 @@ class _Comparing:
             deviation = np.where(absent, np.float32(np.nan), deviation)
             if statistic != "max_abs" or np.ndim(limit) or self.tolerance == 0:
                 # One element's magnitude is too restless for a tolerance that was not measured.
-                outside[statistic] = deviation > limit
+                known = np.nan_to_num(deviation, nan=0.0, posinf=np.inf)
+                departed[statistic] = known > once if self.bands is None else outside(known, limit, once)
             with np.errstate(invalid="ignore", over="ignore"):
                 heat = np.fmax(heat, deviation / np.maximum(limit, np.float32(_ULP)))
         self.result.heat[phase] = (steps, heat)
-        if outside:
-            self._note_departure(phase, steps, heat, outside, (mine, its))
+        if departed:
+            self._note_departure(phase, steps, heat, departed, (mine, its))
 
     def _note_departure(
         self, phase: str, steps: Steps, heat: Single, outside: dict[str, Any], rows: tuple[Steps, Steps]
