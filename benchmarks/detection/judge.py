@@ -58,6 +58,11 @@ class Verdict:
         return self.acts is not None and self.began is not None and abs(self.began - self.acts) <= 1
 
     @property
+    def by_curves(self) -> int | None:
+        """The step that loss and gradient norm alone name."""
+        return min((step for step in (self.loss, self.norm) if step is not None), default=None)
+
+    @property
     def right_module(self) -> bool:
         """Whether the module is the one to blame, where one is."""
         return not self.case.module or fnmatchcase(self.module, self.case.module)

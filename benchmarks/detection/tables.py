@@ -40,6 +40,8 @@ def defects(verdicts: list[Verdict], wide: dict[str, Verdict]) -> str:
     ran = [v for v in verdicts if not v.error]
     flagged, right = sum(v.began is not None for v in ran), sum(v.right_step for v in ran)
     blamed = [v for v in ran if v.case.module]
+    seen = [(v.acts, v.by_curves) for v in ran]
+    near = sum(acts is not None and step is not None and abs(step - acts) <= 1 for acts, step in seen)
     rows = [
         (v.case.title, f"not run: {v.error}", *[""] * 6)
         if v.error
@@ -61,7 +63,9 @@ def defects(verdicts: list[Verdict], wide: dict[str, Verdict]) -> str:
     )  # fmt: skip
     return (
         f"Of {len(ran)} defects the envelope flags {flagged}, {right} of them with the right step (±1), and names the "
-        f"right module for {sum(v.right_module for v in blamed)} of the {len(blamed)} for which one is to blame. "
+        f"right module for {sum(v.right_module for v in blamed)} of the {len(blamed)} for which one is to blame.\n"
+        "Losses and gradient norms alone, without statistics of modules, show "
+        f"{sum(step is not None for _, step in seen)} of them, {near} with the right step.\n"
         f"By the TF32 band {sum(v.began is not None for v in wide.values())} of {len(wide)} are flagged, by a mean "
         f"relative error of 2 % {sum(v.common is not None for v in ran)} of {len(ran)}.\n\n"
         + _table(headings, rows)
