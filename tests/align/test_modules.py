@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.align.records import make
-from xtrain.align.alignment import align_records
+from tests.align.records import make, write
+from xtrain.align.alignment import align, align_records
 from xtrain.align.compare import Policy, compare
 from xtrain.align.differences import header_differences
 from xtrain.align.envelope import measure_records
@@ -273,3 +274,21 @@ def test_modules_never_decide_where_there_are_losses(policy: str) -> None:
     assert found.aligned
     assert found.modules is not None
     assert found.modules.first is not None
+
+
+def test_a_record_whose_steps_are_not_in_order(tmp_path: Path) -> None:
+    losses = _losses()
+    whole = write(tmp_path / "whole.jsonl", losses)
+    mixed = write(tmp_path / "mixed.jsonl", dict(reversed(losses.items())))
+    found = align(whole, mixed, "exact")
+    assert found.left_out == ["the candidate: its steps were not in order"]
+    assert (found.aligned, found.exit_code, align(whole, mixed, "exact", partial=True).exit_code) == (
+        True,
+        2,
+        0,
+    )
+    double = tmp_path / "double.jsonl"
+    double.write_text(whole.read_text() + whole.read_text().splitlines()[-1] + "\n")
+    assert align(double, whole, "exact").left_out == [
+        "the reference: 1 step stands in it twice: the later line counts"
+    ]

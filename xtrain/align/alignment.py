@@ -33,7 +33,7 @@ class Alignment:
         differences: of configuration and environment.
         hints: where to look first.
         notes: what was odd about the files.
-        left_out: what could not be compared, a sentence each.
+        left_out: what could not be compared, or not be trusted, a sentence each.
         partial: whether that is accepted.
     """
 
@@ -201,7 +201,12 @@ def align_records(
         for note in record.notes
     ]
     notes += unmeasured
-    left_out = [] if modules is None else modules.notes
+    left_out = [
+        f"the {name}: {doubt}"
+        for name, record in (("reference", reference), ("candidate", candidate))
+        for doubt in record.doubts
+    ]
+    left_out += [] if modules is None else modules.notes
     if curve is not None:
         left_out = _not_compared(reference, candidate, curve, envelope) + left_out
     depart = policy.kind == "envelope" and modules is not None and modules.first is not None

@@ -223,7 +223,7 @@ def html(alignment: Alignment) -> str:
                 for name, record in (("reference", alignment.reference), ("candidate", alignment.candidate))
             ],
         ),
-        _list("Not compared", alignment.left_out),
+        _list("Cautions", alignment.left_out),
         _list("Hints", alignment.hints),
         _list("Modules", module_lines(alignment)),
     ]

@@ -41,6 +41,7 @@ class Record:
         kind: what sort of file it was.
         rounding: how far the loss as written may be from the loss as computed, for each step; None: exact.
         notes: what was odd about the file, one sentence each.
+        doubts: what makes it doubtful that these are the steps of one run, one sentence each.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Record:
     kind: str = "xtrain record"
     rounding: Floats | None = None
     notes: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
 
     @property
     def header(self) -> dict[str, Any]:
@@ -288,5 +290,6 @@ def read_record(path: str | Path) -> Record:
         raise RecordError(f"{file} is not a run record: {damaged or 'it has no header line'}")
     if damaged is not None:
         reader.notes.append("its last line was cut off")
-    steps, columns, notes = reader.columns.build()
-    return Record(file, steps, columns, reader.headers, reader.modules.build(), notes=[*reader.notes, *notes])
+    steps, columns, doubts = reader.columns.build()  # the recorder writes each step once, and in order
+    modules = reader.modules.build()
+    return Record(file, steps, columns, reader.headers, modules, notes=reader.notes, doubts=doubts)

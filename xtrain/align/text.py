@@ -83,7 +83,7 @@ def print_report(alignment: Alignment, console: Console) -> None:
     for note in alignment.notes:
         say(f"note: {note}", "dim")
     for sentence in alignment.left_out:
-        say(f"not compared: {sentence}", "yellow")
+        say(f"caution: {sentence}", "yellow")
     if alignment.envelope is not None:
         say(alignment.envelope.sentence())
     say(f"{headline(alignment)}: {alignment.sentence()}", "bold green" if alignment.aligned else "bold red")
@@ -146,7 +146,7 @@ def markdown(alignment: Alignment) -> str:
     for title, lines in (
         ("Modules", module_lines(alignment)),
         ("Hints", alignment.hints),
-        ("Not compared", alignment.left_out),
+        ("Cautions", alignment.left_out),
         ("Notes", alignment.notes),
     ):
         if lines:
