@@ -89,10 +89,15 @@ class WorkerPool:
         self.world_size = world_size
         self._workers: list[Any] = []
         self._connections: list[Connection] = []
+        # For as long as the workers live: a FileStore that is dropped after its folder is gone may wait for it for five
+        # minutes, in its destructor.
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._runs = 0
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "xtrain.api", "tests.pool"])
+        self._folder = tempfile.TemporaryDirectory()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             worker = context.Process(target=_serve, args=(rank, self.world_size, theirs), daemon=True)
@@ -105,10 +110,12 @@ class WorkerPool:
         """Run `function(*args)` on every rank; return the results by rank, or raise the first failure."""
         if not self._workers:
             self._start()
-        with tempfile.TemporaryDirectory() as folder:
-            for connection in self._connections:
-                connection.send((str(Path(folder) / "store"), function, args))
-            results = self._collect(timeout)
+        assert self._folder is not None
+        self._runs += 1
+        store = Path(self._folder.name) / f"store-{self._runs}"
+        for connection in self._connections:
+            connection.send((str(store), function, args))
+        results = self._collect(timeout)
         failures = [(error, text) for _, error, text in results if error is not None]
         if failures:
             error, text = failures[0]
@@ -154,6 +161,9 @@ class WorkerPool:
             worker.join()
             _stacks(worker.pid).unlink(missing_ok=True)
         self._workers, self._connections = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 _POOLS: dict[int, WorkerPool] = {}
