@@ -22,7 +22,12 @@ _CONSEQUENCE = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """One rank's end. `user_error`: the sentence is meant for the user and needs no traceback."""
+    """One rank's end.
+
+    Attributes:
+        user_error: the sentence is meant for the user and needs no traceback.
+        consequence: the rank has found out that another one is gone, and knows it.
+    """
 
     rank: int
     message: str
@@ -30,11 +35,12 @@ class Failure:
     time: float
     user_error: bool = False
     traceback: str = ""
+    consequence: bool = False
 
     @property
     def is_consequence(self) -> bool:
         """Whether this rank most likely failed because another one did."""
-        return not self.user_error and bool(_CONSEQUENCE.search(self.message))
+        return self.consequence or (not self.user_error and bool(_CONSEQUENCE.search(self.message)))
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:

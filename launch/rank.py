@@ -12,6 +12,7 @@ import runpy
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from xtrain.errors import PeerLostError, RunInterrupted, XtrainError
@@ -37,7 +38,8 @@ def _run(script: str, args: list[str]) -> None:
 
 def _failure(rank: int, error: BaseException) -> Failure:
     if isinstance(error, PeerLostError):  # the other rank's failure is the one to tell
-        return Failure(rank, str(error), error.exit_code, time.time(), traceback=traceback.format_exc())
+        told = traceback.format_exc()
+        return Failure(rank, str(error), error.exit_code, time.time(), traceback=told, consequence=True)
     if isinstance(error, XtrainError):
         return Failure(
             rank, str(error), error.exit_code, time.time(), user_error=True, traceback=traceback.format_exc()
@@ -50,6 +52,15 @@ def _last_line(log: Path) -> str:
     """What a script that called sys.exit(code) said last, without argparse's `prog: error: `."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return re.sub(r"^\S+: error: ", "", lines[-1]) if lines else "ended without a message"
+
+
+def _left(run_dir: Path, rank: int, leave: SystemExit) -> Failure:
+    """The failure of a script that has called sys.exit() with something else than 0."""
+    code = leave.code if isinstance(leave.code, int) else 1
+    if isinstance(leave.__context__, PeerLostError):  # the script has caught it, and leaves for it
+        return replace(_failure(rank, leave.__context__), exit_code=code)
+    message = leave.code if isinstance(leave.code, str) else _last_line(rank_log(run_dir, rank))
+    return Failure(rank, message, code, time.time(), user_error=code == 2)
 
 
 def main() -> int:
@@ -66,10 +77,9 @@ def main() -> int:
     except SystemExit as leave:
         if leave.code is None or leave.code == 0:
             return 0
-        code = leave.code if isinstance(leave.code, int) else 1
-        message = leave.code if isinstance(leave.code, str) else _last_line(rank_log(run_dir, rank))
-        write_failure(run_dir, Failure(rank, message, code, time.time(), user_error=code == 2))
-        return code
+        failure = _left(run_dir, rank, leave)
+        write_failure(run_dir, failure)
+        return failure.exit_code
     except BaseException as error:
         failure = _failure(rank, error)
         write_failure(run_dir, failure)

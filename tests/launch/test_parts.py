@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from xtrain.errors import BackendError, PeerLostError
 from xtrain.launch import rank
 from xtrain.launch.compose import compose_config
-from xtrain.launch.failure import Failure, culprit, killed, read_failures, write_failure
+from xtrain.launch.failure import Failure, culprit, killed, rank_log, read_failures, write_failure
 from xtrain.launch.job import make_job
 from xtrain.launch.progress import ProgressDisplay, RecordTail
 
@@ -95,6 +96,29 @@ def test_a_lost_peer_is_not_the_culprit() -> None:
     own = Failure(1, "ValueError: unreadable", 1, noticed.time + 5)
     assert culprit([noticed, own]) is own
     assert not rank._failure(0, BackendError("backend 'cuda' cannot be used here")).is_consequence
+
+
+def _leave_for(error: BackendError) -> None:
+    try:
+        raise error
+    except BackendError:
+        sys.exit(error.exit_code)
+
+
+def test_a_script_that_leaves_for_a_lost_peer_is_not_the_culprit(tmp_path: Path) -> None:
+    """As the example does: every error of xtrain becomes an exit status of 2. The words of the error don't matter."""
+    for error, consequence in (
+        (PeerLostError("rank 1 has died"), True),
+        (BackendError("no such chip"), False),
+    ):
+        with pytest.raises(SystemExit) as left:
+            _leave_for(error)
+        rank_log(tmp_path, 0).parent.mkdir(exist_ok=True)
+        rank_log(tmp_path, 0).write_text(f"train.py: error: {error}\n")
+        failure = rank._left(tmp_path, 0, left.value)
+        assert (failure.exit_code, failure.is_consequence) == (2, consequence)
+        killed_rank = killed(1, -9)
+        assert culprit([failure, killed_rank]) is (killed_rank if consequence else failure)
 
 
 def test_the_launcher_names_the_backend_to_its_ranks(tmp_path: Path) -> None:
