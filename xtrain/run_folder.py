@@ -1,7 +1,9 @@
-"""Names inside a run folder, shared by the launcher and the ranks. Imports nothing."""
+"""Names inside a run folder, and of variables, shared by who starts ranks and the ranks. Imports nothing."""
 
 RUN_DIR_VARIABLE = "XTRAIN_RUN_DIR"
 """Environment variable by which the launcher tells the ranks where the run folder is."""
+PERTURB_VARIABLE = "XTRAIN_PERTURB"
+"""Environment variable by which `xtrain align envelope` asks for perturbed initial weights: SEED, or SEED:SIZE."""
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoint"
 LOGS = "logs"

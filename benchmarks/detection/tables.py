@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +11,11 @@ import torch
 from benchmarks.detection.judge import RUNS, Verdict
 from benchmarks.detection.training import LENGTH, SAMPLES, STEPS
 from xtrain.align.environment import describe
+from xtrain.align.text import markdown_table
 from xtrain.files import write_text
 from xtrain.version import __version__
 
 BEGIN, END = "<!-- written by python -m benchmarks.detection -->", "<!-- end of what it writes -->"
-
-
-def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 def _step(step: int | None) -> str:
@@ -43,9 +37,9 @@ def defects(verdicts: list[Verdict], wide: dict[str, Verdict]) -> str:
     seen = [(v.acts, v.by_curves) for v in ran]
     near = sum(acts is not None and step is not None and abs(step - acts) <= 1 for acts, step in seen)
     rows = [
-        (v.case.title, f"not run: {v.error}", *[""] * 6)
+        [v.case.title, f"not run: {v.error}", *[""] * 6]
         if v.error
-        else (
+        else [
             v.case.title,
             _step(v.acts),
             _step(v.began) + ("" if v.right_step else " (!)"),
@@ -54,7 +48,7 @@ def defects(verdicts: list[Verdict], wide: dict[str, Verdict]) -> str:
             _module(v),
             _step(wide[v.case.title].began) if v.case.title in wide else "",
             _step(v.common),
-        )
+        ]
         for v in verdicts
     ]
     headings = (
@@ -68,7 +62,7 @@ def defects(verdicts: list[Verdict], wide: dict[str, Verdict]) -> str:
         f"{sum(step is not None for _, step in seen)} of them, {near} with the right step.\n"
         f"By the TF32 band {sum(v.began is not None for v in wide.values())} of {len(wide)} are flagged, by a mean "
         f"relative error of 2 % {sum(v.common is not None for v in ran)} of {len(ran)}.\n\n"
-        + _table(headings, rows)
+        + markdown_table(headings, rows).rstrip()
     )
 
 
@@ -76,21 +70,22 @@ def harmless(verdicts: list[Verdict]) -> str:
     """Table and summary of harmless differences."""
     ran = [v for v in verdicts if not v.error]
     rows = [
-        (v.case.title, f"not run: {v.error}", "", "", "")
+        [v.case.title, f"not run: {v.error}", "", "", ""]
         if v.error
-        else (
+        else [
             v.case.title,
-            "one ulp" if v.case.band == "one ulp" else v.case.band,
+            v.case.band,
             "the same bits" if v.largest == 0 else f"{v.largest:.1e}",
             f"{v.times:.2f}",
             "aligned" if v.began is None else f"departs from step {v.began}",
-        )
+        ]
         for v in verdicts
     ]
     headings = ("difference", "band", "largest difference of a loss", "of what is allowed", "verdict")
     return (
         f"Of {len(ran)} harmless differences the envelope flags {sum(v.began is not None for v in ran)} "
-        f"(and a mean of 2 % {sum(v.common is not None for v in ran)}).\n\n" + _table(headings, rows)
+        f"(and a mean of 2 % {sum(v.common is not None for v in ran)}).\n\n"
+        + markdown_table(headings, rows).rstrip()
     )
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 import xtrain
 from tests import training
-from xtrain.align.perturb import PERTURB_VARIABLE, parse, perturb
+from xtrain.align.perturb import parse, perturb
 from xtrain.errors import ConfigError
+from xtrain.run_folder import PERTURB_VARIABLE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -23,6 +23,7 @@ from xtrain.align.modules import ModuleBands, measure_bands
 from xtrain.align.record import Floats, Record, Steps
 from xtrain.errors import RecordError
 from xtrain.files import atomic_path
+from xtrain.run_folder import PERTURB_VARIABLE
 
 VERSION = 2
 FALSE_ALARMS = 0.01
@@ -30,7 +31,6 @@ FACTORS_OF_TWO = Factors(10.0, 100.0)
 """Widening for two runs, of which nothing can be left out: a guess, for which no false-alarm rate is claimed."""
 LOSS, NORM = "loss", "grad_norm"
 """The columns that are judged."""
-PERTURB_VARIABLE = "XTRAIN_PERTURB"  # as in perturb.py, which needs torch
 
 
 @dataclass

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from xtrain.run_folder import PERTURB_VARIABLE
+
 VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -23,7 +25,7 @@ VARIABLES = (
     "LCCL_DETERMINISTIC",
     "PYTORCH_CUDA_ALLOC_CONF",
     "XTRAIN_BACKEND",
-    "XTRAIN_PERTURB",
+    PERTURB_VARIABLE,
     "DS_ACCELERATOR",
 )
 """Environment variables that go into the header: those that change what is computed, and nothing private."""

@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 
 from xtrain.align.command import RUN, last_lines, run_command
-from xtrain.align.envelope import PERTURB_VARIABLE, Envelope, measure_records
+from xtrain.align.envelope import Envelope, measure_records
 from xtrain.align.record import Record
 from xtrain.align.sources import read_curve
 from xtrain.errors import RecordError
-from xtrain.run_folder import METRICS, RUN_DIR_VARIABLE
+from xtrain.run_folder import METRICS, PERTURB_VARIABLE, RUN_DIR_VARIABLE
 
 FALSE_ALARMS = 0.01
 WIDE = 20.0

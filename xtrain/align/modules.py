@@ -263,13 +263,13 @@ class _Comparing:
             self._note_departure(phase, steps, heat, departed, (mine, its))
 
     def _note_departure(
-        self, phase: str, steps: Steps, heat: Single, outside: dict[str, Any], rows: tuple[Steps, Steps]
+        self, phase: str, steps: Steps, heat: Single, departed: dict[str, Any], rows: tuple[Steps, Steps]
     ) -> None:
-        anywhere = np.logical_or.reduce(list(outside.values()))
-        departed = anywhere.any(axis=1)
-        if not departed.any():
+        anywhere = np.logical_or.reduce(list(departed.values()))
+        rows_outside = anywhere.any(axis=1)
+        if not rows_outside.any():
             return
-        row = int(np.argmax(departed))
+        row = int(np.argmax(rows_outside))
         step = int(steps[row])
         if self.result.first is not None and self.result.first.step <= step:
             return
@@ -283,7 +283,7 @@ class _Comparing:
             module = int(
                 modules[np.argmax(np.nan_to_num(heat[row, modules], posinf=np.finfo(np.float32).max))]
             )
-        statistic = next(name for name, where in outside.items() if where[row, module])
+        statistic = next(name for name, where in departed.items() if where[row, module])
         self.result.first = Departure(
             step,
             phase,

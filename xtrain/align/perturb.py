@@ -14,8 +14,7 @@ from torch import nn
 
 from xtrain.errors import ConfigError
 from xtrain.log import log_dist
-
-PERTURB_VARIABLE = "XTRAIN_PERTURB"
+from xtrain.run_folder import PERTURB_VARIABLE
 
 
 def parse(text: str) -> tuple[int, float | None]:

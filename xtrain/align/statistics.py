@@ -231,9 +231,8 @@ class ModuleStatistics:
             total[index, :_ELEMENTS] += row * weight
             total[index, _LARGEST] = largest
             total[index, _ELEMENTS] += elements
-            total[index, _PLACE] = (
-                place  # of the last call: what ran between two calls is not to come after both
-            )
+            # Of the last call: what ran between two calls is not to come after both.
+            total[index, _PLACE] = place
         return total
 
     def detach(self) -> None:

@@ -24,11 +24,8 @@ def _departed(alignment: Alignment) -> Comparison | None:
     return next((outcome for outcome in judged if not outcome.aligned), None)
 
 
-def _nearby(alignment: Alignment) -> list[tuple[int, float, float, float, float]]:
+def _nearby(curve: Comparison) -> list[tuple[int, float, float, float, float]]:
     """(step, reference, candidate, relative difference, allowed) around the first step outside."""
-    curve = _departed(alignment)
-    if curve is None:
-        return []
     assert curve.first_outside is not None
     row = int(np.searchsorted(curve.step, curve.first_outside))
     rows = range(max(0, row - _AROUND), min(len(curve.step), row + _AROUND + 1))
@@ -87,11 +84,9 @@ def print_report(alignment: Alignment, console: Console) -> None:
     if alignment.envelope is not None:
         say(alignment.envelope.sentence())
     say(f"{headline(alignment)}: {alignment.sentence()}", "bold green" if alignment.aligned else "bold red")
-    if rows := _nearby(alignment):
-        curve = _departed(alignment)
-        assert curve is not None
+    if (curve := _departed(alignment)) is not None:
         table = Table(*_HEADINGS, title=None if curve.column == LOSS else "gradient norm")
-        for row in rows:
+        for row in _nearby(curve):
             table.add_row(*_cells(row), style="red" if row[0] == curve.first_outside else "")
         console.print(table)
     if alignment.curve is not None:
@@ -138,11 +133,10 @@ def markdown(alignment: Alignment) -> str:
             ("setting", "reference", "candidate"),
             [[d.key, d.reference, d.candidate] for d in alignment.differences],
         )
-    if rows := _nearby(alignment):
-        curve = _departed(alignment)
-        which = "" if curve is None or curve.column == LOSS else ", gradient norm"
+    if (curve := _departed(alignment)) is not None:
+        which = "" if curve.column == LOSS else ", gradient norm"
         out.write(f"## Around the first step outside{which}\n\n")
-        table(_HEADINGS, [_cells(row) for row in rows])
+        table(_HEADINGS, [_cells(row) for row in _nearby(curve)])
     for title, lines in (
         ("Modules", module_lines(alignment)),
         ("Hints", alignment.hints),
@@ -162,7 +156,7 @@ def junit(alignment: Alignment) -> str:
     if alignment.norm is not None:
         cases.append(("gradient norm", alignment.norm.aligned, alignment.norm.sentence()))
     if alignment.modules is not None:
-        # Where there are losses, the modules explain; the verdict is not theirs.
+        # By other policies than the envelope modules only explain where there are losses.
         passed = alignment.aligned or alignment.modules.first is None
         cases.append(("modules", passed, alignment.modules.sentence()))
     if alignment.left_out:
