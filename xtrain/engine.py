@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from xtrain import comm, emulation, garbage, setup
+from xtrain import comm, direct_backward, emulation, garbage, setup
 from xtrain.align.perturb import perturb_if_asked
 from xtrain.aligned_random import AlignedRandom
 from xtrain.backends import Backend
@@ -28,7 +28,7 @@ from xtrain.extras import Extras
 from xtrain.inquiries import Inquiries
 from xtrain.instruments import Instruments
 from xtrain.log import log_dist
-from xtrain.optim import build_optimizer, check_elementwise
+from xtrain.optim import build_optimizer, check_elementwise, check_fresh
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import autocast_region, for_backend, make_loss_scale, make_policy
 from xtrain.saving import Saving
@@ -137,7 +137,10 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             groups = setup.as_param_groups(model_parameters, self.module)
             names = {param: name for name, param in self.module.named_parameters()}
             built = build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk, names)
-        check_elementwise(built, values.zero_allow_untested_optimizer)
+        stage = values.zero_optimization.stage
+        check_elementwise(built, stage, values.zero_allow_untested_optimizer)
+        if stage or self.precision.module is not None or self.precision.aligned:
+            check_fresh(built)  # else it goes on with the model's own parameters
         return built
 
     def _make_zero_optimizer(self, basic_optimizer: torch.optim.Optimizer, every_backward: bool) -> None:
@@ -160,7 +163,9 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self.optimizer = optimizer_class(basic_optimizer, values, self.precision.module)(
             basic_optimizer,
             gradients,
-            make_loss_scale(values.fp16, values.torch_autocast, backend.precision.initial_scale_power),
+            make_loss_scale(
+                values.fp16, values.torch_autocast, backend.precision.initial_scale_power, zero.stage
+            ),
             backend,
             grid,
             clip=values.gradient_clipping,
@@ -168,11 +173,12 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             round_norm=self.precision.aligned,
             state_memory=self.partition.state_memory,
             compute_norm=zero.compute_grad_norm,
+            apply_non_finite=self.precision.apply_non_finite,
         )
+        self._reducer.scaler = self.optimizer.loss_scaler
         self.optimizer.discard = self._discard
         self.optimizer.reducer = self._reducer
-        limit = None if self.optimizer.loss_scaler.dynamic else values.xtrain.max_skipped_steps
-        self._watch = LossWatch(grid, limit or None)
+        self._watch = LossWatch(grid, values.xtrain.max_skipped_steps or None)
 
     def _discard(self) -> None:
         self._reducer.discard()
@@ -226,8 +232,13 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         gatherer = self.partition.gatherer
         running = nullcontext() if gatherer is None or gatherer.hooks is None else gatherer.hooks.forward()
         autocast = autocast_region(self.xtrain_config.values.torch_autocast, self.device.type)
+        if self.optimizer is None:
+            with self.instruments.forward(), aligned, running, autocast:
+                return self.module(*inputs, **kwargs)
+        self._reducer.come_last()
         with self.instruments.forward(), aligned, running, autocast:
-            return self.module(*inputs, **kwargs)
+            outputs = self.module(*inputs, **kwargs)
+        return direct_backward.divide_gradients(outputs, self.batch_sizes.accumulation)
 
     def _place(self) -> tuple[int, int]:
         """(step, slot) of the running micro-batch; a slot is data-parallel rank x accumulation steps + index."""
@@ -256,19 +267,38 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             )
         self._backwards += 1
         divided = loss / self.batch_sizes.accumulation if scale_wrt_gas else loss
-        scaled = self.scale(divided)
+        scaled = self._scaled(divided)
         measure = self.instruments
-        with measure.backward(loss), self._reducer.backward(), measure.differentiation():
-            scaled.backward(self._watch.seed(loss, scaled), retain_graph=retain_graph)
+        running = direct_backward.engine_backward(self.loss_scale())
+        with measure.backward(loss), self._reducer.backward(), running, measure.differentiation():
+            # A script that has switched the check off gets the gradients that autograd computes.
+            seed = None if self.precision.apply_non_finite else self._watch.seed(loss, scaled)
+            scaled.backward(seed, retain_graph=retain_graph)
         return divided
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        factor = self.loss_scale()
+        return loss if factor == 1.0 else loss.float() * factor
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale, for scripts that call `.backward()` themselves.
 
-        Such scripts also divide by the accumulation steps themselves.
+        The division by the accumulation steps is done for them, where gradients come to the engine's outputs.
+
+        Raises:
+            ConfigError: there is no optimizer, or the loss is no scalar that can be differentiated.
         """
-        factor = self.loss_scale()
-        return loss if factor == 1.0 else loss.float() * factor
+        if self.optimizer is None:
+            raise ConfigError("scale() needs an optimizer: name one in the config or pass it to initialize()")
+        if not torch.is_tensor(loss) or loss.numel() != 1 or not loss.requires_grad:
+            raise ConfigError(
+                "scale() takes a loss: a scalar tensor that can be differentiated; other outputs have "
+                "tensor.backward(gradient), with a gradient that is multiplied by engine.loss_scale()"
+            )
+        scaled = self._scaled(loss)
+        if scaled is not loss:
+            direct_backward.mark_scaled(scaled, self.loss_scale())
+        return scaled
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Close a micro-batch; at a boundary, update the weights and the schedule."""
@@ -296,7 +326,8 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self.micro_steps += 1
         if boundary:
             overflow, norm = self.optimizer.overflow, self.optimizer.grad_norm
-            self._watch.after_step(self.global_steps, overflow, self.precision.skip_non_finite, norm)
+            falls = self.optimizer.loss_scaler.can_fall
+            self._watch.after_step(self.global_steps, overflow, self.precision.skip_non_finite, norm, falls)
 
     def _update(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.optimizer is not None

@@ -22,6 +22,7 @@ from xtrain.errors import TrainingError
 from xtrain.log import log_dist
 from xtrain.sdc_checksum import checksum
 from xtrain.sdc_recompute import Recompute
+from xtrain.zero.flat import FlatGroup
 from xtrain.zero.shards import ShardedGroup
 
 
@@ -106,15 +107,12 @@ class SdcCheck:
         for group in engine.partition.trained:
             for member, name in enumerate(group.names):
                 found = group.piece_of(member)
-                if found is None or found[2] is None:
+                if found is None or (master := found[2]) is None:
                     continue
-                piece, bucket, master = found
-                start = piece.shard_start - bucket.start // group.layout.partitions
-                stop = start + piece.stop - piece.start
-                yield f"the master weights of parameter {name!r}", master.data[start:stop]
+                yield f"the master weights of parameter {name!r}", _elements(group, member, master.data)
                 for state, value in sorted(engine.optimizer.state.get(master, {}).items()):
                     if torch.is_tensor(value) and value.shape == master.shape:
-                        yield f"{state} of parameter {name!r}", value[start:stop]
+                        yield f"{state} of parameter {name!r}", _elements(group, member, value)
 
     @staticmethod
     def _sums(engine: Any, items: list[tuple[str, torch.Tensor]]) -> list[int]:
@@ -220,6 +218,13 @@ class SdcCheck:
         if self._section.on_mismatch == "error":
             raise TrainingError(sentence)
         log_dist(sentence, ranks=[engine.grid.source], level=logging.WARNING)
+
+
+def _elements(group: FlatGroup, member: int, value: torch.Tensor) -> torch.Tensor:
+    """This rank's elements of a parameter in a tensor that is laid out like its master."""
+    mine = group.in_master(member, lambda _: value)
+    assert mine is not None
+    return mine
 
 
 def _pieces(group: ShardedGroup, what: str, shard: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -71,18 +71,21 @@ class LossWatch:
         known = [f"{losses[-1]:g} on rank {rank}" for rank, losses in enumerate(everyone) if losses]
         return f"the losses were finite ({_listed(known)})" if known else "the script ran backward by itself"
 
-    def after_step(self, step: int, overflow: bool, skips: bool, norm: float | None) -> None:
+    def after_step(
+        self, step: int, overflow: bool, skips: bool, norm: float | None, adapts: bool = False
+    ) -> None:
         """Close a window; every rank calls it with the same arguments.
 
         Args:
             step: number of the step, from 1.
             overflow: its gradients were not finite, and the weights were left alone.
             skips: whether such steps may be skipped.
+            adapts: the loss scale may fall further: the step does not count among those in a row.
 
         Raises:
             TrainingError: they may not, or there were too many in a row.
         """
-        self._in_a_row = self._in_a_row + 1 if overflow else 0
+        self._in_a_row = self._in_a_row + 1 if overflow and not adapts else 0
         many = self.limit is not None and self._in_a_row >= self.limit
         if not overflow or (skips and not many):
             self.clear()

@@ -171,17 +171,13 @@ def _identity(tensor: torch.Tensor) -> int:
     return id(tensor) if home_of(tensor) is not None else tensor.data_ptr()
 
 
-def _split(shard: torch.Tensor, group: FlatGroup) -> list[torch.Tensor]:
-    return list(torch.split(shard, [master.numel() for master in group.masters]))
-
-
 def _load_group(
     group: FlatGroup, optimizer: torch.optim.Optimizer, runs: _Runs, scalars: dict[str, Any]
 ) -> None:
     """Restore the masters and the optimizer states of what this rank owns now."""
     kinds = dict.fromkeys(kind for name in group.names for kind in runs.kinds(name))
     kinds.pop(layout.WEIGHT, None)
-    elements = sum(master.numel() for master in group.masters)
+    elements = group.layout.total // group.layout.partitions
     if len(kinds) == 1:  # written before the first step: what has come since is of another run
         for master in group.masters:
             optimizer.state.pop(master, None)
@@ -195,11 +191,11 @@ def _load_group(
                 group.names[piece.member],
                 piece.start,
             )
-        for master, values in zip(group.masters, _split(shard, group), strict=True):
+        for master, values in zip(group.masters, group.split(shard), strict=True):
             if kind == layout.MASTER:
                 master.data.copy_(values)
             else:
-                optimizer.state[master][kind] = values.to(master.device, copy=True)
+                optimizer.state[master][kind] = values.to(master.device, copy=True).contiguous()
     if len(kinds) > 1:
         options = optimizer.param_groups[group.group_index]
         # torch's fused and capturable kernels count steps on the device.

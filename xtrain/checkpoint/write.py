@@ -66,7 +66,7 @@ def _sharded_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[
     for kind, value in first.items():
         if _is_sharded(value, group):
             kinds[kind] = [optimizer.state[master][kind] for master in group.masters]
-    return {kind: torch.cat([slice_.reshape(-1) for slice_ in slices]) for kind, slices in kinds.items()}
+    return {kind: group.assemble(slices) for kind, slices in kinds.items()}
 
 
 def _scalar_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

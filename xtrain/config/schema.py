@@ -182,7 +182,8 @@ class Bf16Config(Section):
 
     enabled: bool = False
     check_grad_overflow: bool = True
-    """Skip the step on all ranks when the gradient norm is not finite; False: end training with an error."""
+    """Skip the step on all ranks when the gradient norm is not finite. False, in stages 1 and 2: apply it all the same
+    (stages 0 and 3 skip it, as in DeepSpeed)."""
     immediate_grad_update: Annotated[bool, NoEffect("gradients are accumulated in place as they arrive")] = (
         False
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from xtrain.config.arguments import construct
 from xtrain.config.schema import OptimizerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError, unknown_name
+from xtrain.log import log_dist
 from xtrain.optim.adam import Adam
 from xtrain.optim.elementwise import ElementwiseOptimizer
 from xtrain.optim.lamb import Lamb
@@ -90,24 +92,41 @@ def build_optimizer(
     return optimizer
 
 
-def check_elementwise(optimizer: torch.optim.Optimizer, allow_untested: bool) -> None:
-    """Refuse a user's optimizer that may not work on slices of parameters.
+def check_fresh(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a user's optimizer whose states would be lost, because it is given other tensors to update.
 
     Raises:
-        ConfigError: the class is not known to be element-wise and the config does not allow it; or the
-            optimizer has taken steps already, whose state cannot be divided.
+        ConfigError: it has taken steps already.
     """
     if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
         raise ConfigError(
             f"the optimizer {type(optimizer).__name__} has taken steps already: pass a fresh one to initialize() "
             "and restore its state with load_checkpoint()"
         )
+
+
+def check_elementwise(optimizer: torch.optim.Optimizer, stage: int, allow_untested: bool) -> None:
+    """Refuse a user's optimizer that may not work on slices of parameters, which it sees from ZeRO stage 1 on.
+
+    Raises:
+        ConfigError: the class is not known to be element-wise and the config does not allow it.
+    """
     known = (
         isinstance(optimizer, (ElementwiseOptimizer, ParameterwiseOptimizer))
         or type(optimizer) in _ELEMENTWISE
     )
-    if not known and not allow_untested:
+    if known or stage == 0:
+        return
+    name = type(optimizer).__name__
+    if not allow_untested:
         raise ConfigError(
-            f"the optimizer {type(optimizer).__name__} is not known to update each element on its own, which "
-            'flat buffers need: set "zero_allow_untested_optimizer": true if it does'
+            f"the optimizer {name} is not known to update each element on its own, which ZeRO stage {stage} needs: set "
+            '"zero_allow_untested_optimizer": true if it does, or use stage 0'
         )
+    log_dist(
+        f"the optimizer {name} is not known to update each element on its own: in ZeRO stage {stage} it sees "
+        "one-dimensional slices of several parameters each, so that whatever it makes of a parameter's shape, rows, "
+        "norm or number (factored moments, preconditioners, trust ratios, clipping) is not what it is in stage 0",
+        ranks=[0],
+        level=logging.WARNING,
+    )

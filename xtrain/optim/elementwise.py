@@ -55,13 +55,13 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(param)
         state["step"] += 1
         states = [state[name] for name in self.state_names]
-        size = param.numel() if self.chunk_size is None or param.ndim != 1 else self.chunk_size
-        if size >= param.numel():
+        size = self.chunk_size
+        together = [param, grad, *states]
+        if size is None or size >= param.numel() or not all(tensor.is_contiguous() for tensor in together):
             self.arithmetic(param, grad, states, state["step"], group)
             return
-        for start in range(0, param.numel(), size):
-            part = slice(start, start + size)
-            self.arithmetic(param[part], grad[part], [s[part] for s in states], state["step"], group)
+        for chunk in zip(*(tensor.view(-1).split(size) for tensor in together), strict=True):
+            self.arithmetic(chunk[0], chunk[1], list(chunk[2:]), state["step"], group)
 
 
 def updates_one_by_one(optimizer: torch.optim.Optimizer) -> TypeGuard[ElementwiseOptimizer]:

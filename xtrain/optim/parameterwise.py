@@ -53,8 +53,9 @@ class Holding:
     runs: tuple[Run, ...]
 
     def part(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's elements of the parameter in a tensor that is laid out like `tensor` (a view)."""
-        if whole.numel() == self.own.length:
+        """This rank's elements of the parameter in a tensor that is laid out like `tensor`: a view, in one dimension
+        unless the tensor's memory has gaps."""
+        if whole.numel() == self.own.length and not whole.is_contiguous():
             return whole
         return whole.view(-1)[self.offset : self.offset + self.own.length]
 
@@ -144,9 +145,10 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
     def chunks(self, *parts: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         """Tensors of one shape, `chunk_size` elements at a time."""
         size, total = self.chunk_size, parts[0].numel()
-        if size is None or size >= total or parts[0].ndim != 1:
+        if size is None or size >= total or not all(part.is_contiguous() for part in parts):
             yield parts
             return
+        parts = tuple(part.view(-1) for part in parts)
         for start in range(0, total, size):
             yield tuple(part[start : start + size] for part in parts)
 

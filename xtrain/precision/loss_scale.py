@@ -16,6 +16,8 @@ class LossScale:
     """A constant factor on the loss; 1 for fp32 and bf16."""
 
     dynamic = False
+    can_fall = False
+    """Whether an overflow may still make it smaller."""
 
     def __init__(self, value: float = 1.0) -> None:
         self.value = value
@@ -55,20 +57,37 @@ class DynamicLossScale(LossScale):
         hysteresis: overflows that are borne before the scale is halved.
         consecutive: refill the hysteresis after every good step, not only when the scale doubles.
         minimum: the scale never goes below it; an overflow there is an error.
+        error_at_minimum: False bears overflows at the smallest scale, as DeepSpeed does in stage 0.
+        like_grad_scaler: the scale doubles after the window's last good step, as in torch.amp.GradScaler, instead of
+            after the one that follows.
     """
 
     dynamic = True
 
     def __init__(
-        self, initial: float, window: int, hysteresis: int, consecutive: bool, minimum: float
+        self,
+        initial: float,
+        window: int,
+        hysteresis: int,
+        consecutive: bool,
+        minimum: float,
+        error_at_minimum: bool = True,
+        like_grad_scaler: bool = False,
     ) -> None:
         super().__init__(initial)
+        self.error_at_minimum = error_at_minimum
+        self._first = int(like_grad_scaler)
         self.window = window
         self.hysteresis = hysteresis
         self.consecutive = consecutive
         self.minimum = minimum
         self._left = hysteresis
-        self._good = 0
+        self._good = self._first
+
+    @property
+    def can_fall(self) -> bool:  # type: ignore[override]
+        """Whether an overflow may still make it smaller."""
+        return self.value > self.minimum
 
     @property
     def scale_window(self) -> int:
@@ -95,11 +114,11 @@ class DynamicLossScale(LossScale):
         """
         super().update(overflow)
         if overflow:
-            self._good = 0
+            self._good = self._first
             if self._left > 1:
                 self._left -= 1
                 return
-            if self.value <= self.minimum:
+            if self.value <= self.minimum and self.error_at_minimum:
                 raise TrainingError(
                     f"gradients overflow at the smallest loss scale ({self.minimum:g}): the run has diverged; "
                     "go back to a checkpoint with a lower learning rate, or train in bf16"
@@ -122,21 +141,30 @@ class DynamicLossScale(LossScale):
         """Continue from a checkpoint; one that was written without a dynamic scale restores its value only."""
         self.value = state["value"]
         self._left = state.get("left", self.hysteresis)
-        self._good = state.get("good", 0)
+        self._good = state.get("good", self._first)
 
 
 def make_loss_scale(
-    fp16: Fp16Config, autocast: TorchAutocastConfig | None = None, initial_power: int | None = None
+    fp16: Fp16Config,
+    autocast: TorchAutocastConfig | None = None,
+    initial_power: int | None = None,
+    stage: int = 1,
 ) -> LossScale:
     """The scale that the `fp16` section asks for, or autocast to fp16 (then that of torch.amp.GradScaler).
 
     Args:
         initial_power: the backend's default for `initial_scale_power`.
+        stage: of ZeRO. In stage 0 DeepSpeed knows no hysteresis.
     """
     if not fp16.enabled:
         if autocast is not None and autocast.enabled and autocast.dtype in ("fp16", "float16"):
             return DynamicLossScale(
-                initial=2.0**16, window=2000, hysteresis=1, consecutive=False, minimum=1.0
+                initial=2.0**16,
+                window=2000,
+                hysteresis=1,
+                consecutive=False,
+                minimum=1.0,
+                like_grad_scaler=True,
             )
         return LossScale()
     if fp16.loss_scale > 0:
@@ -146,7 +174,8 @@ def make_loss_scale(
     return DynamicLossScale(
         initial=2.0**initial_power,
         window=fp16.loss_scale_window,
-        hysteresis=fp16.hysteresis,
+        hysteresis=fp16.hysteresis if stage else 1,
         consecutive=fp16.consecutive_hysteresis,
         minimum=fp16.min_loss_scale,
+        error_at_minimum=stage > 0,
     )

@@ -30,6 +30,7 @@ class PrecisionPolicy:
         accumulation: micro-batch gradients are added up in it; None is the parameters' own.
         communication: gradients travel in it; None is the accumulation dtype.
         skip_non_finite: leave the weights alone when the gradient norm is infinite or NaN.
+        apply_non_finite: update the weights even then, because the config has switched the check off.
         aligned: gradients are accumulated, sent and summed in float32 by one fixed tree.
         buffers: floating-point buffers are cast to it; None leaves them as they are.
         average: gradients are averaged over ranks; False: they are summed.
@@ -45,6 +46,7 @@ class PrecisionPolicy:
     aligned: bool = False
     average: bool = True
     buffers: torch.dtype | None = None
+    apply_non_finite: bool = False
 
     def accumulation_of(self, dtype: torch.dtype) -> torch.dtype:
         """Accumulation dtype for parameters of `dtype`; never narrower than they are."""
@@ -56,10 +58,16 @@ def _skips_non_finite(config: Config) -> bool:
     if config.fp16.enabled:
         return True
     if config.bf16.enabled:
-        return config.bf16.check_grad_overflow
+        return not _applies_non_finite(config)
     if config.torch_autocast.enabled and config.torch_autocast.dtype in ("fp16", "float16"):
         return True
     return config.zero_optimization.stage > 0
+
+
+def _applies_non_finite(config: Config) -> bool:
+    """As in DeepSpeed, whose stages 0 and 3 do not read the key."""
+    switched_off = config.bf16.enabled and not config.bf16.check_grad_overflow
+    return switched_off and config.zero_optimization.stage in (1, 2)
 
 
 def make_policy(config: Config, sequence_parallel: bool = False) -> PrecisionPolicy:
@@ -90,6 +98,7 @@ def make_policy(config: Config, sequence_parallel: bool = False) -> PrecisionPol
         communication=DTYPES[communication] if communication else None,
         aligned=config.xtrain.aligned,
         skip_non_finite=_skips_non_finite(config),
+        apply_non_finite=_applies_non_finite(config),
         average=config.gradient_allreduce_op == "mean",
         buffers=DTYPES[config.data_types.buffer_dtype] if config.data_types.buffer_dtype else None,
         predivide=None if config.prescale_gradients else config.gradient_predivide_factor,

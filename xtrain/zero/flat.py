@@ -31,6 +31,8 @@ class FlatOptions:
         align: elements at a multiple of which every parameter and slice starts.
         breaks: positions of members at which a new bucket starts in any case.
         masters: where they are made; None: on the device, or in the parameters when the dtypes agree.
+        by_parameter: a master for each parameter, in its shape (stage 0), instead of one for each bucket.
+        narrow_masters: 16-bit parameters are their own masters, as in plain PyTorch.
     """
 
     partitions: int
@@ -39,6 +41,8 @@ class FlatOptions:
     align: int
     breaks: Collection[int] = ()
     masters: Allocate | None = None
+    by_parameter: bool = False
+    narrow_masters: bool = False
 
 
 class FlatGroup:
@@ -50,7 +54,8 @@ class FlatGroup:
         shapes: theirs, also where their data is not there.
         params: (total,) parameter dtype; not in stage 3.
         masters: per bucket, this rank's slice in float32 (float64 for float64 parameters); views of
-            the parameters when the dtypes are the same.
+            the parameters when the dtypes are the same. In stage 0 one per parameter, in its shape: the
+            parameter itself when the dtypes are the same.
         process_group: the ranks that share the states.
     """
 
@@ -79,6 +84,8 @@ class FlatGroup:
         self._bucket_of = {
             member: number for number, bucket in enumerate(self.layout.buckets) for member in bucket.members
         }
+        self.by_parameter = options.by_parameter
+        self._narrow_masters = options.narrow_masters
         self._take_over()
         self.masters = self._make_masters(options.masters)
 
@@ -111,8 +118,48 @@ class FlatGroup:
         piece = self._pieces.get(member)
         if piece is None:
             return None
-        number = self._bucket_of[member]
-        return piece, self.layout.buckets[number], self.masters[number] if self.masters else None
+        bucket = self.layout.buckets[self._bucket_of[member]]
+        return piece, bucket, self.masters[self._master_of(member)] if self.masters else None
+
+    def _master_of(self, member: int) -> int:
+        return member if self.by_parameter else self._bucket_of[member]
+
+    def in_master(
+        self, member: int, of: Callable[[torch.nn.Parameter], torch.Tensor] = lambda master: master.data
+    ) -> torch.Tensor | None:
+        """This rank's elements of a parameter in what `of(master)` returns, which is laid out like the master.
+
+        A one-dimensional view; None when this rank has none of them, or there are no masters.
+        """
+        found = self.piece_of(member)
+        if found is None:
+            return None
+        piece, bucket, master = found
+        if master is None:
+            return None
+        first = 0 if self.by_parameter else piece.shard_start - bucket.start // self.layout.partitions
+        return of(master).view(-1)[first : first + piece.stop - piece.start]
+
+    def weights_of(self, number: int) -> torch.Tensor:
+        """What master `number` is rounded into: a view of the parameters in the master's shape."""
+        if self.by_parameter:
+            return self.member_view(self.params, number)
+        return self.slice_of(self.layout.buckets[number])
+
+    def assemble(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One tensor in shard order, padding included, out of one for each master."""
+        if not self.by_parameter:
+            return torch.cat([value.reshape(-1) for value in values])
+        shard = values[0].new_zeros(self.layout.total)
+        for member, value in enumerate(values):
+            self.member_view(shard, member).copy_(value)
+        return shard
+
+    def split(self, shard: torch.Tensor) -> list[torch.Tensor]:
+        """Undo `assemble`: views, one for each master."""
+        if self.by_parameter:
+            return [self.member_view(shard, member) for member in range(len(self.members))]
+        return list(torch.split(shard, [master.numel() for master in self.masters]))
 
     def show_pieces(self) -> None:
         """Give every parameter DeepSpeed's attribute `ds_tensor`: what this rank owns of it, which may be nothing."""
@@ -125,10 +172,12 @@ class FlatGroup:
             param.ds_tensor = mine  # type: ignore[attr-defined]
 
     def _make_masters(self, allocate: Allocate | None) -> list[torch.nn.Parameter]:
-        dtype = torch.promote_types(self.dtype, torch.float32)
+        dtype = self.dtype if self._narrow_masters else torch.promote_types(self.dtype, torch.float32)
+        if self.by_parameter and dtype == self.dtype:
+            return list(self.members)
         masters = []
-        for bucket in self.layout.buckets:
-            mine = self.slice_of(bucket)
+        for number in range(len(self.members if self.by_parameter else self.layout.buckets)):
+            mine = self.weights_of(number)
             # `to` returns the view itself when the dtype is the same.
             data = mine.to(dtype) if allocate is None else allocate(mine.numel(), dtype).copy_(mine)
             masters.append(torch.nn.Parameter(data, requires_grad=False))
@@ -146,7 +195,7 @@ class FlatGroup:
         return [
             number
             for number, master in enumerate(self.masters)
-            if master.data_ptr() == self.slice_of(self.layout.buckets[number]).data_ptr()
+            if master.data_ptr() == self.weights_of(number).data_ptr()
         ]
 
     def own_masters(self) -> list[torch.nn.Parameter]:
@@ -156,7 +205,7 @@ class FlatGroup:
 
     def _share_masters(self, numbers: list[int]) -> None:
         for number in numbers:
-            self.masters[number].data = self.slice_of(self.layout.buckets[number])
+            self.masters[number].data = self.weights_of(number)
 
     def readopt(self) -> None:
         """Take back parameters whose `.data` a script has replaced (weights put back after an attack, say).
@@ -183,8 +232,8 @@ class FlatGroup:
     def refresh_masters(self) -> None:
         """Set the masters from the parameters (after the module's weights were loaded or broadcast)."""
         self.readopt()
-        for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
-            if master.data_ptr() != (mine := self.slice_of(bucket)).data_ptr():
+        for number, master in enumerate(self.masters):
+            if master.data_ptr() != (mine := self.weights_of(number)).data_ptr():
                 master.data.copy_(mine)
 
     def store(self, member: int, data: torch.Tensor) -> None:
@@ -193,24 +242,23 @@ class FlatGroup:
         self._store_master(member, data)
 
     def _store_master(self, member: int, data: torch.Tensor) -> None:
-        if (found := self.piece_of(member)) is not None:
-            piece, bucket, master = found
-            if master is not None:
-                start = piece.shard_start - bucket.start // self.layout.partitions
-                mine = data.reshape(-1)[piece.start : piece.stop]
-                master.data[start : start + mine.numel()].copy_(mine)
+        if (mine := self.in_master(member)) is not None:
+            piece = self._pieces[member]
+            mine.copy_(data.reshape(-1)[piece.start : piece.stop])
 
     def publish(self) -> list[Any]:
         """Round the masters into the parameters and start gathering every rank's slices."""
-        works = []
-        for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
-            mine = self.slice_of(bucket)
-            if master.data_ptr() != mine.data_ptr():
+        for number, master in enumerate(self.masters):
+            if master.data_ptr() != (mine := self.weights_of(number)).data_ptr():
                 mine.copy_(master.data)
-            if self.layout.partitions > 1:
-                full = self.params[bucket.start : bucket.stop]
-                works.append(comm.SliceGather(full, mine, self.process_group))
-        return works
+        if self.layout.partitions == 1:
+            return []
+        return [
+            comm.SliceGather(
+                self.params[bucket.start : bucket.stop], self.slice_of(bucket), self.process_group
+            )
+            for bucket in self.layout.buckets
+        ]
 
 
 class WholeHome(Home):

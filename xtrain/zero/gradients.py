@@ -102,6 +102,9 @@ class Gradients(ABC):
     def close_micro_batch(self) -> None:  # noqa: B027 - most kinds have nothing to do here
         """A backward that is not the last of its window has ended."""
 
+    def set_aside(self) -> None:  # noqa: B027 - sharded gradients add up reduced ones anyway
+        """Keep what has been reduced for `complete` to add, and begin anew."""
+
     @abstractmethod
     def reduce(self, bucket: Bucket) -> Summing:
         """Start summing a bucket over the ranks; returns a handle for `complete`."""
@@ -113,6 +116,18 @@ class Gradients(ABC):
     @abstractmethod
     def owned(self, bucket: Bucket) -> torch.Tensor:
         """This rank's slice of a bucket."""
+
+    def piece(self, member: int) -> torch.Tensor | None:
+        """This rank's elements of one parameter's gradient, a one-dimensional view; None when it has none."""
+        if (found := self.group.piece_of(member)) is None:
+            return None
+        piece, bucket, _ = found
+        first = piece.shard_start - bucket.start // self.group.layout.partitions
+        return self.owned(bucket)[first : first + piece.stop - piece.start]
+
+    def of_masters(self) -> list[torch.Tensor]:
+        """The gradient of each of the group's masters, in its shape."""
+        return [self.owned(bucket) for bucket in self.group.layout.buckets]
 
     @abstractmethod
     def zero(self) -> None:
@@ -136,6 +151,7 @@ class WholeGradients(Gradients):
         group = self.group
         self.buffer = comm.zeros(group.layout.total, self.dtype, group.device, self.process_group)
         self._partials: list[torch.Tensor | None] = []
+        self._aside: dict[int, torch.Tensor] = {}
         # While the buffer is on another device than the parameters: which of them showed their gradient.
         self._shown_before: list[bool] | None = None
         self._attach()
@@ -190,6 +206,11 @@ class WholeGradients(Gradients):
             self._partials[level] = None
         self._partials.append(carry)
 
+    def set_aside(self) -> None:
+        aside = {bucket.start: self.owned(bucket).clone() for bucket in self.group.layout.buckets}
+        self.zero()
+        self._aside = aside
+
     def reduce(self, bucket: Bucket) -> Summing:
         whole = self.buffer[bucket.start : bucket.stop]
         for partial in self._partials:
@@ -202,6 +223,8 @@ class WholeGradients(Gradients):
         if result.data_ptr() != owned.data_ptr():  # it travelled in a buffer of its own
             owned.copy_(result)
         self._average(owned)
+        if (earlier := self._aside.pop(bucket.start, None)) is not None:
+            owned.add_(earlier)
         if self.group.layout.partitions > 1:
             # Only the owned slices are meaningful now: what a script does to `.grad` must not reach them.
             for member in bucket.members:
@@ -209,6 +232,11 @@ class WholeGradients(Gradients):
 
     def owned(self, bucket: Bucket) -> torch.Tensor:
         return self.group.owned(self.buffer, bucket)
+
+    def of_masters(self) -> list[torch.Tensor]:
+        if self.group.by_parameter:
+            return [self.view(member) for member in range(len(self.group.members))]
+        return super().of_masters()
 
     def move(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
         members = self.group.members
@@ -224,6 +252,7 @@ class WholeGradients(Gradients):
     def zero(self) -> None:
         self.buffer.zero_()
         self._partials.clear()
+        self._aside.clear()
         self._attach()
 
 

@@ -13,6 +13,14 @@ from xtrain.zero.flat import FlatGroup
 
 
 def _of_group(group: FlatGroup) -> list[Holding]:
+    if group.by_parameter:
+        wholes = [Run(0, 0, shape.numel()) for shape in group.shapes]
+        return [
+            Holding(parameter, shape, master, 0, run, (run,))
+            for parameter, shape, master, run in zip(
+                group.members, group.shapes, group.masters, wholes, strict=True
+            )
+        ]
     layout, mine = group.layout, group.partition
     result = []
     for bucket, master in zip(layout.buckets, group.masters, strict=True):
@@ -42,10 +50,12 @@ def holdings(groups: Sequence[FlatGroup], param_groups: int) -> list[list[Holdin
 
 
 def counted_parts(group: FlatGroup, model: ModelParallel) -> list[list[tuple[int, int, bool]]]:
-    """For each of the group's master slices: (start, stop, whether it counts in the gradient norm), in order.
+    """For each of the group's masters: (start, stop, whether it counts in the gradient norm), in order.
 
     A slice of which everything counts, padding included, is one part.
     """
+    if group.by_parameter:
+        return [[(0, param.numel(), counted_once(param, model))] for param in group.members]
     others = [
         piece
         for piece in group.layout.pieces(group.partition)

@@ -5,6 +5,7 @@ Stage 0 is the same code with one partition: every rank owns everything.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 from xtrain import comm
 from xtrain.backends import Backend
 from xtrain.errors import NotImplementedYetError
+from xtrain.log import log_dist
 from xtrain.optim.elementwise import updates_one_by_one
 from xtrain.optim.parameterwise import ParameterwiseOptimizer
 from xtrain.parallel import DataParallelGrid
@@ -42,10 +44,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     """What `initialize` returns as the optimizer: the user's optimizer, working on this rank's slices.
 
     The wrapped optimizer's `param_groups` are kept, so learning-rate schedulers and scripts that read
-    or set `param_groups[i]["lr"]` work; their `params` are replaced by master slices.
+    or set `param_groups[i]["lr"]` work; their `params` are replaced by master slices. In stage 0 they are the model's
+    parameters, or a float32 master of each in its shape where the parameters are narrower.
 
     Args:
-        optimizer: any torch optimizer whose update is element-wise, or a ParameterwiseOptimizer.
+        optimizer: any torch optimizer in stage 0; above, one whose update is element-wise, or a ParameterwiseOptimizer.
         gradients: those of each flat group; it belongs to `optimizer.param_groups[group.group_index]`.
         loss_scale: by which the loss was multiplied; learns from overflows.
         backend: decides the dtype in which the norm is summed.
@@ -53,7 +56,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         clip: largest 2-norm of the gradients, 0 for none.
         round_norm: round the norm to float32, which removes what is left of the order of its summation.
         skip_non_finite: whether steps may be skipped because gradients are infinite or NaN; the weights are
-            left alone either way.
+            left alone either way, unless `apply_non_finite`.
+        apply_non_finite: whether such gradients are applied.
         compute_norm: False saves the norm, for which clipping must be off.
         state_memory: where optimizer states are kept; None: where the optimizer makes them.
     """
@@ -70,6 +74,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         round_norm: bool = False,
         compute_norm: bool = True,
         state_memory: Memory | None = None,
+        apply_non_finite: bool = False,
     ) -> None:
         # The base class is for isinstance checks (torch's schedulers); groups and states are the wrapped
         # optimizer's, so its constructor, which would make new ones, is not called.
@@ -87,10 +92,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Knows whether gradients can be read (see owners.py); set by the engine."""
         self.clip_grad = clip
         self.skip_non_finite = skip_non_finite
+        self.apply_non_finite = apply_non_finite
         self.round_norm = round_norm
         self.compute_norm = compute_norm
         self.state_memory = state_memory
         self.overflow = False
+        self._told = False
         self.grad_norm: float | None = None
         self._divided = any(group.layout.partitions > 1 for group in self.groups)
         if isinstance(optimizer, ParameterwiseOptimizer):
@@ -98,11 +105,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ranks = comm.get_world_size(process_group) if self._divided else 1
             optimizer.attach(held, process_group, ranks, backend.precision, aligned=round_norm)
         for index, param_group in enumerate(optimizer.param_groups):
-            param_group["params"] = [
-                master for group in self.groups if group.group_index == index for master in group.masters
-            ]
+            param_group["params"] = self._optimized(index, param_group["params"])
         self._parts = [parts for group in self.groups for parts in counted_parts(group, grid.model)]
-        self._rebuild_initial_state()
+        self._adapt_states()
         register(self)
 
     @property
@@ -115,17 +120,38 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """The wrapped optimizer's state, keyed by master slice."""
         return self.optimizer.state
 
-    def _rebuild_initial_state(self) -> None:
-        """Adagrad makes its states when it is constructed, for the parameters it was given then."""
-        self.optimizer.state.clear()
-        if isinstance(self.optimizer, torch.optim.Adagrad):
-            for group in self.optimizer.param_groups:
+    def _optimized(self, index: int, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the wrapped optimizer sees in one of its parameter groups in place of `given`: masters.
+
+        In stage 0 they stand in the order of the parameters, and frozen parameters stay where they are.
+        """
+        groups = [group for group in self.groups if group.group_index == index]
+        if not any(group.by_parameter for group in self.groups):
+            return [master for group in groups for master in group.masters]
+        masters: dict[torch.Tensor, torch.Tensor] = {}
+        for group in groups:
+            masters.update(zip(group.members, group.masters, strict=True))
+        return [masters.get(param, param) for param in given]
+
+    def _adapt_states(self) -> None:
+        """Keep the states of parameters that are their own masters; begin anew for the others."""
+        optimizer, masters = self.optimizer, dict.fromkeys(self.masters)
+        for param, state in list(optimizer.state.items()):
+            if param in masters:
+                for name, value in state.items():
+                    if torch.is_tensor(value) and value.ndim:  # made before the model went to its device
+                        state[name] = value.to(param.device)
+            else:
+                del optimizer.state[param]
+        if isinstance(optimizer, torch.optim.Adagrad):  # makes its states when it is constructed
+            for group in optimizer.param_groups:
                 for master in group["params"]:
-                    start = group["initial_accumulator_value"]
-                    self.optimizer.state[master] = {
-                        "step": torch.tensor(0.0),
-                        "sum": torch.full_like(master, start),
-                    }
+                    if master in masters and master not in optimizer.state:
+                        start = group["initial_accumulator_value"]
+                        optimizer.state[master] = {
+                            "step": torch.tensor(0.0),
+                            "sum": torch.full_like(master, start),
+                        }
 
     @property
     def averaged_gradients(self) -> dict[int, list[torch.Tensor]]:
@@ -138,10 +164,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         result: dict[int, list[torch.Tensor]] = {}
         for item in self.gradients:
             for member in range(len(item.group.members)):
-                if (found := item.group.piece_of(member)) is not None:
-                    piece, bucket, _ = found
-                    first = piece.shard_start - bucket.start // item.group.layout.partitions
-                    mine = item.owned(bucket)[first : first + piece.stop - piece.start]
+                if (mine := item.piece(member)) is not None:
                     result.setdefault(item.group.group_index, []).append(mine)
         return result
 
@@ -173,10 +196,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return 1.0 / self.loss_scale
 
     def _slices(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """(master slice, gradient slice) of everything this rank owns."""
+        """(master, its gradient) of everything this rank owns."""
         for item in self.gradients:
-            for bucket, master in zip(item.group.layout.buckets, item.group.masters, strict=True):
-                yield master, item.owned(bucket)
+            yield from zip(item.group.masters, item.of_masters(), strict=True)
 
     def _slices_by_group(self) -> Iterator[tuple[int, torch.nn.Parameter, torch.Tensor]]:
         """`_slices` with the number of the parameter group first."""
@@ -196,7 +218,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for flat, parts in zip(slices, self._parts, strict=True):
             for start, stop, counts in parts if flat is not None else ():
                 assert flat is not None
-                square = _sum_of_squares(flat[start:stop], dtype, chunk)
+                square = _sum_of_squares(flat.view(-1)[start:stop], dtype, chunk)
                 squares.append(square if counts else square * 0.0)
         if not squares:
             return 0.0
@@ -238,7 +260,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             group.readopt()
         if self.compute_norm:
             self.grad_norm = self._compute_norm((grad for _, grad in self._slices()), self._unscale)
-            self.overflow = not math.isfinite(self.grad_norm)
+            self.overflow = not (self.apply_non_finite or math.isfinite(self.grad_norm))
+            if self.apply_non_finite and not math.isfinite(self.grad_norm):
+                self._tell_non_finite()
         else:
             self.overflow = self.skip_non_finite and not self._all_finite()
         if self.skip_non_finite and self.backend.precision.saturates:
@@ -266,7 +290,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if self.clip_grad <= 0:
             return 1.0
         assert self.grad_norm is not None, "clipping needs the norm"
+        if not math.isfinite(self.grad_norm):
+            return 0.0  # only with apply_non_finite; what is finite is left alone, as in DeepSpeed
         return min(1.0, self.clip_grad / (self.grad_norm + 1e-6))
+
+    def _tell_non_finite(self) -> None:
+        if not self._told:
+            self._told = True
+            log_dist(
+                f"the gradient norm is {self.grad_norm}, and the update is applied because bf16.check_grad_overflow is "
+                "false: weights become NaN (told once)",
+                ranks=[0],
+                level=logging.WARNING,
+            )
 
     def _hand_over_all(self) -> None:
         """Give every master its gradient, clipped: or what the optimizer makes of the gradients, clipped.

@@ -7,7 +7,6 @@ kin). Works in every stage: nothing here looks at `param.data`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,19 +54,9 @@ class Owner:
 
     # ---------------------------------------------------------------- where this rank's elements are
 
-    def _mine(self, slice_of: Callable[[torch.nn.Parameter, Any], torch.Tensor]) -> torch.Tensor | None:
-        """This rank's elements in what `slice_of(master, bucket)` returns; a view. None when it has none."""
-        found = self.group.piece_of(self.member)
-        if found is None:
-            return None
-        piece, bucket, master = found
-        assert master is not None
-        first = piece.shard_start - bucket.start // self.group.layout.partitions
-        return slice_of(master, bucket)[first : first + piece.stop - piece.start]
-
     def master(self) -> torch.Tensor | None:
-        """This rank's elements of the float32 weight."""
-        return self._mine(lambda master, _: master.data)
+        """This rank's elements of the float32 weight; a view. None when it has none."""
+        return self.group.in_master(self.member)
 
     def state(self, key: str) -> torch.Tensor | None:
         """This rank's elements of an optimizer state.
@@ -76,7 +65,7 @@ class Owner:
             ConfigError: there is no such state with one value an element. On every rank alike.
         """
         states = self.optimizer.state
-        first = self.group.masters[0]
+        first = self.group.masters[self.member if self.group.by_parameter else 0]
         known = {
             name: value
             for name, value in states.get(first, {}).items()
@@ -86,11 +75,11 @@ class Owner:
             have = f"it has {', '.join(known)}" if known else "it has none before the first step"
             kind = type(self.optimizer.optimizer).__name__
             raise ConfigError(f"{kind} keeps no state {key!r} for parameter {self.name!r}: {have}")
-        return self._mine(lambda master, _: states[master][key])
+        return self.group.in_master(self.member, lambda master: states[master][key])
 
     def gradient(self) -> torch.Tensor | None:
         """This rank's elements of the averaged gradient. Ask `gradients_ready` first."""
-        return self._mine(lambda _, bucket: self.gradients.owned(bucket))
+        return self.gradients.piece(self.member)
 
     def gradients_ready(self) -> bool:
         """Whether this window's gradients are averaged over ranks; reduces what waits for it. Collective."""

@@ -165,6 +165,9 @@ class Partitioner:
             align=max(1, self.backend.zero.alignment_bytes // min(dtype.itemsize, accumulation.itemsize)),
             masters=None if self._masters is None else self._masters.allocate,
             breaks={i for i in range(1, len(units)) if units[i] != units[i - 1]} if sharded else (),
+            by_parameter=not divided,
+            # As in DeepSpeed; aligned mode has the same masters in every stage.
+            narrow_masters=not divided and self.precision.module is None and not self.precision.aligned,
         )
 
     def _sharded(self, members: Members, index: int, trainable: bool) -> ShardedGroup:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtrain import comm
-from xtrain.errors import ConfigError
+from xtrain import comm, direct_backward
+from xtrain.errors import ConfigError, TrainingError
+from xtrain.precision import LossScale
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.gather import Gatherer, Unit
 from xtrain.zero.gradients import Gradients, Summing
@@ -137,6 +138,8 @@ class GradientReducer:
         self._learned = False  # whether a whole backward has been watched
         self._open = False  # gradients have arrived since the last end of a micro-batch
         self._handles: dict[torch.nn.Parameter, Any] = {}
+        self.scaler = LossScale()
+        """By what losses must be multiplied; set by the engine."""
         self._hook_everything()
 
     def _hook_everything(self) -> None:
@@ -156,9 +159,28 @@ class GradientReducer:
 
         def on_gradient(_: torch.Tensor) -> None:
             if (reducer := owner()) is not None:
+                if not reducer._inside:
+                    reducer._check_scaled()
                 reducer._arrived(reducer.queue[position], member)
 
         return on_gradient
+
+    def come_last(self) -> None:
+        """Put our hooks after those that a script has registered since, which may change the gradient."""
+        for param, handle in self._handles.items():
+            hooks: Any = param._post_accumulate_grad_hooks
+            if next(reversed(hooks)) != handle.id:
+                hooks[handle.id] = hooks.pop(handle.id)  # autograd does not see move_to_end
+
+    def _check_scaled(self) -> None:
+        """Refuse the gradients of a backward that is not ours and lacks the loss scale."""
+        scale = self.scaler
+        if (scale.dynamic or scale.value != 1.0) and not direct_backward.is_scaled(scale.value):
+            self.discard()
+            raise TrainingError(
+                "Loss scaling is required here (fp16), and a backward pass began without it: call "
+                "engine.backward(loss), or engine.scale(loss).backward()"
+            )
 
     def _arrived(self, item: _Pending, member: int) -> None:
         """The gradient of a member of the bucket is there."""
@@ -193,8 +215,8 @@ class GradientReducer:
         if self._reduced:
             return (
                 f"a second backward of the same step reached parameter {name!r} after its gradients were reduced: "
-                "run all but the last backward inside `with engine.no_sync():`, or call engine.zero_grad() to "
-                "discard the first"
+                "use engine.backward(loss) for each of them, run all but the last inside `with engine.no_sync():`, or "
+                "call engine.zero_grad() to discard the first"
             )
         return (
             f"parameter {name!r} got more gradients in one backward than ever before, after its bucket was "
@@ -243,6 +265,12 @@ class GradientReducer:
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Around the engine's backward. If it raises, the window is given up."""
+        self.come_last()
+        if self._reduced:
+            # A second backward in one window, of another loss: its gradients are reduced by themselves.
+            for gradients in self.gradients:
+                gradients.set_aside()
+            self._reduced = False
         for item in self.queue:
             item.arrivals.clear()  # of backwards that were not this engine's
         self._inside = True

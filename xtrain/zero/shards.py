@@ -98,9 +98,8 @@ class ShardedGroup(FlatGroup):
 
     def publish(self) -> list[Any]:
         """Round the masters into the shard; whole parameters are gathered when they are used."""
-        for bucket, master in zip(self.layout.buckets, self.masters, strict=True):
-            mine = self.slice_of(bucket)
-            if master.data_ptr() != mine.data_ptr():
+        for number, master in enumerate(self.masters):
+            if master.data_ptr() != (mine := self.weights_of(number)).data_ptr():
                 mine.copy_(master.data)
         return []
 

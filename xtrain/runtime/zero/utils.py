@@ -15,7 +15,7 @@ class ZeRORuntimeException(ConfigError):
 def is_zero_supported_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer may be divided without `zero_allow_untested_optimizer`."""
     try:
-        check_elementwise(optimizer, allow_untested=False)
+        check_elementwise(optimizer, stage=1, allow_untested=False)
     except ConfigError:
         return False
     return True
