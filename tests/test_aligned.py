@@ -228,7 +228,7 @@ def _checkpointed(which: int, own_backward: bool) -> tuple[list[float], bool]:
             first = (engine.grid.rank * accumulation + index) * 4
             loss = training.loss_of(engine, x[first : first + 4], y[first : first + 4])
             if own_backward:
-                (loss / accumulation).backward()
+                loss.backward()
             else:
                 engine.backward(loss)
             engine.step()

@@ -92,7 +92,7 @@ def _own_backward(stage: int, dtype: str) -> tuple[list[float], list[float]]:
                 first = (engine.grid.rank * engine.gradient_accumulation_steps() + index) * 4
                 loss = training.loss_of(engine, x[first : first + 4], y[first : first + 4])
                 if own:
-                    engine.scale(loss / engine.gradient_accumulation_steps()).backward()
+                    engine.scale(loss).backward()
                 else:
                     engine.backward(loss)
                 engine.step()

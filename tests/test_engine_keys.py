@@ -70,7 +70,7 @@ def _unmanaged(stage: int, own: bool, folder: str) -> tuple[list[float], list[An
         for _ in range(backwards):
             loss = engine(float(1 + engine.grid.rank))
             if own:
-                (loss / 2).backward()
+                loss.backward()
             else:
                 engine.backward(loss)
             seen.append(engine.is_gradient_accumulation_boundary())

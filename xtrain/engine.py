@@ -87,6 +87,8 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self._syncing = True
         self._step_applied = self._stepping = False
         self._backwards = 0  # since the last update
+        self.before_update: list[Callable[[], None]] = []
+        """Called when the gradients of a step are averaged and not yet applied, on every rank."""
 
         self.local_rank = comm.get_local_rank()
         self.global_rank = comm.get_rank()
@@ -175,7 +177,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             compute_norm=zero.compute_grad_norm,
             apply_non_finite=self.precision.apply_non_finite,
         )
-        self._reducer.scaler = self.optimizer.loss_scaler
+        self._reducer.loss_scaler = self.optimizer.loss_scaler
         self.optimizer.discard = self._discard
         self.optimizer.reducer = self._reducer
         self._watch = LossWatch(grid, values.xtrain.max_skipped_steps or None)
@@ -277,8 +279,8 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         return divided
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        factor = self.loss_scale()
-        return loss if factor == 1.0 else loss.float() * factor
+        assert self.optimizer is not None
+        return loss.float() * self.loss_scale() if self.optimizer.needs_scaler() else loss
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale, for scripts that call `.backward()` themselves.
@@ -296,7 +298,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
                 "tensor.backward(gradient), with a gradient that is multiplied by engine.loss_scale()"
             )
         scaled = self._scaled(loss)
-        if scaled is not loss:
+        if self.optimizer.needs_scaler():
             direct_backward.mark_scaled(scaled, self.loss_scale())
         return scaled
 
@@ -331,6 +333,9 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
 
     def _update(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.optimizer is not None
+        self._reducer.reduce_rest()
+        for hook in self.before_update:
+            hook()
         unused = self._reducer.finish_window()
         if not self.xtrain_config.values.zero_optimization.ignore_unused_parameters:
             check_unused(unused, self.grid, self.device)

@@ -255,6 +255,35 @@ def test_statistics_do_not_depend_on_stage_and_split(ranks: Any, tmp_path: Path,
             np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6, err_msg=f"{phase} {statistic}")
 
 
+def _managed_or_not(path: str, stage: int, managed: bool) -> None:
+    record = {"path": path, "modules_every": 1}
+    more = {"managed_gradient_accumulation": managed, "xtrain": {"record": record}}
+    engine = xtrain.initialize(model=training.build_model(), config=training.config(stage, **more))[0]
+    for step in range(2):
+        x, y = training.samples(step)
+        for index in range(2):
+            first = (engine.grid.rank * 2 + index) * 4
+            engine.backward(training.loss_of(engine, x[first : first + 4], y[first : first + 4]))
+            if managed or index:
+                engine.step()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_measured_where_only_step_ends_a_window(ranks: Any, tmp_path: Path, stage: int) -> None:
+    found = []
+    for managed in (True, False):
+        path = tmp_path / f"{managed}.jsonl"
+        ranks(2, _managed_or_not, str(path), stage, managed)
+        modules = read_record(path).modules
+        assert modules is not None
+        assert modules.phases() == list(PHASES)
+        found.append(modules)
+    for phase in PHASES:
+        for statistic in found[0].statistics(phase):
+            pair = [one.values[phase, statistic] for one in found]
+            np.testing.assert_allclose(pair[1], pair[0], rtol=1e-5, err_msg=f"{phase} {statistic}")
+
+
 class _Crosswise(nn.Module):
     """Modules that run in another order than they are registered in, and one that does not run at first."""
 

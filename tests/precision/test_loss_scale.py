@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtrain.config.schema import Config, Fp16Config
+from xtrain.config.schema import Config, Fp16Config, TorchAutocastConfig
 from xtrain.errors import ConfigError, TrainingError
 from xtrain.precision import DynamicLossScale, make_loss_scale, make_policy
 
@@ -28,6 +29,34 @@ def test_overflow_at_the_minimum_is_an_error() -> None:
     scale.update(True)
     with pytest.raises(TrainingError, match="smallest loss scale"):
         scale.update(True)
+
+
+@pytest.mark.parametrize(("stage", "seen"), [(0, [8, 4, 2, 1, 1]), (1, [16, 8, 4, 2, 1])])
+def test_stage_0_has_no_hysteresis_and_no_end(stage: int, seen: list[float]) -> None:
+    """Read from deepspeed 0.19.8: its FP16_Optimizer halves at once, and stays at the smallest scale."""
+    scale = make_loss_scale(Fp16Config(enabled=True, initial_scale_power=4), stage=stage)
+    found = []
+    for _ in range(5):
+        scale.update(True)
+        found.append(scale.value)
+    assert found == seen
+
+
+def test_autocast_scales_as_torch_does() -> None:
+    autocast = TorchAutocastConfig(enabled=True, dtype="fp16")
+    ours = make_loss_scale(Fp16Config(), autocast)
+    theirs = torch.amp.GradScaler("cpu")
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    for step in range(4010):
+        bad = step == 2003
+        weight.grad = torch.full((1,), float("inf") if bad else 1.0)
+        theirs.scale(torch.ones(1))
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(bad)
+        assert ours.value == theirs.get_scale()
+    assert ours.value == 2.0**17  # doubled, halved, doubled
 
 
 def test_what_the_config_asks_for() -> None:

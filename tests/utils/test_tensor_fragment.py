@@ -49,7 +49,7 @@ def _backward_window(engine: Any, step: int, own: bool = False) -> None:
         first = (rank * accumulation + index) * micro
         loss = training.loss_of(engine, x[first : first + micro], y[first : first + micro])
         if own:
-            engine.scale(loss / accumulation).backward()
+            engine.scale(loss).backward()
         else:
             engine.backward(loss)
         if index < last:

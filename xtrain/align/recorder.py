@@ -127,6 +127,8 @@ class Recorder:
         backward, step = engine.backward, engine.step
         if self.modules_every is not None:
             self._watch(engine.module, first_step=engine.global_steps + 1)
+            if (before_update := getattr(engine, "before_update", None)) is not None:  # DeepSpeed's has none
+                before_update.append(self._take_gradients)
 
         @wraps(backward)
         def recorded_backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -136,8 +138,6 @@ class Recorder:
         @wraps(step)
         def recorded_step(*args: Any, **kwargs: Any) -> Any:
             before, lr, scale = engine.global_steps, list(engine.get_lr()), _loss_scale(engine)
-            if self._statistics is not None and engine.is_gradient_accumulation_boundary():
-                self._statistics.take_gradients()
             result = step(*args, **kwargs)
             if engine.global_steps != before:
                 self._record_engine(engine, lr, scale)
@@ -151,6 +151,10 @@ class Recorder:
         else:
             engine.backward, engine.step = recorded_backward, recorded_step
         self._start = self._last = time.perf_counter()
+
+    def _take_gradients(self) -> None:
+        if self._statistics is not None:
+            self._statistics.take_gradients()
 
     def _recorded_train_batch(
         self, engine: Any, train_batch: Callable[..., Any], after_step: Callable[[Any], None] | None

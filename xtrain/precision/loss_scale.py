@@ -24,6 +24,11 @@ class LossScale:
         self.cur_iter = 0
         """Steps seen, skipped ones included."""
 
+    @property
+    def needed(self) -> bool:
+        """Whether losses must be multiplied at all."""
+        return self.dynamic or self.value != 1.0
+
     def update(self, overflow: bool) -> None:
         """Learn from a step. A constant does not."""
         self.cur_iter += 1

@@ -185,6 +185,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     cur_scale = loss_scale
 
+    def needs_scaler(self) -> bool:
+        """Whether a backward pass must start from a loss times `loss_scale`."""
+        return self.loss_scaler.needed
+
     @property
     def dynamic_loss_scale(self) -> bool:
         """Whether the loss scale adapts to overflows."""

@@ -138,7 +138,7 @@ class GradientReducer:
         self._learned = False  # whether a whole backward has been watched
         self._open = False  # gradients have arrived since the last end of a micro-batch
         self._handles: dict[torch.nn.Parameter, Any] = {}
-        self.scaler = LossScale()
+        self.loss_scaler = LossScale()
         """By what losses must be multiplied; set by the engine."""
         self._hook_everything()
 
@@ -174,8 +174,8 @@ class GradientReducer:
 
     def _check_scaled(self) -> None:
         """Refuse the gradients of a backward that is not ours and lacks the loss scale."""
-        scale = self.scaler
-        if (scale.dynamic or scale.value != 1.0) and not direct_backward.is_scaled(scale.value):
+        scale = self.loss_scaler
+        if scale.needed and not direct_backward.is_scaled(scale.value):
             self.discard()
             raise TrainingError(
                 "Loss scaling is required here (fp16), and a backward pass began without it: call "
@@ -320,10 +320,14 @@ class GradientReducer:
             self.close_micro_batch()
         return self._reduced or (self.every_backward and self.ran_backward)
 
-    def finish_window(self) -> list[str]:
-        """Close an accumulation window before the update; names of parameters that got no gradient."""
+    def reduce_rest(self) -> None:
+        """Reduce what backward has left, because it did not know that the window ends."""
         if not (self._reduced or self.every_backward):
             self._reduce_all()
+
+    def finish_window(self) -> list[str]:
+        """Close an accumulation window before the update; names of parameters that got no gradient."""
+        self.reduce_rest()
         unused = []
         for item in self.queue:
             unused += [item.name(member) for member in item.bucket.members if member not in item.seen]
