@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from xtrain import comm
 from xtrain.backends import Backend
+from xtrain.backends.alignment import is_aligned
 from xtrain.config import XtrainConfig
 from xtrain.errors import ConfigError
 from xtrain.parallel import DataParallelGrid
@@ -55,6 +57,9 @@ def place_module(
     None leaves them: buffers such as running statistics and rotary frequencies keep their precision unless the
     config says otherwise, as in DeepSpeed.
 
+    Tensors that begin anywhere in a larger block (views of a mapped checkpoint file) get memory of their own: what
+    stays there would give other bits than what a stage copies or gathers.
+
     Raises:
         ConfigError: a parameter has a dtype that the backend does not compute in.
     """
@@ -68,6 +73,7 @@ def place_module(
     for buffer in module.buffers():
         if buffer_dtype is not None and buffer.is_floating_point():
             buffer.data = buffer.data.to(buffer_dtype)
+    _align(module)
     for name, param in module.named_parameters():
         real = param.is_floating_point() or param.is_complex()
         if real and param.dtype not in backend.precision.native_dtypes:
@@ -76,6 +82,25 @@ def place_module(
                 f"parameter {name!r} is {str(param.dtype).removeprefix('torch.')}, which backend {backend.name!r} "
                 f"does not train in: cast the model to one of {native}"
             )
+
+
+def _align(module: nn.Module) -> None:
+    """Move parameters and buffers that begin at an odd place to memory of their own, but for those that share it."""
+    placed = [
+        (tensor.data_ptr(), tensor)
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta
+        # Made of other tensors (quantized weights): it has no memory itself.
+        and not is_traceable_wrapper_subclass(tensor)
+    ]
+    placed.sort(key=lambda item: item[0])
+    ends = 0  # of those that begin before
+    for (start, tensor), following in zip(placed, [*placed[1:], (2**63, None)], strict=True):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        end = start + (last + 1) * tensor.element_size()
+        if not is_aligned(tensor) and ends <= start and end <= following[0]:
+            tensor.data = tensor.data.clone()
+        ends = max(ends, end)
 
 
 def _describe_parameters(module: nn.Module) -> list[str]:
