@@ -89,18 +89,21 @@ def _align(module: nn.Module) -> None:
     placed = [
         (tensor.data_ptr(), tensor)
         for tensor in (*module.parameters(), *module.buffers())
-        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta
+        if tensor.layout == torch.strided
+        and tensor.numel()
+        and not tensor.is_meta
         # Made of other tensors (quantized weights): it has no memory itself.
         and not is_traceable_wrapper_subclass(tensor)
     ]
     placed.sort(key=lambda item: item[0])
-    ends = 0  # of those that begin before
-    for (start, tensor), following in zip(placed, [*placed[1:], (2**63, None)], strict=True):
+    starts = [start for start, _ in placed] + [2**63]
+    reached = 0  # where those before end
+    for number, (start, tensor) in enumerate(placed):
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         end = start + (last + 1) * tensor.element_size()
-        if not is_aligned(tensor) and ends <= start and end <= following[0]:
+        if not is_aligned(tensor) and reached <= start and end <= starts[number + 1]:
             tensor.data = tensor.data.clone()
-        ends = max(ends, end)
+        reached = max(reached, end)
 
 
 def _describe_parameters(module: nn.Module) -> list[str]:
