@@ -192,6 +192,7 @@ def _train_in_views(stage: int, file: str) -> tuple[list[float], bool, set[int]]
     return losses, odd, {_address(t) for t in [*model.parameters(), *model.buffers()] if t.numel()}
 
 
+@pytest.mark.bits
 def test_frozen_weights_in_views_of_a_file_give_the_bits_of_other_memory(ranks: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = Adapted()

@@ -105,6 +105,7 @@ def test_job_ends_in_order(started: Started) -> None:
 
 
 @needs_mpi
+@pytest.mark.bits
 @pytest.mark.mpi
 @pytest.mark.parametrize("run", list(mpi_training.ENGINE_RUNS))
 @pytest.mark.parametrize("started", SIZES, indirect=True)

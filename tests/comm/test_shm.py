@@ -104,6 +104,7 @@ def test_check(checked: Callable[[str], Any], check: str) -> None:
     checked(check)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(("checked", "number"), [(p, PLACES[p][0]) for p in PLACES], indirect=["checked"])
 def test_engine_gives_the_losses_of_gloo(checked: Callable[[str], Any], ranks: Any, number: int) -> None:
     curves = checked("engine_in_every_stage")
@@ -120,6 +121,7 @@ def _gloo_curves() -> dict[str, list[str]]:
     return {run: mpi_training.engine(run) for run in mpi_training.ENGINE_RUNS}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("checked", [place for place in PLACES if PLACES[place][0] == 4], indirect=True)
 def test_stages_give_the_same_bits(checked: Callable[[str], Any]) -> None:
     """Without aligned mode, too: a slice's sum is formed in one order, whatever the call. (With one micro-batch a
