@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from xtrain import comm
 from xtrain.backends import Backend
 from xtrain.backends.alignment import is_aligned
+from xtrain.buffers import broadcast_buffers, broadcast_dense, set_buffer
 from xtrain.config import XtrainConfig
 from xtrain.errors import ConfigError
 from xtrain.parallel import DataParallelGrid
@@ -70,9 +71,9 @@ def place_module(
                 home.cast(dtype)
             else:
                 param.data = param.data.to(dtype)
-    for buffer in module.buffers():
-        if buffer_dtype is not None and buffer.is_floating_point():
-            buffer.data = buffer.data.to(buffer_dtype)
+    for buffer in list(module.buffers()):
+        if buffer_dtype is not None and buffer.is_floating_point() and buffer.dtype != buffer_dtype:
+            set_buffer(module, buffer, buffer.detach().to(buffer_dtype))
     _align(module)
     for name, param in module.named_parameters():
         real = param.is_floating_point() or param.is_complex()
@@ -156,14 +157,6 @@ def _disagreement(module: nn.Module, config: XtrainConfig, grid: DataParallelGri
     return f"rank 0 has {len(ours)} parameters and rank {other} has {len(theirs)}"
 
 
-def _broadcast(tensor: torch.Tensor, grid: DataParallelGrid) -> None:
-    """Copy a dense tensor of any dtype from the first data-parallel rank, as bytes."""
-    if tensor.numel():
-        data = tensor.contiguous()
-        comm.broadcast(data.reshape(-1).view(torch.uint8), grid.source, group=grid.group)
-        tensor.copy_(data)
-
-
 @torch.no_grad()
 def broadcast_states(module: nn.Module, partition: Partition, grid: DataParallelGrid) -> None:
     """Give every rank the parameters and buffers of the first data-parallel rank.
@@ -174,7 +167,8 @@ def broadcast_states(module: nn.Module, partition: Partition, grid: DataParallel
     if grid.size > 1:
         known = {param for group in (*partition.trained, *partition.frozen) for param in group.members}
         loose = [param.data for param in module.parameters() if param not in known]
-        for tensor in [*(group.params for group in whole), *loose, *module.buffers()]:
-            _broadcast(tensor, grid)
+        for tensor in [*(group.params for group in whole), *loose]:
+            broadcast_dense(tensor, grid)
+        broadcast_buffers(module, grid)
     for group in whole:
         group.refresh_masters()
