@@ -15,6 +15,7 @@ import torch
 from mpi4py import MPI
 
 from xtrain.comm.background import LONGEST_NAP, Background
+from xtrain.comm.mpi.calls import Check
 from xtrain.comm.work import Outcome
 from xtrain.errors import BackendError, PeerLostError
 
@@ -36,6 +37,9 @@ class Operation(Outcome):
         timeout: seconds that a wait may take.
         lost: given the seconds of waiting so far, says why the operation can never end; None while it can.
         failed: called with the error when it fails.
+        check: whether all ranks make this call; None for messages.
+        differing: says, after a while, which ranks make which calls.
+        absent: says, after a while, which ranks have not come.
 
     `source` is MPI's status of a single request: who sent what was received.
     """
@@ -50,21 +54,54 @@ class Operation(Outcome):
         timeout: float,
         lost: Callable[[float], str | None],
         failed: Callable[[BaseException], None],
+        check: Check | None,
+        differing: Callable[[], str],
+        absent: Callable[[], str],
     ) -> None:
         super().__init__(what, outputs, timeout)
-        self.lost = lost
+        self.lost, self.absent = lost, absent
+        self._check, self._differing = check, differing
+        self._trouble: MPI.Exception | None = None
         self.source = MPI.Status()
         self._requests, self._keep, self._after, self._failed = requests, keep, after, failed
 
     def test(self) -> bool:
-        """Let MPI go on; whether it has finished (or failed). Called under the lock of the progress."""
-        try:
-            if len(self._requests) == 1:
-                return bool(self._requests[0].Test(self.source))
-            return bool(MPI.Request.Testall(self._requests))
-        except MPI.Exception as error:
-            self.error = BackendError(f"{self.what} failed in MPI: {error}")
+        """Let MPI go on; whether it has finished (or failed, or never will). Called under the lock of the progress."""
+        checked = self._check is None or self._check.test()
+        if checked and self.differs:
             return True
+        try:
+            if self._trouble is None and not self._moved():
+                return False
+        except MPI.Exception as error:
+            self._trouble = error
+        if checked and self._trouble is not None:
+            self.error = BackendError(f"{self.what} failed in MPI: {self._trouble}")
+        return checked
+
+    def _moved(self) -> bool:
+        if len(self._requests) == 1:
+            return bool(self._requests[0].Test(self.source))
+        return bool(MPI.Request.Testall(self._requests))
+
+    @property
+    def differs(self) -> bool:
+        """Whether other ranks are known to make another call: MPI may never end this one."""
+        return self._check is not None and self._check.test() and not self._check.agreed
+
+    def finish_differing(self) -> None:
+        """Fail, and say who calls what. MPI may still write into the buffers, so they stay alive."""
+        self.fail(
+            BackendError(f"{self.what}: the ranks of a group make different calls: {self._differing()}")
+        )
+
+    def held(self) -> bool:
+        """Whether MPI still holds it after it was given up."""
+        try:
+            known = self._check is None or self._check.test()
+            return not (known and self._moved())
+        except MPI.Exception:
+            return False
 
     def finish(self) -> None:
         """What follows after MPI's part; then the operation is done."""
@@ -109,7 +146,7 @@ class Progress(Background):
         """How many operations MPI still holds, those that were given up included."""
         self.poll()
         with self.lock:
-            self._stuck = [operation for operation in self._stuck if not operation.test()]
+            self._stuck = [operation for operation in self._stuck if operation.held()]
             return len(self._pending) + len(self._stuck)
 
     def submit(self, operation: Operation) -> None:
@@ -123,8 +160,12 @@ class Progress(Background):
             ready = [operation for operation in self._pending if operation.test()]
             if ready:
                 self._pending = [operation for operation in self._pending if operation not in ready]
+                self._stuck += [operation for operation in ready if operation.differs]
         for operation in ready:
-            operation.finish()
+            if operation.differs:
+                operation.finish_differing()
+            else:
+                operation.finish()
         return bool(ready)
 
     def rest(self, waited: float) -> None:
@@ -154,6 +195,9 @@ class Progress(Background):
                 return done
             self.poll()
             self.rest(waited)
+
+    def late(self, operation: Operation) -> str:
+        return operation.absent()
 
     def ask(self, operation: Operation, waited: float) -> None:
         try:
