@@ -24,16 +24,15 @@ class Check:
     def __init__(self, comm: Any, told: str) -> None:
         self.told = told
         number = int.from_bytes(blake2b(told.encode(), digest_size=7).digest(), "little")
-        self._ends = array(
-            "q", [number, -number]
-        )  # their largest are the largest number and minus the smallest
-        self._request: Any = comm.Iallreduce(MPI.IN_PLACE, [self._ends, 2, MPI.INT64_T], MPI.MAX)
+        # Their largest are the largest number of all ranks and minus the smallest.
+        self._ends = array("q", [number, -number])
+        self._known = False
+        self.request: Any = comm.Iallreduce(MPI.IN_PLACE, [self._ends, 2, MPI.INT64_T], MPI.MAX)
 
     def test(self) -> bool:
         """Whether it is known. Called under the lock of the progress."""
-        if self._request is not None and self._request.Test():
-            self._request = None
-        return self._request is None
+        self._known = self._known or bool(self.request.Test())
+        return self._known
 
     @property
     def agreed(self) -> bool:
