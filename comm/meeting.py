@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from xtrain.comm.whereabouts import Whereabouts
 from xtrain.errors import BackendError
 
 _NAMED = 16
@@ -46,14 +47,14 @@ def told_absent(absent: Mapping[int, str]) -> str:
     """Who has not come to an operation, in words.
 
     Args:
-        absent: the ranks, and what each waits for instead; empty where that is not known.
+        absent: the ranks, and what each was last known to wait for; empty where that is not known.
     """
     if not absent:
         return "all ranks have begun it, and one is stuck"
     elsewhere = {rank: where for rank, where in absent.items() if where}
     said = f"{listed(sorted(absent))} {'has' if len(absent) == 1 else 'have'} not come to it"
     for rank, where in sorted(elsewhere.items())[:_TOLD]:
-        said += f"; rank {rank} waits for {where}"
+        said += f"; rank {rank} was last seen waiting for {where}"
     return said
 
 
@@ -138,6 +139,7 @@ class Meeting:
         self._library, self._rank, self._size = library, rank, world_size
         self._hosts: dict[int, tuple[str, int]] = {}
         self._here = _host()
+        self.whereabouts = Whereabouts(self._store, rank)
 
     def meet(self, timeout: timedelta) -> None:
         """Wait for all ranks.

@@ -219,7 +219,7 @@ def test_any_case(ranks: Any, tmp_path_factory: Any, number: int, cases: list[An
         ("inside", ["rank 1 has died", "all_reduce of float32[33554432]"]),
         ("error", ["rank 1 has ended without taking part"]),
         ("future", ["rank 0 waited"]),
-        ("stuck", ["did not finish within 1.5 s"]),
+        ("stuck", ["did not finish within 1.5 s: rank 1 has not come to it"]),
         ("other", ["make different calls: rank", "all_gather", "all_reduce (float32 of 1000 elements"]),
     ],
 )
