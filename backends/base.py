@@ -201,7 +201,8 @@ class ZeroFacet:
     """How states are cut and overlapped."""
 
     alignment_bytes = 64
-    """Each parameter starts at a multiple of this in its flat buffer: kernels round by alignment."""
+    """What is placed in a larger block (a parameter in its flat buffer, say) starts at a multiple of this, counted from
+    the block's beginning: kernels round by alignment. See alignment.py."""
     reduce_bucket_bytes = 25 * 2**20
     """Size of a bucket when the config does not say: as large as PyTorch DDP's, so that several are in flight."""
     update_chunk: int | None = None

@@ -54,6 +54,10 @@ class Background(ABC):
         """The same for operations that nobody waits for."""
 
     @abstractmethod
+    def late(self, operation: Any) -> str:
+        """Whom the operation still waits for when its time is up, in words; may take seconds."""
+
+    @abstractmethod
     def give_up(self, operation: Any, reason: str) -> None:
         """End the operation with an error, unless it has just ended by itself."""
 
@@ -95,9 +99,7 @@ class Background(ABC):
                 return
             waited = time.monotonic() - begun
             if waited > timeout:
-                self.give_up(
-                    operation, f"did not finish within {timeout:g} s: a rank did not join in or is stuck"
-                )
+                self.give_up(operation, f"did not finish within {timeout:g} s: {self.late(operation)}")
                 return
             if waited > look:
                 look = waited + self._look_every
@@ -142,4 +144,5 @@ class Background(ABC):
         """Futures cannot keep time themselves."""
         for operation in self.operations():
             if operation.has_future and now - operation.started > operation.timeout:
-                self.give_up(operation, f"did not finish within {operation.timeout:g} s")
+                reason = f"did not finish within {operation.timeout:g} s: {self.late(operation)}"
+                self.give_up(operation, reason)

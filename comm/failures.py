@@ -8,14 +8,19 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from xtrain.comm import meeting
+from xtrain.comm.whereabouts import Place
 from xtrain.errors import PeerLostError, XtrainError
+
+_MESSAGES = frozenset({"send", "recv", "isend", "irecv", "batch_isend_irecv"})
+"""Between two ranks: the others need not make as many calls."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,8 +49,14 @@ def describe(values: list[Any]) -> str:
     return f" of {str(tensors[0].dtype).removeprefix('torch.')}[{shape}]{more}"
 
 
-def explain(error: BaseException, operation: str, what: str, group: Any) -> PeerLostError | None:
-    """The sentence for an error of a library; None for an error that has nothing to do with a peer."""
+def explain(
+    error: BaseException, operation: str, what: str, group: Any, at: Place | None = None
+) -> PeerLostError | None:
+    """The sentence for an error of a library; None for an error that has nothing to do with a peer.
+
+    Args:
+        at: which collective of which group it was; None for a message.
+    """
     cause = _SOURCE.sub("", meeting.first_line(error)).split(" This is typically")[0]
     lost = bool(_LOST.search(cause))
     if isinstance(error, XtrainError) or not (lost or _LATE.search(cause)) or not dist.is_initialized():
@@ -55,6 +66,8 @@ def explain(error: BaseException, operation: str, what: str, group: Any) -> Peer
     gone = meeting.current.gone(ranks) if meeting.current is not None else []
     if gone:
         why = f"{meeting.listed(gone)} {'has' if len(gone) == 1 else 'have'} ended"
+    elif absent := _absent(at, ranks, f"{operation}{what}"):
+        why = meeting.told_absent(absent)
     elif lost:
         why = "the connection to another rank is lost, which has ended or lost its network"
     else:
@@ -62,18 +75,42 @@ def explain(error: BaseException, operation: str, what: str, group: Any) -> Peer
     return PeerLostError(f"{place}: {operation}{what} cannot finish: {why} ({cause.rstrip('. ')})")
 
 
+def _absent(at: Place | None, ranks: list[int], what: str) -> dict[int, str]:
+    """Which ranks have not come to the collective, where that can be found out."""
+    if at is None or meeting.current is None:
+        return {}
+    with suppress(RuntimeError):  # the store does not answer
+        return meeting.current.whereabouts.absent(at, ranks, what)
+    return {}
+
+
+@contextmanager
+def _waiting(what: Callable[[], str]) -> Iterator[None]:
+    """Around a wait for other ranks, which are told when it takes long."""
+    here = meeting.current
+    if here is None:
+        yield
+        return
+    number = here.whereabouts.enter(what)
+    try:
+        yield
+    finally:
+        here.whereabouts.leave(number)
+
+
 class Explained:
     """A running operation whose `wait` raises the sentence."""
 
-    def __init__(self, work: Any, operation: str, what: str, group: Any) -> None:
-        self._work, self._operation, self._what, self._group = work, operation, what, group
+    def __init__(self, work: Any, operation: str, what: str, group: Any, at: Place | None) -> None:
+        self._work, self._operation, self._what, self._group, self._at = work, operation, what, group, at
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
         """Wait for the operation."""
         try:
-            return self._work.wait(*args, **kwargs)
+            with _waiting(lambda: f"{self._operation}{self._what}"):
+                return self._work.wait(*args, **kwargs)
         except RuntimeError as error:
-            if (told := explain(error, self._operation, self._what, self._group)) is None:
+            if (told := explain(error, self._operation, self._what, self._group, self._at)) is None:
                 raise
             raise told from error
 
@@ -84,6 +121,8 @@ class Explained:
 def explained(function: Callable[P, R]) -> Callable[P, R]:
     """A communication function whose errors, now or when its result is waited for, are sentences."""
     names = list(inspect.signature(function).parameters)
+    name = function.__name__
+    place = names.index("group") if "group" in names and not _MESSAGES & {name} else None
 
     def about(args: Any, kwargs: Any) -> tuple[str, Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -91,21 +130,28 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        at = None
+        if meeting.current is not None and place is not None:
+            group = args[place] if len(args) > place else kwargs.get("group")
+            at = meeting.current.whereabouts.begin(group)
         try:
-            result: Any = function(*args, **kwargs)
+            with _waiting(lambda: f"{name}{about(args, kwargs)[0]}"):
+                result: Any = function(*args, **kwargs)
         except RuntimeError as error:
             what, group = about(args, kwargs)
-            if (told := explain(error, function.__name__, what, group)) is None:
+            if (told := explain(error, name, what, group, at)) is None:
                 raise
             raise told from error
         if isinstance(result, list):
-            return [_watched(work, function.__name__, *about(args, kwargs)) for work in result]  # type: ignore[return-value]
+            return [_watched(work, name, *about(args, kwargs), at) for work in result]  # type: ignore[return-value]
         if hasattr(result, "wait"):
-            result = _watched(result, function.__name__, *about(args, kwargs))
+            result = _watched(result, name, *about(args, kwargs), at)
         return result
 
     return call
 
 
-def _watched(work: Any, operation: str, what: str, group: Any) -> Any:
-    return work if isinstance(work, Explained) or work is None else Explained(work, operation, what, group)
+def _watched(work: Any, operation: str, what: str, group: Any, at: Place | None) -> Any:
+    return (
+        work if isinstance(work, Explained) or work is None else Explained(work, operation, what, group, at)
+    )

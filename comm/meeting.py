@@ -11,17 +11,20 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from xtrain.comm.whereabouts import Whereabouts
 from xtrain.errors import BackendError
 
 _NAMED = 16
 """Ranks that a message lists at most."""
+_TOLD = 4
+"""Ranks of which a message says where they are."""
 _ASKED = 512
 """Ranks of a group whose end is looked for at most."""
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
@@ -38,6 +41,21 @@ def listed(ranks: Sequence[int]) -> str:
     """ "rank 1" or "ranks 1, 3", cut where there are many."""
     more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_NAMED]))}{more}"
+
+
+def told_absent(absent: Mapping[int, str]) -> str:
+    """Who has not come to an operation, in words.
+
+    Args:
+        absent: the ranks, and what each was last known to wait for; empty where that is not known.
+    """
+    if not absent:
+        return "all ranks have begun it, and one is stuck"
+    elsewhere = {rank: where for rank, where in absent.items() if where}
+    said = f"{listed(sorted(absent))} {'has' if len(absent) == 1 else 'have'} not come to it"
+    for rank, where in sorted(elsewhere.items())[:_TOLD]:
+        said += f"; rank {rank} was last seen waiting for {where}"
+    return said
 
 
 def _host() -> str:
@@ -121,6 +139,7 @@ class Meeting:
         self._library, self._rank, self._size = library, rank, world_size
         self._hosts: dict[int, tuple[str, int]] = {}
         self._here = _host()
+        self.whereabouts = Whereabouts(self._store, rank)
 
     def meet(self, timeout: timedelta) -> None:
         """Wait for all ranks.

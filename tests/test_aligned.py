@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,13 @@ def _glm(folder: str, stage: int, dtype: str, micro: int, steps: int) -> list[st
     return [script.train_step(engine, sampler, mpu, step).hex() for step in range(steps)]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_stages_and_splits_give_the_same_bits(ranks: Any, tmp_path: Path, dtype: str) -> None:
-    """1 x 4, 2 x 2 and 4 x 1 (ranks x accumulation) in all stages, one hundred steps each."""
+    """1 x 4, 2 x 2 and 4 x 1 (ranks x accumulation) in all stages, one hundred steps each; ten with the kernels of
+    another processor (test_processors.py)."""
     write_corpus(tmp_path, 200)
-    steps = 100
+    steps = 10 if "ATEN_CPU_CAPABILITY" in os.environ else 100
     reference = ranks(1, _glm, str(tmp_path), 0, dtype, 2, steps)[0]
     assert len(set(reference)) == steps
     for world, stage in [(ranks_, stage) for ranks_ in (2, 4) for stage in (0, 1, 2, 3)]:
@@ -236,6 +239,7 @@ def _checkpointed(which: int, own_backward: bool) -> tuple[list[float], bool]:
     return losses, torch.utils.checkpoint.CheckpointFunction is untouched
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("own_backward", [False, True])
 def test_recomputation_draws_the_same_masks(ranks: Any, own_backward: bool) -> None:
     """A different mask in backward would give different gradients, and different losses from step 2 on."""

@@ -89,6 +89,7 @@ def _gradients(how: str, steps: int = 2, **options: Any) -> list[torch.Tensor]:
     return results
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("how", ["reentrant", "not"])
 def test_gradients_are_those_of_the_plain_model(how: str, nested: bool) -> None:
@@ -139,6 +140,7 @@ def _partitioned(how: str, contiguous: bool, nested: bool) -> tuple[bool, list[i
     return same, kept
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("how", ["reentrant", "not"])
 def test_partitioned_activations(ranks: Any, how: str, contiguous: bool) -> None:
@@ -166,11 +168,13 @@ def _odd_sizes() -> tuple[torch.Tensor, torch.Tensor]:
     return results[0], results[1]
 
 
+@pytest.mark.bits
 def test_sizes_that_do_not_divide(ranks: Any) -> None:
     for plain, split in ranks(2, _odd_sizes):
         assert torch.equal(plain, split)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("how", ["reentrant", "not"])
 def test_activations_on_the_host(how: str) -> None:
     """The host's own tensors are there already."""
@@ -337,6 +341,7 @@ def _train(how: str, stage: int) -> list[float]:
     return [training.engine_step(engine, step) for step in range(5)]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("stage", [0, 2])
 def test_in_training_the_curve_is_the_same(ranks: Any, stage: int) -> None:
     plain = ranks(2, _train, "plain", stage)[0]

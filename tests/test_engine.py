@@ -34,6 +34,7 @@ def test_bf16_with_fp32_masters_stays_near_float64(ranks: Any, stage: int) -> No
     assert result["losses"] == pytest.approx(expected["losses"], rel=2e-2)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("ranks_", [2, 4])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_stages_give_the_same_bits(ranks: Any, dtype: str, ranks_: int) -> None:
@@ -143,6 +144,7 @@ def _overlap_and_accumulation_dtype() -> list[list[float]]:
     return [plain, training.train(no_overlap)["losses"], training.train(wide)["losses"]]
 
 
+@pytest.mark.bits
 def test_overlap_changes_nothing_and_fp32_accumulation_works(ranks: Any) -> None:
     plain, no_overlap, wide = ranks(2, _overlap_and_accumulation_dtype)[0]
     assert plain == no_overlap

@@ -118,6 +118,7 @@ def test_unmanaged_accumulation_is_checked_at_every_step(ranks: Any) -> None:
     assert "parameter 'second.weight' on rank 1 is not that of the 2 other ranks" in messages[0]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_it_is_quiet_otherwise(ranks: Any, stage: int) -> None:
     offload = {"zero_optimization": training.zero(stage, offload_optimizer={"device": "cpu"})}
@@ -224,6 +225,7 @@ def _recomputed(
     return "quiet"
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_recomputing_agrees_and_changes_nothing(ranks: Any, size: int) -> None:
     half: dict[str, Any] = {"bf16": {"enabled": True}, "data_types": {"buffer_dtype": "bf16"}}

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain import comm
+from xtrain.backends.alignment import HOST_BYTES, aligned_unit, round_up
 from xtrain.errors import ConfigError
 
 
@@ -39,10 +40,12 @@ class Arena:
 
     Args:
         rows: checkpoints in one forward pass.
+        alignment_bytes: every row begins at a multiple of it, as a tensor in memory of its own does.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, alignment_bytes: int = HOST_BYTES) -> None:
         self.rows = rows
+        self._alignment = alignment_bytes
         self._blocks: dict[tuple[int, int, torch.dtype, torch.device], tuple[torch.Tensor, int]] = {}
 
     def place(self, position: int, flat: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -53,7 +56,8 @@ class Arena:
         """
         key = (position, flat.numel(), flat.dtype, device)
         if key not in self._blocks:
-            self._blocks[key] = torch.empty(self.rows, flat.numel(), dtype=flat.dtype, device=device), 0
+            width = round_up(flat.numel(), aligned_unit(self._alignment, flat.dtype))
+            self._blocks[key] = torch.empty(self.rows, width, dtype=flat.dtype, device=device), 0
         block, used = self._blocks[key]
         if used == self.rows:
             raise ConfigError(
@@ -61,7 +65,7 @@ class Arena:
                 "checkpointing.reset() after a forward pass without backward"
             )
         self._blocks[key] = block, used + 1
-        return block[used].copy_(flat)
+        return block[used, : flat.numel()].copy_(flat)
 
     def forget(self) -> None:
         """Start anew; rows that are in use stay with their users."""

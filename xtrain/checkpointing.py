@@ -20,7 +20,15 @@ from xtrain.config import load_config
 from xtrain.config.schema import ActivationCheckpointingConfig
 from xtrain.errors import ConfigError
 from xtrain.log import log_dist
-from xtrain.random_states import MODEL_PARALLEL, RandomStates, RngStatesTracker, runtime, seed_device, tracker
+from xtrain.random_states import (
+    MODEL_PARALLEL,
+    RandomStates,
+    RngStatesTracker,
+    chosen_backend,
+    runtime,
+    seed_device,
+    tracker,
+)
 
 CudaRNGStatesTracker = RngStatesTracker
 
@@ -59,7 +67,7 @@ class _State:
                 )
         self.settings = settings
         self.arena = (
-            Arena(settings.number_checkpoints)
+            Arena(settings.number_checkpoints, chosen_backend().zero.alignment_bytes)
             if settings.contiguous_memory_optimization and settings.number_checkpoints
             else None
         )

@@ -121,6 +121,18 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             None if training_data is None else self.deepspeed_io(training_data, collate_fn=collate_fn)
         )
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copy.deepcopy, copy.copy and pickling.
+
+        Raises:
+            ConfigError: always; says what to copy instead.
+        """
+        raise ConfigError(
+            "an engine cannot be copied or pickled, because its states are buffers that ranks share: copy its weights, "
+            "engine.module_state_dict(), or the model, copy.deepcopy(engine.module) (in ZeRO stage 3 inside "
+            "zero.GatheredParameters(engine.module.parameters())); engine.save_checkpoint() saves all states"
+        )
+
     # ---------------------------------------------------------------- set-up
 
     def _basic_optimizer(self, given: Any, model_parameters: Any) -> torch.optim.Optimizer | None:

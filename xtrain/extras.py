@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from xtrain.agree import together
+from xtrain.buffers import is_dense
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
 from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.files import atomic_path
@@ -41,6 +42,8 @@ def _standalone(state: dict[str, Any]) -> dict[str, Any]:
     def copied(value: Any) -> Any:
         if not torch.is_tensor(value):
             return value
+        if not is_dense(value):
+            return value.detach().to("cpu", copy=True)
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
         if key not in copies or not value.numel():
             copies[key] = value.detach().to("cpu", copy=True)

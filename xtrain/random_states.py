@@ -29,9 +29,14 @@ def use_backend(backend: Backend) -> None:
     _backend = backend
 
 
+def chosen_backend() -> Backend:
+    """The backend of the last `initialize`, or the one that is detected."""
+    return _backend or registry.detect()
+
+
 def runtime() -> RuntimeFacet:
     """The facet that knows the device's generator."""
-    return (_backend or registry.detect()).runtime
+    return chosen_backend().runtime
 
 
 def seed_device(seed: int) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from xtrain import comm
 from xtrain.backends import Backend
+from xtrain.backends.alignment import is_aligned
+from xtrain.buffers import broadcast_buffers, broadcast_dense, set_buffer
 from xtrain.config import XtrainConfig
 from xtrain.errors import ConfigError
 from xtrain.parallel import DataParallelGrid
@@ -55,6 +58,9 @@ def place_module(
     None leaves them: buffers such as running statistics and rotary frequencies keep their precision unless the
     config says otherwise, as in DeepSpeed.
 
+    Tensors that begin anywhere in a larger block (views of a mapped checkpoint file) get memory of their own: what
+    stays there would give other bits than what a stage copies or gathers.
+
     Raises:
         ConfigError: a parameter has a dtype that the backend does not compute in.
     """
@@ -65,9 +71,10 @@ def place_module(
                 home.cast(dtype)
             else:
                 param.data = param.data.to(dtype)
-    for buffer in module.buffers():
-        if buffer_dtype is not None and buffer.is_floating_point():
-            buffer.data = buffer.data.to(buffer_dtype)
+    for buffer in list(module.buffers()):
+        if buffer_dtype is not None and buffer.is_floating_point() and buffer.dtype != buffer_dtype:
+            set_buffer(module, buffer, buffer.detach().to(buffer_dtype))
+    _align(module)
     for name, param in module.named_parameters():
         real = param.is_floating_point() or param.is_complex()
         if real and param.dtype not in backend.precision.native_dtypes:
@@ -76,6 +83,28 @@ def place_module(
                 f"parameter {name!r} is {str(param.dtype).removeprefix('torch.')}, which backend {backend.name!r} "
                 f"does not train in: cast the model to one of {native}"
             )
+
+
+def _align(module: nn.Module) -> None:
+    """Move parameters and buffers that begin at an odd place to memory of their own, but for those that share it."""
+    placed = [
+        (tensor.data_ptr(), tensor)
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.layout == torch.strided
+        and tensor.numel()
+        and not tensor.is_meta
+        # Made of other tensors (quantized weights): it has no memory itself.
+        and not is_traceable_wrapper_subclass(tensor)
+    ]
+    placed.sort(key=lambda item: item[0])
+    starts = [start for start, _ in placed] + [2**63]
+    reached = 0  # where those before end
+    for number, (start, tensor) in enumerate(placed):
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        end = start + (last + 1) * tensor.element_size()
+        if not is_aligned(tensor) and reached <= start and end <= starts[number + 1]:
+            tensor.data = tensor.data.clone()
+        reached = max(reached, end)
 
 
 def _describe_parameters(module: nn.Module) -> list[str]:
@@ -128,14 +157,6 @@ def _disagreement(module: nn.Module, config: XtrainConfig, grid: DataParallelGri
     return f"rank 0 has {len(ours)} parameters and rank {other} has {len(theirs)}"
 
 
-def _broadcast(tensor: torch.Tensor, grid: DataParallelGrid) -> None:
-    """Copy a dense tensor of any dtype from the first data-parallel rank, as bytes."""
-    if tensor.numel():
-        data = tensor.contiguous()
-        comm.broadcast(data.reshape(-1).view(torch.uint8), grid.source, group=grid.group)
-        tensor.copy_(data)
-
-
 @torch.no_grad()
 def broadcast_states(module: nn.Module, partition: Partition, grid: DataParallelGrid) -> None:
     """Give every rank the parameters and buffers of the first data-parallel rank.
@@ -146,7 +167,8 @@ def broadcast_states(module: nn.Module, partition: Partition, grid: DataParallel
     if grid.size > 1:
         known = {param for group in (*partition.trained, *partition.frozen) for param in group.members}
         loose = [param.data for param in module.parameters() if param not in known]
-        for tensor in [*(group.params for group in whole), *loose, *module.buffers()]:
-            _broadcast(tensor, grid)
+        for tensor in [*(group.params for group in whole), *loose]:
+            broadcast_dense(tensor, grid)
+        broadcast_buffers(module, grid)
     for group in whole:
         group.refresh_masters()

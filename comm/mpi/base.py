@@ -11,6 +11,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from xtrain.comm.mpi.buffers import Transfer
+from xtrain.comm.mpi.calls import Check
 from xtrain.comm.mpi.progress import Operation
 from xtrain.comm.mpi.work import MpiWork
 from xtrain.comm.mpi.world import World
@@ -105,18 +106,26 @@ class GroupOfRanks(_ProcessGroup):
         outputs: list[Tensor],
         timeout: timedelta | None = None,
         peer: int | None = None,
+        told: str = "",
     ) -> MpiWork:
-        """Start MPI's part and follow it. `peer`: the other rank (in the group) where there is only one, -1 for any."""
+        """Start MPI's part and follow it.
+
+        Args:
+            peer: the other rank (in the group) where there is only one, -1 for any.
+            told: of a collective, what must be the same on all ranks.
+        """
         if self._broken is not None:
             raise BackendError(
                 f"{self._place()}: {transfer.what} on a group that is unusable: {self._broken}"
             )
         what = f"{self._place()}: {transfer.what} of {describe(tensors)} in {self!r}"
-        number = 0
+        number, check = 0, None
         with self._world.progress.lock:
             if peer is None:
                 self._world.begun[self._key] = number = self._world.begun.get(self._key, 0) + 1
             try:
+                if peer is None and self._size > 1:
+                    check = Check(self._comm, told)
                 requests = start()
             except MPI.Exception as error:
                 raise BackendError(f"{what} could not start in MPI: {error}") from error
@@ -128,8 +137,11 @@ class GroupOfRanks(_ProcessGroup):
             transfer.after,
             outputs,
             seconds if seconds > 0 else self._timeout,
-            lambda waited: self._lost(number, peer, waited),
+            lambda waited: self._lost(number, peer, waited, what),
             self._fail,
+            check,
+            lambda: self._world.calls(self._ranks, self._key, number, told),
+            lambda: self._absent(number, peer, what),
         )
         self._unfinished = [old for old in self._unfinished if not old.done]
         self._unfinished.append(operation)
@@ -142,10 +154,16 @@ class GroupOfRanks(_ProcessGroup):
     def _fail(self, error: BaseException) -> None:
         self._broken = self._broken or error
 
-    def _lost(self, number: int, peer: int | None, waited: float) -> str | None:
+    def _absent(self, number: int, peer: int | None, what: str) -> str:
+        """Who has not come, when time is up."""
+        if peer is None:
+            return self._world.absent(self._ranks, self._key, number, _bare(what))
+        return f"{'no rank has' if peer < 0 else f'rank {self._ranks[peer]} has not'} done its part"
+
+    def _lost(self, number: int, peer: int | None, waited: float, what: str) -> str | None:
         """Why an operation can never end: a rank has ended that had not begun it."""
         if peer is None:
-            gone = self._world.departed(self._ranks)
+            gone = self._world.departed(self._ranks, _bare(what))
             guilty = [rank for rank, begun in gone.items() if begun.get(self._key, 0) < number]
         else:
             asked = (
@@ -153,7 +171,7 @@ class GroupOfRanks(_ProcessGroup):
                 if peer < 0
                 else [self._ranks[peer]]
             )
-            gone = self._world.departed(asked)
+            gone = self._world.departed(asked, _bare(what))
             guilty = list(gone) if len(gone) == len(asked) and waited > _SURELY_GONE else []
         if not guilty:
             return None
@@ -164,3 +182,8 @@ class GroupOfRanks(_ProcessGroup):
         return f"group {self._name!r} ({ranks})"
 
     __hash__ = dist.ProcessGroup.__hash__
+
+
+def _bare(what: str) -> str:
+    """An operation without the place that says so."""
+    return what.partition(": ")[2]

@@ -94,6 +94,25 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
     return a < b + second.nbytes and b < a + first.nbytes
 
 
+def told(what: str, tensors: Sequence[torch.Tensor], detail: str = "", sizes: bool = True) -> str:
+    """A call in words, the same on all ranks that make the same call.
+
+    Args:
+        detail: which reduction, which root.
+        sizes: whether the tensors have the same sizes on all ranks.
+    """
+    dtypes = " and ".join({str(tensor.dtype).removeprefix("torch."): None for tensor in tensors})
+    counts = [tensor.numel() for tensor in tensors]
+    of = f" of {counts[0] if len(counts) == 1 else counts} elements" if sizes else ""
+    about = f"{dtypes}{of}{', ' if detail and dtypes else ''}{detail}"
+    return f"{what} ({about})" if about else what
+
+
+def name_of(op: Any) -> str:
+    """SUM, MAX and so on."""
+    return str(getattr(op, "op", op).name)
+
+
 class Reduction:
     """One ReduceOp for one dtype: in which dtype and type MPI adds, what is done before and after.
 

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import (
 )
 
 from xtrain.comm.mpi.base import GroupOfRanks
-from xtrain.comm.mpi.buffers import Reduction, Transfer, check, parts, spec
+from xtrain.comm.mpi.buffers import Reduction, Transfer, check, name_of, parts, spec, told
 from xtrain.comm.mpi.work import MpiWork
 from xtrain.comm.mpi.world import current
 from xtrain.comm.transfer import as_in_memory, describe
@@ -61,7 +61,10 @@ class MpiProcessGroup(GroupOfRanks):
             return self._comm.Iallreduce(MPI.IN_PLACE, spec(buffer, reduction.datatype), reduction.mpi_op)
 
         starts = [self._reduce_into(transfer, tensor, op, call) for tensor in tensors]
-        return self._submit(transfer, tensors, lambda: [start() for start in starts], tensors, timeout)
+        say = told(transfer.what, tensors, name_of(op))
+        return self._submit(
+            transfer, tensors, lambda: [start() for start in starts], tensors, timeout, told=say
+        )
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """All tensors reduced over the group, in place, as one operation."""
@@ -86,7 +89,8 @@ class MpiProcessGroup(GroupOfRanks):
             def start() -> Any:
                 return self._comm.Ireduce(spec(sent, reduction.datatype), None, reduction.mpi_op, root=root)
 
-        return self._submit(transfer, tensors, lambda: [start()], tensors, opts.timeout)
+        say = told(transfer.what, tensors, f"{name_of(opts.reduceOp)} on rank {self._ranks[root]}")
+        return self._submit(transfer, tensors, lambda: [start()], tensors, opts.timeout, told=say)
 
     def _scatter_sum(
         self, transfer: Transfer, output: Tensor, flat: Tensor, counts: list[int], op: Any
@@ -124,8 +128,9 @@ class MpiProcessGroup(GroupOfRanks):
             starts.append(self._scatter_sum(one, output, flat, [piece.numel() for piece in pieces], op))
             transfers.append(one)
         tensors = [piece for pieces in inputs for piece in pieces]
+        say = told("reduce_scatter", tensors, name_of(op))
         return self._submit(
-            _merged(transfers), tensors, lambda: [start() for start in starts], outputs, timeout
+            _merged(transfers), tensors, lambda: [start() for start in starts], outputs, timeout, told=say
         )
 
     def reduce_scatter_single_coalesced(
@@ -138,8 +143,9 @@ class MpiProcessGroup(GroupOfRanks):
             self._scatter_sum(one, output, source, [output.numel()] * self._size, op)
             for one, output, source in zip(transfers, outputs, inputs, strict=True)
         ]
+        say = told("reduce_scatter", inputs, name_of(op))
         return self._submit(
-            _merged(transfers), inputs, lambda: [start() for start in starts], outputs, timeout
+            _merged(transfers), inputs, lambda: [start() for start in starts], outputs, timeout, told=say
         )
 
     def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: Any = None) -> MpiWork:
@@ -160,6 +166,7 @@ class MpiProcessGroup(GroupOfRanks):
             lambda: [self._comm.Ibcast(spec(buffer), root=opts.rootRank)],
             tensors,
             opts.timeout,
+            told=told(transfer.what, tensors, f"from rank {self._ranks[opts.rootRank]}"),
         )
 
     def _gather_whole(self, transfer: Transfer, output: Tensor, source: Tensor) -> Callable[[], Any]:
@@ -187,7 +194,10 @@ class MpiProcessGroup(GroupOfRanks):
             for output, source in zip(outputs, inputs, strict=True)
         ]
         timeout = opts.timeout if opts is not None else None
-        return self._submit(transfer, outputs, lambda: [start() for start in starts], outputs, timeout)
+        say = told(transfer.what, outputs)
+        return self._submit(
+            transfer, outputs, lambda: [start() for start in starts], outputs, timeout, told=say
+        )
 
     def all_gather_single(self, output: Tensor, source: Tensor, opts: Any = None) -> MpiWork:
         """Every rank's input, one after the other in `output`."""
@@ -203,7 +213,8 @@ class MpiProcessGroup(GroupOfRanks):
             calls.append(lambda s=sent, b=buffer, c=counts: self._comm.Iallgatherv(spec(s), parts(b, c)))
         flat = [piece for pieces in outputs for piece in pieces]
         timeout = (opts or AllgatherOptions()).timeout
-        return self._submit(transfer, flat, lambda: [call() for call in calls], flat, timeout)
+        say = told(transfer.what, flat)
+        return self._submit(transfer, flat, lambda: [call() for call in calls], flat, timeout, told=say)
 
     def allgather_coalesced(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
@@ -229,6 +240,7 @@ class MpiProcessGroup(GroupOfRanks):
             lambda: [self._comm.Igatherv(spec(sent), received, root=root)],
             pieces,
             opts.timeout,
+            told=told(transfer.what, inputs, f"on rank {self._ranks[root]}", sizes=False),
         )
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> MpiWork:
@@ -248,6 +260,7 @@ class MpiProcessGroup(GroupOfRanks):
             lambda: [self._comm.Iscatterv(sent, spec(buffer), root=root)],
             outputs,
             opts.timeout,
+            told=told(transfer.what, outputs, f"from rank {self._ranks[root]}", sizes=False),
         )
 
     def all_to_all_single(
@@ -270,6 +283,7 @@ class MpiProcessGroup(GroupOfRanks):
             lambda: [self._comm.Ialltoallv(parts(sent, given), parts(buffer, received))],
             [output],
             (opts or AllToAllOptions()).timeout,
+            told=told(transfer.what, [source], sizes=False),
         )
 
     def _rows(self, tensor: Tensor, splits: Any, what: str) -> list[int]:
@@ -296,12 +310,15 @@ class MpiProcessGroup(GroupOfRanks):
             lambda: [self._comm.Ialltoallv(parts(sent, given), parts(buffer, received))],
             outputs,
             (opts or AllToAllOptions()).timeout,
+            told=told(transfer.what, inputs, sizes=False),
         )
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> MpiWork:
         """Done when every rank has called it."""
         timeout = timeout or (opts or BarrierOptions()).timeout
-        return self._submit(Transfer("barrier"), [], lambda: [self._comm.Ibarrier()], [], timeout)
+        return self._submit(
+            Transfer("barrier"), [], lambda: [self._comm.Ibarrier()], [], timeout, told="barrier"
+        )
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """A barrier that names who is missing, in groups of up to 17 ranks; in larger ones the names are those of the

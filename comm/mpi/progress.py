@@ -15,11 +15,14 @@ import torch
 from mpi4py import MPI
 
 from xtrain.comm.background import LONGEST_NAP, Background
+from xtrain.comm.mpi.calls import Check
 from xtrain.comm.work import Outcome
 from xtrain.errors import BackendError, PeerLostError
 
 _SPIN = 0.010
 """Seconds that a waiter only yields before it begins to sleep between its looks."""
+_CHECKED_EVERY = 16
+"""Looks at an operation between two at whether the ranks make the same call; whoever ends it looks in any case."""
 _LOOK = 1.0
 """Seconds of waiting between two questions whether a rank has ended."""
 
@@ -36,6 +39,9 @@ class Operation(Outcome):
         timeout: seconds that a wait may take.
         lost: given the seconds of waiting so far, says why the operation can never end; None while it can.
         failed: called with the error when it fails.
+        check: whether all ranks make this call; None for messages.
+        differing: says, after a while, which ranks make which calls.
+        absent: says, after a while, which ranks have not come.
 
     `source` is MPI's status of a single request: who sent what was received.
     """
@@ -50,21 +56,57 @@ class Operation(Outcome):
         timeout: float,
         lost: Callable[[float], str | None],
         failed: Callable[[BaseException], None],
+        check: Check | None,
+        differing: Callable[[], str],
+        absent: Callable[[], str],
     ) -> None:
         super().__init__(what, outputs, timeout)
-        self.lost = lost
+        self.lost, self.absent = lost, absent
+        self._check, self._differing = check, differing
+        self._trouble: MPI.Exception | None = None
+        self._tests = 0
         self.source = MPI.Status()
-        self._requests, self._keep, self._after, self._failed = requests, keep, after, failed
+        self._requests = requests if check is None else [check.request, *requests]
+        self._keep, self._after, self._failed = keep, after, failed
 
     def test(self) -> bool:
-        """Let MPI go on; whether it has finished (or failed). Called under the lock of the progress."""
-        try:
-            if len(self._requests) == 1:
-                return bool(self._requests[0].Test(self.source))
-            return bool(MPI.Request.Testall(self._requests))
-        except MPI.Exception as error:
-            self.error = BackendError(f"{self.what} failed in MPI: {error}")
+        """Let MPI go on; whether it has finished (or failed, or never will). Called under the lock of the progress."""
+        self._tests += 1
+        if self._tests % _CHECKED_EVERY == 0 and self.differs:
             return True
+        try:
+            if self._trouble is None and not self._moved():
+                return False
+        except MPI.Exception as error:
+            self._trouble = error
+        if self._check is not None and not self._check.test():
+            return False
+        if self._trouble is not None and not self.differs:
+            self.error = BackendError(f"{self.what} failed in MPI: {self._trouble}")
+        return True
+
+    def _moved(self) -> bool:
+        if len(self._requests) == 1:
+            return bool(self._requests[0].Test(self.source))
+        return bool(MPI.Request.Testall(self._requests))
+
+    @property
+    def differs(self) -> bool:
+        """Whether other ranks are known to make another call: MPI may never end this one."""
+        return self._check is not None and self._check.test() and not self._check.agreed
+
+    def finish_differing(self) -> None:
+        """Fail, and say who calls what. MPI may still write into the buffers, so they stay alive."""
+        self.fail(
+            BackendError(f"{self.what}: the ranks of a group make different calls: {self._differing()}")
+        )
+
+    def held(self) -> bool:
+        """Whether MPI still holds it after it was given up."""
+        try:
+            return not self._moved()
+        except MPI.Exception:
+            return False
 
     def finish(self) -> None:
         """What follows after MPI's part; then the operation is done."""
@@ -109,7 +151,7 @@ class Progress(Background):
         """How many operations MPI still holds, those that were given up included."""
         self.poll()
         with self.lock:
-            self._stuck = [operation for operation in self._stuck if not operation.test()]
+            self._stuck = [operation for operation in self._stuck if operation.held()]
             return len(self._pending) + len(self._stuck)
 
     def submit(self, operation: Operation) -> None:
@@ -123,8 +165,12 @@ class Progress(Background):
             ready = [operation for operation in self._pending if operation.test()]
             if ready:
                 self._pending = [operation for operation in self._pending if operation not in ready]
+                self._stuck += [operation for operation in ready if operation.differs]
         for operation in ready:
-            operation.finish()
+            if operation.differs:
+                operation.finish_differing()
+            else:
+                operation.finish()
         return bool(ready)
 
     def rest(self, waited: float) -> None:
@@ -154,6 +200,9 @@ class Progress(Background):
                 return done
             self.poll()
             self.rest(waited)
+
+    def late(self, operation: Operation) -> str:
+        return operation.absent()
 
     def ask(self, operation: Operation, waited: float) -> None:
         try:

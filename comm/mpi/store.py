@@ -10,6 +10,7 @@ import itertools
 import pickle
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -35,12 +36,18 @@ Departures = dict[int, dict[str, int]]
 """Rank that has ended: group: how many collectives it had begun there."""
 
 
+Position = tuple[dict[str, int], str]
+"""Where a rank is: group: how many collectives it has begun there; and what it waits for, in words."""
+
+
 class Server:
-    """Rank 0's side: the keys, the ranks that have ended, and a thread that answers the others."""
+    """Rank 0's side: the keys, where ranks are, those that have ended, and a thread that answers the others."""
 
     def __init__(self, comm: Any, progress: Progress) -> None:
         self.keys = dist.HashStore()
         self.departures: Departures = {}
+        self._positions: dict[int, Position] = {}
+        self._calls: dict[tuple[str, int], dict[int, str]] = {}
         self._comm, self._progress = comm, progress
         self._parked: list[tuple[int, int, str, tuple[Any, ...], float]] = []
         self._sends: list[tuple[Any, bytes]] = []
@@ -51,6 +58,28 @@ class Server:
     def depart(self, rank: int, begun: dict[str, int]) -> None:
         """Rank `rank` takes part in nothing any more."""
         self.departures[rank] = begun
+
+    def departed(self, rank: int, ranks: Sequence[int], position: Position) -> Departures:
+        """Which of the ranks have ended; `rank`, who asks, waits at `position`."""
+        self._positions[rank] = position
+        return {one: begun for one, begun in list(self.departures.items()) if one in ranks}
+
+    def absent(
+        self, rank: int, ranks: Sequence[int], key: str, number: int, position: Position
+    ) -> dict[int, str]:
+        """Which of the ranks are not known to have begun a group's collective of that number: what each waits for."""
+        self._positions[rank] = position
+        known = {one: self._positions.get(one, ({}, "")) for one in ranks}
+        return {one: where for one, (begun, where) in known.items() if begun.get(key, 0) < number}
+
+    def calls(self, rank: int, key: str, number: int, told: str) -> dict[str, list[int]]:
+        """What the ranks that have said so call as a group's collective of that number: call: ranks."""
+        said = self._calls.setdefault((key, number), {})
+        said[rank] = told
+        by_call: dict[str, list[int]] = {}
+        for one, call in sorted(said.items()):
+            by_call.setdefault(call, []).append(one)
+        return by_call
 
     def all_gone(self) -> bool:
         """Whether every rank has ended."""
@@ -98,8 +127,8 @@ class Server:
             if operation == "depart":
                 self.depart(source, *arguments)
                 value: Any = None
-            elif operation == "departed":
-                value = {rank: begun for rank, begun in self.departures.items() if rank in arguments[0]}
+            elif operation in ("departed", "absent", "calls"):
+                value = getattr(self, operation)(source, *arguments)
             elif operation == "all_gone":
                 value = self.all_gone()
             else:

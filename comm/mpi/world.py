@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from mpi4py import MPI
 
+from xtrain.comm.meeting import listed, told_absent
 from xtrain.comm.mpi.progress import Progress
 from xtrain.comm.mpi.store import Client, Departures, MpiStore, Server
 from xtrain.errors import BackendError
@@ -25,6 +26,9 @@ _MEETING_TAGS = range(16384, 32768)
 _FAN_OUT = 16
 _GRACE = 15.0
 """Seconds that a rank which must abort gives the others to say what they have seen."""
+
+_SAYING = 1.5
+"""Seconds that the other ranks get to say where they are when something is wrong."""
 
 _worlds: list[World] = []
 
@@ -62,12 +66,47 @@ class World:
         self._server.keys.set_timeout(timeout)
         return self._server.keys
 
-    def departed(self, ranks: Sequence[int]) -> Departures:
-        """Which of the ranks have ended, and how many collectives they had begun in each group."""
+    def _ask(self, question: str, *arguments: Any) -> Any:
         if self._server is not None:
-            return {rank: begun for rank, begun in list(self._server.departures.items()) if rank in ranks}
+            return getattr(self._server, question)(self.rank, *arguments)
         assert self._client is not None
-        return dict(self._client.ask("departed", list(ranks), margin=2.0))
+        return self._client.ask(question, *arguments, margin=2.0)
+
+    def departed(self, ranks: Sequence[int], waiting: str) -> Departures:
+        """Which of the ranks have ended, and how many collectives they had begun in each group.
+
+        Args:
+            waiting: what this rank waits for, in words; others may ask.
+        """
+        return dict(self._ask("departed", list(ranks), (dict(self.begun), waiting)))
+
+    def absent(self, ranks: Sequence[int], key: str, number: int, waiting: str) -> str:
+        """Which of the ranks have not come to a group's collective of that number, in words.
+
+        Every rank that waits for more than a second has said so; those that have come just now get a little time.
+        """
+        until = time.monotonic() + _SAYING
+        try:
+            while True:
+                found = self._ask("absent", list(ranks), key, number, (dict(self.begun), waiting))
+                if not found or time.monotonic() > until:
+                    return told_absent(found)
+                self.progress.poll()
+                time.sleep(0.05)
+        except BackendError as error:
+            return f"a rank did not join in or is stuck ({error})"
+
+    def calls(self, ranks: Sequence[int], key: str, number: int, told: str) -> str:
+        """Which of the ranks make which call as a group's collective of that number, in words."""
+        until = time.monotonic() + _SAYING
+        try:
+            while True:
+                found: dict[str, list[int]] = self._ask("calls", key, number, told)
+                if sum(map(len, found.values())) == len(ranks) or time.monotonic() > until:
+                    return "; ".join(f"{listed(who)} {call}" for call, who in found.items())
+                time.sleep(0.02)
+        except BackendError as error:
+            return f"this rank {told} ({error})"
 
     def next_key(self, ranks: Sequence[int]) -> str:
         """A name for a new group on which its ranks agree without asking: they count the groups that they make.

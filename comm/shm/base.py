@@ -56,7 +56,7 @@ class GroupOfRanks(_ProcessGroup):
         self._size = len(ranks)
         self._timeout = timeout.total_seconds()
         self.exchange, self.inner = exchange, inner
-        self._lane = Lane(exchange.window.lost, exchange.doze, self._fail)
+        self._lane = Lane(exchange.window.lost, exchange.window.absent, exchange.doze, self._fail)
         self._broken: BaseException | None = None
         self._open: list[dist.Work] | None = None
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtrain.backends.alignment import HOST_BYTES, aligned_unit, round_up
 from xtrain.comm.shm.reduction import DTYPES, Reduction
 from xtrain.comm.shm.window import SLOT, Call, Window
 from xtrain.errors import BackendError
@@ -34,9 +35,6 @@ CODES = (
 
 SMALL = 2**16
 """Bytes up to which every rank adds everything itself: one step instead of two."""
-
-_ALIGN = 64
-"""Bytes at a multiple of which a rank's part of a piece begins."""
 
 _BYTES = torch.uint8
 
@@ -165,10 +163,14 @@ class Exchange:
                 yield
         yield from self._end(calls)
 
+    def _share(self, dtype: torch.dtype) -> int:
+        """Elements that a slot has for each member."""
+        unit = aligned_unit(HOST_BYTES, dtype)
+        return SLOT // dtype.itemsize // self.size // unit * unit
+
     def _part(self, elements: int, dtype: torch.dtype, member: int) -> tuple[int, int]:
         """Which elements of a piece a member adds."""
-        aligned = _ALIGN // dtype.itemsize
-        width = -(-elements // (self.size * aligned)) * aligned
+        width = round_up(-(-elements // self.size), aligned_unit(HOST_BYTES, dtype))
         return min(member * width, elements), min((member + 1) * width, elements)
 
     def _reduce_piece(
@@ -215,7 +217,7 @@ class Exchange:
         window, dtype = self.window, flat.dtype
         reduction = Reduction(op, dtype, self.size)
         starts = [0, *accumulate(counts)]
-        share = SLOT // (self.size * _ALIGN) * _ALIGN // dtype.itemsize
+        share = self._share(dtype)
         place, rounds = self._place(flat), max(1, -(-max(counts) // share))
         self._announce("reduce_scatter", reduction.code, dtype, len(flat), place)
         calls: list[Call] = []
@@ -321,7 +323,7 @@ class Exchange:
             whole: a flat tensor of which the sources are equal consecutive pieces, if they are.
         """
         window, dtype = self.window, next(one for one in (*sources, *outputs) if one is not None).dtype
-        share = SLOT // (self.size * _ALIGN) * _ALIGN
+        share = self._share(_BYTES)
         given = [None if source is None else as_bytes(source) for source in sources]
         into = [None if output is None else as_bytes(output) for output in outputs]
         place = -1 if whole is None else self._place(whole)

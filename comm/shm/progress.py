@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from xtrain.comm.background import LONGEST_NAP, Background
+from xtrain.comm.meeting import told_absent
 from xtrain.comm.work import Outcome
 from xtrain.errors import BackendError, PeerLostError
 
@@ -75,6 +76,7 @@ class Lane:
 
     Args:
         lost: why the running operation can never end; None while it can.
+        absent: the ranks of this host that have not come to where it waits.
         doze: sleep until it may go on, but not longer than some seconds.
         failed: called with the error of the first one that fails; all that follow fail as well.
     """
@@ -82,11 +84,12 @@ class Lane:
     def __init__(
         self,
         lost: Callable[[], str | None],
+        absent: Callable[[], list[int]],
         doze: Callable[[float], None],
         failed: Callable[[BaseException], None],
     ) -> None:
         self.queue: deque[Operation] = deque()
-        self.lost, self.doze, self._failed = lost, doze, failed
+        self.lost, self.absent, self.doze, self._failed = lost, absent, doze, failed
 
     def advance(self) -> bool:
         """Go on with the first one, and the next when it is over; whether any is. Called under the lock."""
@@ -156,6 +159,15 @@ class Progress(Background):
                 if operation in lane.queue:
                     lane.give_up(PeerLostError(reason))
             self._lanes = [lane for lane in self._lanes if lane.queue]
+
+    def late(self, operation: Operation) -> str:
+        with self.lock:
+            absent = next((lane.absent() for lane in self._lanes if operation in lane.queue), [])
+        return (
+            told_absent(dict.fromkeys(absent, ""))
+            if absent
+            else "a rank of another host has not come, or is stuck"
+        )
 
     def ask(self, operation: Operation, waited: float) -> None:
         self._ask_all()

@@ -191,6 +191,14 @@ class Window:
         self._mine[_FAILED // 8] = 1
         sleep.wake(self._words[self.me])
 
+    def absent(self) -> list[int]:
+        """Which ranks have not finished the current step."""
+        return [
+            member.rank
+            for member, page in zip(self.members, self._numbers, strict=True)
+            if page[0] < self.step
+        ]
+
     def lost(self) -> str | None:
         """Why the current step can never end; None while it can."""
         missing = [i for i, page in enumerate(self._numbers) if page[0] < self.step]

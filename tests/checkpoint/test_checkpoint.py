@@ -48,6 +48,7 @@ def _resume(folder: str, stage: int, micro: int, bf16: bool) -> tuple[list[float
     return [training.engine_step(engine, step) for step in range(4, 10)], client, engine.global_samples, rates
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("bf16", [False, True])
 def test_resumed_equals_uninterrupted_to_the_bit(ranks: Any, tmp_path: Path, bf16: bool) -> None:
     for stage in (0, 1, 2, 3):

@@ -9,13 +9,95 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.errors import BackendError
+
+Call = Callable[[Any], Any]
+MISMATCHES: dict[str, tuple[Call, Call]] = {
+    # A rank alone in save_checkpoint, while the others reduce gradients.
+    "operation": (
+        lambda group: dist.all_gather_object([None, None], "x" * 100, group=group),
+        lambda group: comm.reduce_scatter_tensor(torch.ones(1), torch.ones(2), group=group),
+    ),
+    "elements": (
+        lambda group: dist.all_reduce(torch.ones(1000), group=group),
+        lambda group: dist.all_reduce(torch.ones(1001), group=group),
+    ),
+    "a large one": (
+        lambda group: dist.all_reduce(torch.ones(2**20), group=group),
+        lambda group: comm.all_gather_into_tensor(torch.ones(2**20), torch.ones(2**19), group=group),
+    ),
+    "dtype": (
+        lambda group: dist.all_reduce(torch.ones(8), group=group),
+        lambda group: dist.all_reduce(torch.ones(8, dtype=torch.int32), group=group),
+    ),
+    "reduction": (
+        lambda group: dist.all_reduce(torch.ones(8), group=group),
+        lambda group: dist.all_reduce(torch.ones(8), dist.ReduceOp.MAX, group=group),
+    ),
+    "root": (
+        lambda group: dist.broadcast(torch.ones(8), 0, group=group),
+        lambda group: dist.broadcast(torch.ones(8), 1, group=group),
+    ),
+    "barrier": (
+        lambda group: dist.barrier(group),
+        lambda group: dist.all_to_all_single(torch.ones(2), torch.ones(2), group=group),
+    ),
+    "in a future": (
+        lambda group: dist.all_reduce(torch.ones(8), group=group, async_op=True).get_future().wait(),
+        lambda group: dist.all_gather([torch.ones(1)] * 2, torch.ones(1), group=group),
+    ),
+}
+"""What ranks 0 and 1 call at the same time."""
+
+
+def mismatches() -> None:
+    """Each in a group of its own, which it leaves unusable; then the library must still work elsewhere."""
+    rank = dist.get_rank()
+    for name, calls in MISMATCHES.items():
+        group = dist.new_group([0, 1])
+        begun = time.monotonic()
+        try:
+            calls[rank](group)
+            told = "nothing"
+        except (BackendError, RuntimeError) as error:
+            told = str(error)
+        print(f"{name}|{rank}|{time.monotonic() - begun:.1f}|{told.splitlines()[0]}", flush=True)
+    total = torch.ones(3)
+    dist.all_reduce(total)
+    print(f"after|{rank}|0|{total.tolist()}", flush=True)
+
+
+def late(rank: int) -> None:
+    """Rank 1 waits in another group; rank 2 computes."""
+    pair, short = dist.new_group([1, 3]), dist.new_group([0, 1, 2, 3], timeout=timedelta(seconds=4))
+    if rank == 0:
+        try:
+            dist.all_reduce(torch.ones(1000), group=short)
+        except BackendError as error:
+            print(error, flush=True)
+    elif rank == 1:
+        dist.broadcast(torch.ones(7), 3, group=pair)
+        dist.all_reduce(torch.ones(1000), group=short)
+    elif rank == 2:
+        time.sleep(8)
+        dist.all_reduce(torch.ones(1000), group=short)
+    else:
+        time.sleep(1)
+        work = dist.all_reduce(torch.ones(1000), group=short, async_op=True)
+        try:
+            work.wait(timedelta(seconds=20))
+        except BackendError as error:
+            print(error, flush=True)
+        time.sleep(2)
+        dist.broadcast(torch.ones(7), 3, group=pair)
 
 
 def main(kind: str) -> None:
@@ -45,6 +127,10 @@ def main(kind: str) -> None:
             sys.exit(1)
     comm.init_distributed("mpi", verbose=False, timeout=timedelta(seconds=60))
     dist.all_reduce(torch.ones(1))
+    if kind == "mismatches":
+        return mismatches()
+    if kind == "late":
+        return late(dist.get_rank())
     if dist.get_rank() == 1:
         if kind == "killed":
             time.sleep(0.5)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tests.comm.test_mpi import needs_mpi, start
 from xtrain import comm
 from xtrain.comm import meeting
+from xtrain.comm.whereabouts import Whereabouts
 from xtrain.errors import BackendError, PeerLostError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,6 +173,64 @@ def test_a_peer_that_ends_inside_a_collective_is_named(how: str) -> None:
     assert re.match(sentence.format(r"all_reduce of float32\[1000\]"), lines["all_reduce"])
     for line in lines.values():
         assert re.match(sentence.format(".*"), line), line
+
+
+def _late(port: int, how: str) -> str:
+    """Rank 0 waits for all, rank 1 in another group, rank 2 computes; what each is told."""
+    dist.destroy_process_group()
+    rank = int(os.environ["RANK"])
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        comm.init_distributed("gloo", verbose=False, timeout=timedelta(seconds=SECONDS))
+        comm.all_reduce(torch.ones(3))
+        pair, limit = dist.new_group([1, 2]), timedelta(seconds=4)
+        slow = dist.new_group([0, 1, 2], timeout=limit)
+        total = torch.ones(999)
+        calls = {
+            "at once": lambda: comm.all_reduce(total, group=slow),
+            "waiting": lambda: comm.all_reduce(total, group=slow, async_op=True).wait(),
+            "slices": lambda: comm.SliceSum(total, slow).wait(),
+            "objects": lambda: comm.all_gather_object([None] * 3, 1, group=slow),
+        }
+        if rank == 1:
+            comm.broadcast(torch.ones(7), 2, group=pair)
+        if rank == 2:
+            time.sleep(10)
+            comm.broadcast(torch.ones(7), 2, group=pair)
+        if rank == 0:
+            calls[how]()
+    except PeerLostError as error:
+        return str(error)
+    finally:
+        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    return ""
+
+
+@pytest.mark.parametrize("how", ["at once", "waiting", "slices", "objects"])
+def test_a_time_out_names_who_has_not_come(ranks: Any, how: str) -> None:
+    told, *rest = ranks(3, _late, _free_port(), how)
+    assert rest == ["", ""]
+    assert told.startswith("backend gloo, rank 0 of 3: "), told
+    assert (
+        "cannot finish: ranks 1, 2 have not come to it; rank 1 was last seen waiting for broadcast of float32[7] ("
+        in told
+    )
+
+
+def test_ranks_that_have_come_are_not_accused() -> None:
+    """Two wait for a third: the one whose time is up first must not name the other."""
+    store = dist.HashStore()
+    places = [Whereabouts(store, rank) for rank in range(3)]
+    for _ in range(2):
+        for each in places:
+            each.begin(None)
+    at = [each.begin(None) for each in places[:2]]
+    number = places[1].enter(lambda: "all_reduce of float32[3]")
+    time.sleep(3.5)  # it has said so by now
+    assert places[0].absent(at[0], [0, 1, 2], "all_reduce of float32[3]") == {2: ""}
+    places[1].leave(number)
+    assert places[1].absent(at[1], [0, 1, 2], "all_reduce of float32[3]") == {2: ""}
+    assert meeting.told_absent({2: ""}) == "rank 2 has not come to it"
 
 
 def _other_errors() -> list[str]:

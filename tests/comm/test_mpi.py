@@ -105,6 +105,7 @@ def test_job_ends_in_order(started: Started) -> None:
 
 
 @needs_mpi
+@pytest.mark.bits
 @pytest.mark.mpi
 @pytest.mark.parametrize("run", list(mpi_training.ENGINE_RUNS))
 @pytest.mark.parametrize("started", SIZES, indirect=True)
@@ -135,6 +136,49 @@ def test_a_rank_that_is_gone_hangs_nobody(kind: str, words: list[str]) -> None:
     assert outcome.returncode != 0
     for word in words:
         assert word in outcome.stdout + outcome.stderr
+
+
+@needs_mpi
+@pytest.mark.mpi
+def test_different_calls_are_named_on_every_rank() -> None:
+    """MPI matches calls by their order alone: an object gather met another rank's reduce-scatter, which passed."""
+    outcome = start("tests.comm.mpi_failures", "mismatches", ranks=2)
+    lines = [line.split("|", 3) for line in outcome.stdout.splitlines() if line.count("|") >= 3]
+    told = {(name, int(rank)): (float(seconds), text) for name, rank, seconds, text in lines}
+    expected = {
+        "operation": ("all_gather (int64 of ", "reduce_scatter (float32 of 2 elements, SUM)"),
+        "elements": (
+            "all_reduce (float32 of 1000 elements, SUM)",
+            "all_reduce (float32 of 1001 elements, SUM)",
+        ),
+        "a large one": ("all_reduce (float32 of 1048576", "all_gather (float32 of 1048576"),
+        "dtype": ("all_reduce (float32 of 8", "all_reduce (int32 of 8"),
+        "reduction": ("of 8 elements, SUM)", "of 8 elements, MAX)"),
+        "root": ("from rank 0)", "from rank 1)"),
+        "barrier": ("barrier", "all_to_all (float32)"),
+        "in a future": ("all_reduce (float32 of 8", "all_gather (float32 of [1, 1] elements)"),
+    }
+    assert {name for name, _ in told} == {*expected, "after"}, outcome.stderr[-3000:]
+    for name, (zero, one) in expected.items():
+        for rank in (0, 1):
+            seconds, text = told[name, rank]
+            assert "the ranks of a group make different calls: rank" in text, (name, text)
+            assert f"rank 0 {zero}" in text or zero in text.partition("rank 0 ")[2], (name, text)
+            assert one in text.partition("rank 1 ")[2], (name, text)
+            assert seconds < 5
+    assert told["after", 0][1] == told["after", 1][1] == "[2.0, 2.0, 2.0]"
+
+
+@needs_mpi
+@pytest.mark.mpi
+def test_a_time_out_names_who_has_not_come() -> None:
+    outcome = start("tests.comm.mpi_failures", "late", ranks=4)
+    first = next(line for line in outcome.stdout.splitlines() if "backend mpi, rank 0 of 4" in line)
+    assert "all_reduce of float32[1000] (4000 bytes)" in first
+    assert (
+        "did not finish within 4 s: ranks 1, 2 have not come to it; rank 1 waits for broadcast of float32[7]"
+        in first
+    )
 
 
 @needs_mpi

@@ -44,6 +44,7 @@ def _aligned(stage: int, micro: int, bf16: bool) -> dict[str, Any]:
     return _train(stage, micro, bf16=bf16, xtrain={"aligned": True})
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("bf16", [False, True])
 def test_aligned_bits_do_not_depend_on_the_cut(ranks: Any, bf16: bool) -> None:
     results = [

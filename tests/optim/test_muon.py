@@ -95,6 +95,7 @@ def _losses(stage: int, dtype: str, aligned: bool) -> tuple[list[float], dict[st
     return result["losses"], result["weights"]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_aligned_bits_do_not_depend_on_the_cut(ranks: Any, dtype: str) -> None:
     losses, weights = ranks(2, _losses, 0, dtype, True)[0]
@@ -276,6 +277,7 @@ def _small_rounds() -> tuple[list[float], list[float], int]:
         muon.rounds = original
 
 
+@pytest.mark.bits
 def test_several_rounds_change_no_bit(ranks: Any) -> None:
     whole, divided, calls = ranks(2, _small_rounds)[0]
     assert whole == divided

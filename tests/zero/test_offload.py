@@ -45,6 +45,7 @@ def _train(folder: str, stage: int, what: tuple[str, ...], bf16: bool, kind: str
     return losses
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
     ("stage", "what"),

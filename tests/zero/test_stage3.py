@@ -157,6 +157,7 @@ def _train(kind: str, stage: int, own_backward: bool = False, **more: Any) -> li
     return losses
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_way_of_using_parameters_gives_stage_0s_bits(ranks: Any, kind: str) -> None:
     expected = ranks(2, _train, kind, 0)
@@ -184,6 +185,7 @@ def _variants(kind: str) -> list[list[float]]:
     return [_train(kind, 3, **variant) for variant in more]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", ["tied", "reentrant"])
 def test_prefetching_and_keeping_change_nothing(ranks: Any, kind: str) -> None:
     curves = ranks(2, _variants, kind)[0]

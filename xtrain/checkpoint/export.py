@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from xtrain.buffers import storable, stored_bytes
 from xtrain.checkpoint import layout
-from xtrain.checkpoint.read import Weights
+from xtrain.checkpoint.read import Weights, read_extra
 from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.files import atomic_path, write_text
 from xtrain.log import logger
@@ -58,9 +59,12 @@ def get_fp32_state_dict_from_zero_checkpoint(
         frozen = name in manifest["parameters"] and not weights.has_master(name)
         if name not in weights.names or (exclude_frozen_parameters and frozen):
             continue
-        value = weights.whole(name)
-        state[name] = value.float() if value.is_floating_point() else value
-    return state
+        state[name] = weights.whole(name)
+    # What safetensors files do not hold: sparse buffers.
+    for name, value in read_extra(directory, manifest).items():
+        if torch.is_tensor(value):
+            state[name] = value
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def load_state_dict_from_zero_checkpoint(
@@ -103,6 +107,11 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag, exclude_frozen_parameters)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if safe_serialization and (odd := [name for name, value in state.items() if not storable(value)]):
+        raise CheckpointError(
+            f"{odd[0]!r} is {state[odd[0]].layout} {state[odd[0]].dtype}, which safetensors files cannot hold: leave "
+            "safe_serialization out"
+        )
     stem, suffix = ("model", "safetensors") if safe_serialization else ("pytorch_model", "bin")
     shards = _shards(state, limit)
     where = {}
@@ -117,7 +126,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
                 torch.save(shard, temporary)
         where.update(dict.fromkeys(shard, name))
     if len(shards) > 1:
-        size = sum(value.nbytes for value in state.values())
+        size = sum(map(stored_bytes, state.values()))
         index = {"metadata": {"total_size": size}, "weight_map": where}
         write_text(folder / f"{stem}.{suffix}.index.json", json.dumps(index, indent=2) + "\n")
 
@@ -137,9 +146,9 @@ def _shards(state: Mapping[str, torch.Tensor], limit: int | None) -> list[dict[s
     room = limit
     for name, value in state.items():
         if room is not None and limit is not None:
-            if shards[-1] and value.nbytes > room:
+            if shards[-1] and stored_bytes(value) > room:
                 shards.append({})
                 room = limit
-            room -= value.nbytes
+            room -= stored_bytes(value)
         shards[-1][name] = value
     return shards

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from xtrain import random_states
 from xtrain.agree import together
+from xtrain.buffers import is_dense, make_room
 from xtrain.checkpoint import layout
 from xtrain.checkpoint.safe import safe_load
 from xtrain.errors import CheckpointError
@@ -30,6 +31,13 @@ def _read_torch(directory: Path, manifest: dict[str, Any], name: str) -> Any:
         return safe_load(path)
     except Exception as error:
         raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from None
+
+
+def read_extra(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Entries of the module's state dictionary that its safetensors file cannot hold."""
+    state = _read_torch(directory, manifest, layout.own_file(manifest, layout.STATE))
+    extra: dict[str, Any] = state.get("module_extra", {})
+    return extra
 
 
 def _check_shapes(engine: XtrainEngine, manifest: dict[str, Any], directory: Path) -> None:
@@ -151,6 +159,7 @@ def _load_module(
         weights.load_piece(name, divided[name].group, divided[name].member)
     tensors: dict[str, Any] = {name: weights.whole(name) for name in weights.names - divided.keys()}
     tensors.update(extra)
+    make_room(engine.module, tensors)
     missing, unexpected = engine.module.load_state_dict(tensors, strict=False)
     # A tied weight is stored under one of its names: it is missing only if none of them was stored.
     state = {n: t for n, t in engine.module.state_dict(keep_vars=True).items() if torch.is_tensor(t)}
@@ -168,7 +177,8 @@ def _load_module(
 
 def _identity(tensor: torch.Tensor) -> int:
     """The same number for tensors that share their data, divided ones included."""
-    return id(tensor) if home_of(tensor) is not None else tensor.data_ptr()
+    own = home_of(tensor) is not None or not is_dense(tensor)
+    return id(tensor) if own else tensor.data_ptr()
 
 
 def _load_group(

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from xtrain import comm, random_states
 from xtrain.agree import together
+from xtrain.buffers import storable
 from xtrain.checkpoint import layout
 from xtrain.checkpoint.safe import safe_load
 from xtrain.errors import CheckpointError, ConfigError
@@ -94,7 +95,11 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
                 group.names[0]: _scalar_states(group, optimizer.optimizer) for group in optimizer.groups
             },
         }
-    extra = {name: value for name, value in engine.module.state_dict().items() if not torch.is_tensor(value)}
+    extra = {
+        name: value.detach().cpu() if torch.is_tensor(value) else value
+        for name, value in engine.module.state_dict().items()
+        if not (torch.is_tensor(value) and storable(value))
+    }
     if extra:
         state["module_extra"] = extra
     if hasattr(engine.lr_scheduler, "state_dict"):
@@ -112,7 +117,7 @@ def _module_tensors(engine: XtrainEngine, exclude_frozen: bool) -> dict[str, tor
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, torch.Size, Any], str] = {}
     for name, value in engine.module.state_dict().items():
-        if not torch.is_tensor(value) or name in elsewhere:
+        if not (torch.is_tensor(value) and storable(value)) or name in elsewhere:
             continue
         key = (value.data_ptr(), value.shape, value.stride())
         if value.numel() and key in seen:

@@ -8,6 +8,7 @@ of creation, so everything of the first call is then behind it.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from xtrain.errors import ConfigError
 from xtrain.zero.gather import Gatherer, Unit, UnitHome
 from xtrain.zero.home import home_of
 
@@ -34,6 +36,22 @@ class _WatchedParameters(dict[str, Any]):
             if isinstance(home, UnitHome) and home.gatherer.hooks is not None:
                 home.gatherer.hooks.borrow(home.unit)
         return param
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        """Ordinary parameters, where these are whole.
+
+        Raises:
+            ConfigError: they are not, and the copies would be empty.
+        """
+        for name, param in self.items():
+            home = home_of(param) if param is not None else None
+            if isinstance(home, UnitHome) and home.shape.numel() and not param.numel():
+                raise ConfigError(
+                    f"copy.deepcopy() of a module whose parameter {name!r} is divided over ranks (ZeRO stage 3): copy "
+                    "it inside zero.GatheredParameters(model.parameters()), which every rank enters, or copy "
+                    "engine.module_state_dict()"
+                )
+        return {name: copy.deepcopy(param, memo) for name, param in self.items()}
 
 
 def external_parameters(module: nn.Module) -> list[nn.Parameter]:

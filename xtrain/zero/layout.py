@@ -14,6 +14,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from xtrain.backends.alignment import round_up
+
 
 class Piece(NamedTuple):
     """A run of one parameter's elements that one rank owns.
@@ -83,10 +85,6 @@ class Layout:
         return pieces
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def cut(
     sizes: Sequence[int], partitions: int, bucket_size: int, align: int, breaks: Collection[int] = ()
 ) -> Layout:
@@ -105,13 +103,13 @@ def cut(
 
     def close(next_member: int) -> None:
         nonlocal bucket_start, position, first_member
-        stop = bucket_start + _round_up(position - bucket_start, partitions * align)
+        stop = bucket_start + round_up(position - bucket_start, partitions * align)
         buckets.append(Bucket(bucket_start, stop, range(first_member, next_member)))
         bucket_start = position = stop
         first_member = next_member
 
     for member, size in enumerate(sizes):
-        start = _round_up(position, align)
+        start = round_up(position, align)
         if member > first_member and (start + size - bucket_start > bucket_size or member in breaks):
             close(member)
             start = position

@@ -14,7 +14,7 @@ import torch
 
 from xtrain import comm
 from xtrain.backends import Backend
-from xtrain.errors import NotImplementedYetError
+from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.log import log_dist
 from xtrain.optim.elementwise import updates_one_by_one
 from xtrain.optim.parameterwise import ParameterwiseOptimizer
@@ -109,6 +109,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._parts = [parts for group in self.groups for parts in counted_parts(group, grid.model)]
         self._adapt_states()
         register(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copy.deepcopy, copy.copy and pickling, of a scheduler that holds this, too: torch would patch the
+        copy's class, and with it every optimizer of engines that are built later.
+
+        Raises:
+            ConfigError: always; says what to copy instead.
+        """
+        raise ConfigError(
+            "an engine's optimizer cannot be copied or pickled, because its states are slices that ranks share: copy "
+            "engine.optimizer.state_dict() (of a scheduler its own state_dict()), or save all with "
+            "engine.save_checkpoint()"
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

@@ -11,6 +11,7 @@ from torch import nn
 
 from xtrain import comm
 from xtrain.backends import Backend
+from xtrain.backends.alignment import aligned_unit
 from xtrain.config.schema import ZeroConfig
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import PrecisionPolicy
@@ -156,13 +157,14 @@ class Partitioner:
         units = [self._unit_of.get(param) for _, param in members]
         sharded = units[0] is not None
         accumulation = self.precision.accumulation_of(dtype)
+        travelling = self.precision.communication or accumulation
         default_size = self.backend.zero.reduce_bucket_bytes // accumulation.itemsize
         return FlatOptions(
             partitions=self.grid.size if divided else 1,
             partition=self.grid.rank if divided else 0,
             # In stage 3 a bucket is all that a module group has in the flat group.
             bucket_size=2**63 if sharded else self.zero.reduce_bucket_size or default_size,
-            align=max(1, self.backend.zero.alignment_bytes // min(dtype.itemsize, accumulation.itemsize)),
+            align=aligned_unit(self.backend.zero.alignment_bytes, dtype, accumulation, travelling),
             masters=None if self._masters is None else self._masters.allocate,
             breaks={i for i in range(1, len(units)) if units[i] != units[i - 1]} if sharded else (),
             by_parameter=not divided,

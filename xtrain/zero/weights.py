@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from xtrain.agree import together
+from xtrain.buffers import make_room
 from xtrain.errors import CheckpointError
 from xtrain.zero.gather import UnitHome
 from xtrain.zero.gathered import GatheredParameters
@@ -78,6 +79,7 @@ def load_whole_state_dict(
                 f"size mismatch for {name}: the state dictionary has {tuple(value.shape)}, "
                 f"the model {tuple(divided[name].shape)}"
             )
+    make_room(module, state)
     missing, unexpected = module.load_state_dict(
         {name: value for name, value in state.items() if name not in divided}, strict=False
     )
