@@ -21,7 +21,7 @@ from xtrain.comm.collectives import (
     reduce_scatter_fn,
     reduce_scatter_tensor,
 )
-from xtrain.comm.direct import SliceAllReduce, SliceGather, SliceSum
+from xtrain.comm.direct import NumberGather, SliceAllReduce, SliceGather, SliceSum
 from xtrain.comm.groups import (
     TORCH_DISTRIBUTED_DEFAULT_PORT,
     companion,
@@ -74,6 +74,7 @@ __all__ = [
     "CanonicalReduceScatter",
     "CommsLogger",
     "Ledger",
+    "NumberGather",
     "P2POp",
     "ProcessGroup",
     "ReduceOp",

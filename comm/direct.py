@@ -15,11 +15,13 @@ import torch.distributed as dist
 from xtrain.comm.canonical import tree_sum
 from xtrain.comm.collectives import (
     Group,
+    _all_gather,
     all_gather_into_tensor,
     all_reduce,
     count,
     reduce_scatter_tensor,
 )
+from xtrain.comm.failures import explained
 from xtrain.comm.point_to_point import exchange
 from xtrain.comm.timing import Running, finish
 
@@ -69,9 +71,13 @@ class SliceSum:
 
 
 class SliceGather:
-    """A running all-gather of every rank's slice into `full`, of which `mine` may be a view."""
+    """A running all-gather of every rank's slice into `full`, of which `mine` may be a view.
 
-    def __init__(self, full: torch.Tensor, mine: torch.Tensor, group: Group) -> None:
+    Args:
+        channel: of `exchange`: where messages are direct, gathers of different channels never meet.
+    """
+
+    def __init__(self, full: torch.Tensor, mine: torch.Tensor, group: Group, channel: int = 0) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         self._clock: Running | None = None
         if not is_direct(group):
@@ -85,6 +91,7 @@ class SliceGather:
             [None if peer == rank else row for peer, row in enumerate(rows)],
             [None if peer == rank else rows[rank] for peer in range(ranks)],
             group,
+            channel,
         )
 
     def wait(self) -> None:
@@ -92,6 +99,39 @@ class SliceGather:
         for work in self._works:
             work.wait()
         finish(self._clock, None)
+
+
+@explained
+def _all_gather_number(numbers: torch.Tensor, mine: torch.Tensor, group: Group) -> Any:
+    return _all_gather(numbers, mine, group=group, async_op=True)
+
+
+class NumberGather:
+    """A running exchange of one whole number of each rank; the ledger calls it `roll_call`.
+
+    Args:
+        number: this rank's.
+        device: that the group's library reaches.
+    """
+
+    def __init__(self, number: int, group: Group, device: torch.device) -> None:
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        self._numbers = torch.full((ranks,), number, dtype=torch.int64, device=device)
+        self._clock = count("roll_call", self._numbers.nbytes, group)
+        if not is_direct(group):
+            mine = self._numbers[:1].clone()
+            self._works: list[Any] = [_all_gather_number(self._numbers, mine, group)]
+            return
+        mine = self._numbers[rank : rank + 1]
+        received = [None if peer == rank else row for peer, row in enumerate(self._numbers.split(1))]
+        self._works = exchange(received, [None if row is None else mine for row in received], group)
+
+    def wait(self) -> list[int]:
+        """Every rank's number, by rank."""
+        for work in self._works:
+            work.wait()
+        finish(self._clock, None)
+        return self._numbers.tolist()
 
 
 class SliceAllReduce:

@@ -21,6 +21,7 @@ _FACTOR = {
     "all_reduce": lambda n: Fraction(2 * (n - 1), n),
     "reduce_scatter": lambda n: Fraction(n - 1, n),  # message: the whole input
     "all_gather": lambda n: Fraction(n - 1, n),  # message: the whole output
+    "roll_call": lambda n: Fraction(n - 1, n),  # one number of each rank: who does what
     "all_to_all": lambda n: Fraction(n - 1, n),
     "broadcast": lambda n: Fraction(n - 1, n),  # averaged over the ranks of the tree
     "reduce": lambda n: Fraction(n - 1, n),  # likewise

@@ -21,15 +21,21 @@ _TAG = 0x78747261
 
 
 @explained
-def exchange(received: list[torch.Tensor | None], sent: list[torch.Tensor | None], group: Group) -> list[Any]:
-    """Start sending `sent[p]` to rank p of the group and receiving `received[p]` from it. Callers count the bytes."""
+def exchange(
+    received: list[torch.Tensor | None], sent: list[torch.Tensor | None], group: Group, channel: int = 0
+) -> list[Any]:
+    """Start sending `sent[p]` to rank p of the group and receiving `received[p]` from it. Callers count the bytes.
+
+    Args:
+        channel: messages of different channels never meet, whatever order the ranks send them in.
+    """
     works = [
-        dist.irecv(tensor, group=group, group_src=peer, tag=_TAG)
+        dist.irecv(tensor, group=group, group_src=peer, tag=_TAG + channel)
         for peer, tensor in enumerate(received)
         if tensor is not None
     ]
     works += [
-        dist.isend(tensor, group=group, group_dst=peer, tag=_TAG)
+        dist.isend(tensor, group=group, group_dst=peer, tag=_TAG + channel)
         for peer, tensor in enumerate(sent)
         if tensor is not None
     ]

@@ -86,12 +86,16 @@ def _taken_out() -> None:
         before = kept.clone()
     assert model.first.weight.numel() == 0
     assert torch.equal(kept, before)
-    with GatheredParameters(model.first.weight, modifier_rank=1), torch.no_grad():
-        model.first.weight.fill_(float(xtrain.comm.get_rank()))
-        # A forward pass inside sees the value that the parameter has now.
-        assert torch.equal(
-            model.first(torch.ones(1, 4)) - model.first.bias, torch.full((1, 5), 4.0 * xtrain.comm.get_rank())
-        )
+    with GatheredParameters(model.first.bias):
+        bias = model.first.bias.detach().clone()
+    for together in ([model.first.weight], list(model.first.parameters())):
+        with GatheredParameters(together, modifier_rank=1), torch.no_grad():
+            model.first.weight.fill_(float(xtrain.comm.get_rank()))
+            # A forward pass inside sees the value that the parameter has now.
+            assert torch.equal(
+                model.first(torch.ones(1, 4)), torch.full((1, 5), 4.0 * xtrain.comm.get_rank()) + bias
+            )
+            assert model.first.weight.numel() == 20
     with GatheredParameters(model.first.weight):
         assert torch.equal(model.first.weight, torch.ones(5, 4))
     with unwrap_model_for_generation(engine) as unwrapped:

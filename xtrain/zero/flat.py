@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.errors import ConfigError
-from xtrain.zero.home import Home, full_shape, set_home, whole
+from xtrain.zero.home import Home, ZeroParamStatus, full_shape, set_home, whole
 from xtrain.zero.layout import Bucket, Layout, Piece, cut
 
 Allocate = Callable[[int, torch.dtype], torch.Tensor]
@@ -86,6 +86,7 @@ class FlatGroup:
         }
         self.by_parameter = options.by_parameter
         self._narrow_masters = options.narrow_masters
+        self._shown: dict[int, torch.Tensor] = {}
         self._take_over()
         self.masters = self._make_masters(options.masters)
 
@@ -97,6 +98,8 @@ class FlatGroup:
             with whole(param) as data:
                 view.copy_(data)
             param.data = view
+            if hasattr(param, "ds_status"):
+                param.ds_status = ZeroParamStatus.AVAILABLE
             set_home(param, WholeHome(self, member))
 
     def member_view(self, buffer: torch.Tensor, member: int) -> torch.Tensor:
@@ -163,13 +166,36 @@ class FlatGroup:
 
     def show_pieces(self) -> None:
         """Give every parameter DeepSpeed's attribute `ds_tensor`: what this rank owns of it, which may be nothing."""
-        for member, param in enumerate(self.members):
+        shown = {}
+        for member in range(len(self.members)):
             mine = torch.empty(0, dtype=self.dtype, device=self.device)
             if (found := self.piece_of(member)) is not None:
                 piece, bucket, _ = found
                 first = piece.shard_start - bucket.start // self.layout.partitions
                 mine = self.slice_of(bucket)[first : first + piece.stop - piece.start]
-            param.ds_tensor = mine  # type: ignore[attr-defined]
+            shown[member] = mine
+        for member, mine in shown.items():
+            self.members[member].ds_tensor = mine.detach()  # type: ignore[attr-defined]
+        self._shown = shown  # stay where they are, whatever a script makes of the others
+
+    def _adopt_piece(self, member: int) -> None:
+        """Take over what a script has put in the place of `ds_tensor` or of its data; it is the value from now on.
+
+        Raises:
+            ConfigError: it has another size.
+        """
+        mine, param = self._shown[member], self.members[member]
+        shown: torch.Tensor = param.ds_tensor  # type: ignore[attr-defined]
+        if shown.data_ptr() == mine.data_ptr():
+            return
+        if shown.numel() != mine.numel():
+            raise ConfigError(
+                f"ds_tensor of parameter {self.names[member]!r} was replaced by {shown.numel()} elements, this rank "
+                f"keeps {mine.numel()}: give each rank its own part, or set the whole parameter in "
+                "zero.GatheredParameters(param, modifier_rank=0)"
+            )
+        mine.copy_(shown.detach().reshape(-1))
+        param.ds_tensor = mine.detach()  # type: ignore[attr-defined]
 
     def _make_masters(self, allocate: Allocate | None) -> list[torch.nn.Parameter]:
         dtype = self.dtype if self._narrow_masters else torch.promote_types(self.dtype, torch.float32)
@@ -216,18 +242,25 @@ class FlatGroup:
         Raises:
             ConfigError: the new data has another shape or dtype.
         """
+        for member in self._shown:
+            self._adopt_piece(member)
         for member, param in enumerate(self.members):
             view = self.member_view(self.params, member)
             if param.data_ptr() == view.data_ptr() or not view.numel():
                 continue
-            if param.shape != view.shape or param.dtype != view.dtype:
-                raise ConfigError(
-                    f"the data of parameter {self.names[member]!r} was replaced by {param.dtype} of shape "
-                    f"{tuple(param.shape)}, the engine trains {view.dtype} of shape {tuple(view.shape)}: do not "
-                    "convert the model after initialize()"
-                )
+            self._check_replaced(member)
             view.copy_(param.data)
             param.data = view
+
+    def _check_replaced(self, member: int) -> None:
+        """Whether the data that a script has given a parameter fit."""
+        param, shape = self.members[member], self.shapes[member]
+        if param.shape != shape or param.dtype != self.dtype:
+            raise ConfigError(
+                f"the data of parameter {self.names[member]!r} was replaced by {param.dtype} of shape "
+                f"{tuple(param.shape)}, the engine trains {self.dtype} of shape {tuple(shape)}: do not "
+                "convert the model after initialize()"
+            )
 
     def refresh_masters(self) -> None:
         """Set the masters from the parameters (after the module's weights were loaded or broadcast)."""

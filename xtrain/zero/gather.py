@@ -17,7 +17,8 @@ import torch.distributed as dist
 from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.zero.home import Home, set_home
 from xtrain.zero.layout import Bucket
-from xtrain.zero.shards import FormerHome, ShardedGroup
+from xtrain.zero.order import GatherOrder, number_of
+from xtrain.zero.shards import ShardedGroup
 
 if TYPE_CHECKING:
     from xtrain.zero.hooks import ForwardCall, ModelHooks
@@ -27,6 +28,7 @@ class Unit:
     """One module group: the buckets that hold its parameters, and who needs them.
 
     Attributes:
+        number: place among the gatherer's units.
         users: how many uses are going on; the parameters are whole while there is one.
         calls: forward calls that used the unit and whose backward has not ended.
         ever_called: whether any forward has used it.
@@ -42,14 +44,28 @@ class Unit:
         self.calls: weakref.WeakSet[ForwardCall] = weakref.WeakSet()
         self.ever_called = False
         self.backward_ended = False
+        self.number = 0
         self._works: list[Any] | None = None
+        self._announced: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are used."""
+        return self.parts[0][0].device
 
     @property
     def launched(self) -> bool:
         """Whether memory is in use for it."""
         return self.whole or self._works is not None
 
-    def launch(self, process_group: dist.ProcessGroup | None) -> None:
+    @property
+    def lent(self) -> bool:
+        """Whether some of its parameters have been gathered without the others, for a script."""
+        return any(
+            member in group.lent for group, bucket in self.parts if group.lent for member in bucket.members
+        )
+
+    def launch(self, process_group: dist.ProcessGroup | None, order: GatherOrder) -> None:
         """Start gathering, unless that has been done."""
         if not self.launched:
             if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -57,22 +73,26 @@ class Unit:
                     "torch.func over a model of ZeRO stage 3",
                     "wrap the call in zero.GatheredParameters(model.parameters()), or use stage 2",
                 )
-            self._works = [group.launch(bucket, process_group) for group, bucket in self.parts]
+            self._announced = order.announce(self.number)
+            self._works = [group.launch(bucket, process_group, self.number) for group, bucket in self.parts]
 
-    def wait(self) -> None:
+    def wait(self, order: GatherOrder) -> None:
         """Wait for `launch`; afterwards the parameters are whole."""
         if self._works is not None:
+            order.compare(self._announced)
             for work in self._works:
                 if work is not None:
                     work.wait()
-            self._works = None
+            self._works = self._announced = None
             for group, bucket in self.parts:
                 group.attach(bucket)
             self.whole = True
 
-    def release(self) -> None:
+    def release(self, order: GatherOrder) -> None:
         """Give the memory back."""
-        self.wait()
+        if self._works is not None and order.broken is not None:
+            return  # what is on its way may never come, and would be written into this memory
+        self.wait(order)
         if self.whole:
             for group, bucket in self.parts:
                 group.release(bucket)
@@ -108,16 +128,20 @@ class UnitHome(Home):
         self.member = member
         self.shape = group.shapes[member]
         self.process_group = group.process_group
+        self.alone: list[bool] = []
+        """For each hold that goes on: whether it concerns this parameter alone, not its unit."""
 
     def hold(self) -> None:
-        self.gatherer.hold(self.unit)
+        self.gatherer.lend([self])
 
     def drop(self) -> None:
-        self.gatherer.drop(self.unit)
+        self.gatherer.take_back(self)
 
     def store(self, whole: torch.Tensor) -> None:
         if self.unit.users == 0:
-            self.unit.release()  # what is being gathered ahead would arrive with the old value
+            self.unit.release(
+                self.gatherer.order
+            )  # what is being gathered ahead would arrive with the old value
         self.group.store(self.member, whole)
 
 
@@ -133,6 +157,9 @@ class Gatherer:
         self, units: Sequence[Unit], process_group: dist.ProcessGroup | None, policy: GatherPolicy
     ) -> None:
         self.units = list(units)
+        for number, unit in enumerate(self.units):
+            unit.number = number
+        self.order = GatherOrder([unit.name for unit in self.units], process_group, self.units[0].device)
         self.process_group = process_group
         self.policy = policy
         self._hooks: weakref.ref[ModelHooks] | None = None
@@ -162,7 +189,7 @@ class Gatherer:
         """`hold` by a module that runs: recorded, and the units expected next are gathered ahead."""
         if unit.users == 0:
             self._record(unit)
-            unit.launch(self.process_group)
+            unit.launch(self.process_group, self.order)
             self._prefetch(len(self._uses))
         self.hold(unit)
 
@@ -200,7 +227,7 @@ class Gatherer:
             ahead += unit.elements
             if limit is not None and ahead > limit:
                 return
-            unit.launch(self.process_group)
+            unit.launch(self.process_group, self.order)
             if limit is None:
                 return
 
@@ -231,7 +258,12 @@ class Gatherer:
         for unit in self.units:
             unit.backward_ended = False
             if unit.users == 0:
-                unit.release()
+                unit.release(self.order)
+        self._empty_hollow()
+
+    def _empty_hollow(self) -> None:
+        for group in {group for unit in self.units for group, _ in unit.parts}:
+            group.empty_hollow()  # of a backward that has raised
 
     def make_idle(self) -> None:
         """Before the weights change: nothing may stay whole, for it would keep the old values.
@@ -239,9 +271,10 @@ class Gatherer:
         Raises:
             ConfigError: the script is inside `GatheredParameters`.
         """
+        self.order.check()
         self._drop_kept()
         for unit in self.units:
-            if unit.users:
+            if unit.users or unit.lent:
                 raise ConfigError(
                     f"step() was called while the parameters of {unit.name or 'the model'!r} are gathered: "
                     "leave the GatheredParameters context before it"
@@ -258,7 +291,7 @@ class Gatherer:
         self._uses = []
         for unit in self.units:
             if unit.users == 0:
-                unit.release()
+                unit.release(self.order)
 
     def detach(self) -> None:
         """Let go of the model. Its parameters stay divided until another engine takes them over."""
@@ -269,19 +302,44 @@ class Gatherer:
         self.end_iteration()
         for unit in self.units:
             for group, bucket in unit.parts:
-                for member in bucket.members:
-                    set_home(group.members[member], FormerHome(group, member))
+                group.let_go(bucket)
 
     # ---------------------------------------------------------------- anybody's uses
+
+    def lend(self, homes: Sequence[UnitHome]) -> None:
+        """Make parameters of one unit whole until each is taken back: these alone where that moves less."""
+        unit = homes[0].unit
+        members: dict[ShardedGroup, list[int]] = {}
+        for home in homes:
+            members.setdefault(home.group, []).append(home.member)
+        moved = sum(group.elements_to_gather(some) for group, some in members.items())
+        if unit.launched or 2 * moved > unit.elements:
+            for home in homes:
+                self.hold(unit)
+                home.alone.append(False)
+            return
+        for group, some in members.items():
+            number = number_of(unit.number, [group.names[member] for member in some])
+            self.order.compare(self.order.announce(number))
+            group.lend(some, self.process_group)
+        for home in homes:
+            home.alone.append(True)
+
+    def take_back(self, home: UnitHome) -> None:
+        """Undo `lend` for one parameter."""
+        if home.alone.pop():
+            home.group.take_back(home.member, home.unit.whole)
+        else:
+            self.drop(home.unit)
 
     def hold(self, unit: Unit) -> None:
         """Make a unit whole until `drop` was called as often."""
         unit.users += 1
-        unit.launch(self.process_group)
-        unit.wait()
+        unit.launch(self.process_group, self.order)
+        unit.wait(self.order)
 
     def drop(self, unit: Unit) -> None:
         """Undo one `hold`."""
         unit.users -= 1
         if unit.users == 0:
-            unit.release()
+            unit.release(self.order)

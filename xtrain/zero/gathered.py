@@ -14,7 +14,7 @@ from torch import nn
 from xtrain import comm
 from xtrain.delegate import start as delegate
 from xtrain.errors import ConfigError
-from xtrain.zero.gather import UnitHome
+from xtrain.zero.gather import Unit, UnitHome
 from xtrain.zero.home import Home, home_of
 from xtrain.zero.hooks import external_parameters
 
@@ -69,12 +69,20 @@ class GatheredParameters:
 
     def __enter__(self) -> None:
         self._theirs.__enter__()
+        units: dict[Unit, list[UnitHome]] = {}
+        for _, home in self._homes:
+            if isinstance(home, UnitHome):
+                units.setdefault(home.unit, []).append(home)
+            else:
+                home.hold()
+        for homes in units.values():
+            homes[0].gatherer.lend(homes)
         for param, home in self._homes:
-            home.hold()
-            if isinstance(home, UnitHome) and param.device.type == "cpu":
-                # `.cpu()` copies nothing here: what a script takes out must outlive the buffer, which is emptied.
+            if isinstance(home, UnitHome) and not home.alone[-1]:
                 self._lent[param] = param.data
-                param.data = param.data.clone()
+                if param.device.type == "cpu":
+                    # `.cpu()` copies nothing here: what a script takes out must outlive the buffer, which is emptied.
+                    param.data = param.data.clone()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -84,7 +92,7 @@ class GatheredParameters:
                 self._keep(param, home, self._modifier)
         for param, home in self._homes:
             if (lent := self._lent.pop(param, None)) is not None:
-                if self._modifier is not None and kind is None:
+                if self._modifier is not None and kind is None and lent.data_ptr() != param.data_ptr():
                     lent.copy_(param.data)  # for who holds it outside of this block
                 param.data = lent
             home.drop()

@@ -27,14 +27,13 @@ from xtrain.zero.home import home_of
 
 
 class _WatchedParameters(dict[str, Any]):
-    """`module._parameters` that makes an empty parameter whole when running code reads it."""
+    """`module._parameters` that makes a parameter whole when running code reads it."""
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
-        if param is not None and not param.numel():
-            home = home_of(param)
-            if isinstance(home, UnitHome) and home.gatherer.hooks is not None:
-                home.gatherer.hooks.borrow(home.unit)
+        home = None if param is None else home_of(param)
+        if isinstance(home, UnitHome) and not home.unit.users and home.gatherer.hooks is not None:
+            home.gatherer.hooks.borrow(home.unit)
         return param
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
@@ -52,6 +51,18 @@ class _WatchedParameters(dict[str, Any]):
                     "engine.module_state_dict()"
                 )
         return {name: copy.deepcopy(param, memo) for name, param in self.items()}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        former = self.get(name)
+        home = None if former is None else home_of(former)
+        emptied = torch.is_tensor(value) and value is not former and not value.numel()
+        if emptied and isinstance(home, UnitHome) and home.shape.numel():
+            raise ConfigError(
+                f"parameter {home.group.names[home.member]!r} was replaced by an empty tensor: something was "
+                "computed from parameters while ZeRO stage 3 had them divided; compute it, and call "
+                "torch.func.functional_call, inside zero.GatheredParameters(model.parameters())"
+            )
+        super().__setitem__(name, value)
 
 
 def external_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -127,6 +138,7 @@ class _Frame:
     """A module that is running.
 
     Attributes:
+        first_node: number of the first node of the autograd graph that it may make.
         uses: units that it has made whole, to be let go of when it ends.
         inner: uses, by outer modules, of units that hold parameters of this one. Its outputs are watched
             too: gradients may come to them by a way around the outer module's (a loss kept in an attribute,
@@ -134,6 +146,7 @@ class _Frame:
     """
 
     def __init__(self) -> None:
+        self.first_node: int = torch.autograd._get_sequence_nr()
         self.uses: dict[Unit, ForwardCall] = {}
         self.inner: dict[Unit, ForwardCall] = {}
 
@@ -211,7 +224,7 @@ class ModelHooks:
         tensors = list({id(tensor): tensor for tensor in _tensors_in(outputs)}.values())
         ended = next(self._clock)
         if torch.is_grad_enabled():
-            for tensor in tensors:
+            for tensor in self._where_gradients_arrive(frame, tensors):
                 if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
                     for call in (*frame.uses.values(), *frame.inner.values()):
                         tensor.register_hook(call.enter)
@@ -226,6 +239,23 @@ class ModelHooks:
             self.gatherer.done(unit)
         if not (self._frames or self.running or torch.is_grad_enabled()):
             self.gatherer.end_iteration()  # an evaluation: no backward will end it
+
+    @staticmethod
+    def _where_gradients_arrive(frame: _Frame, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs, and the tensors that they are views of, where the module has made these.
+
+        When a script changes a view in place (`h = linear(x); h += x`), torch gives it a new history, which leads
+        through what it is a view of and past the node whose gradient a hook on the view awaits.
+        """
+        bases = {id(output._base): output._base for output in outputs if output._is_view()}
+        made = [
+            base
+            for base in bases.values()
+            if base is not None
+            and base.grad_fn is not None
+            and base.grad_fn._sequence_nr() >= frame.first_node
+        ]
+        return [*outputs, *made]
 
     @contextmanager
     def forward(self) -> Iterator[None]:

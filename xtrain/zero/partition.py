@@ -91,7 +91,7 @@ class Partitioner:
     def run(self, optimizer: torch.optim.Optimizer | None) -> Partition:
         """Take over the parameters of the module and of the optimizer."""
         detach_former_engines(self._names)
-        if self.zero.stage == 3 and (self.grid.size > 1 or self._shards is not None):
+        if self.zero.stage == 3:
             self._units = divide(self.module, self._to_divide())
             self._unit_of = {p: number for number, unit in enumerate(self._units) for p in unit.params}
         result = Partition(state_memory=self._masters)

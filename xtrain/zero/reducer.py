@@ -284,6 +284,8 @@ class GradientReducer:
         self._end_of_micro_batch()
 
     def _end_of_micro_batch(self) -> None:
+        if self.gatherer is not None:
+            self.gatherer.order.end()
         for item in self.queue:
             item.learn()
         self._open = False
@@ -345,8 +347,9 @@ class GradientReducer:
     def discard(self) -> None:
         """Give up a window and its gradients (zero_grad, a backward that raised, a checkpoint loaded)."""
         self._inside = False
-        for item in self.queue[self._completed : self._next]:
-            item.complete()
+        if self.gatherer is None or self.gatherer.order.broken is None:  # else some will never be complete
+            for item in self.queue[self._completed : self._next]:
+                item.complete()
         for item in self.queue:
             item.arrivals.clear()
             item.seen.clear()

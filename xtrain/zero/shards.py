@@ -7,6 +7,7 @@ weight, say) are views of that storage and are valid again when it has been gath
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.zero.flat import Allocate, FlatGroup, FlatOptions
-from xtrain.zero.home import Home, describe_partitioned, empty_out, fill_in, whole
+from xtrain.zero.home import Home, ZeroParamStatus, describe_partitioned, empty_out, fill_in, set_home, whole
 from xtrain.zero.layout import Bucket
 
 
@@ -24,6 +25,8 @@ class ShardedGroup(FlatGroup):
 
     Attributes:
         shard: (total / partitions,) parameter dtype: this rank's slices, bucket after bucket.
+        lent: members that a script has whole, each in a tensor of its own, and how often. What happens to their
+            bucket does not touch them.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class ShardedGroup(FlatGroup):
         self.source = source
         self._allocate = allocate
         self._trainable = trainable
+        self.lent: Counter[int] = Counter()
+        self._hollow: list[torch.nn.Parameter] = []
         super().__init__(members, group_index, options, process_group)
 
     def _take_over(self) -> None:
@@ -74,7 +79,12 @@ class ShardedGroup(FlatGroup):
         start = self.layout.starts[member] - bucket.start
         return full[start : start + self.layout.sizes[member]].view(self.shapes[member])
 
+    def _place(self, bucket: Bucket, member: int) -> int:
+        """Bytes from the start of a bucket to a member."""
+        return (self.layout.starts[member] - bucket.start) * self.dtype.itemsize
+
     def slice_of(self, bucket: Bucket) -> torch.Tensor:
+        self._adopt(bucket)
         n = self.layout.partitions
         return self.shard[bucket.start // n : bucket.stop // n]
 
@@ -84,12 +94,41 @@ class ShardedGroup(FlatGroup):
         self._share_masters(shared)
 
     def readopt(self) -> None:
-        """Nothing to do: between uses parameters have no data that could be replaced."""
+        """Take over data that a script has given to parameters, or to the parts of them that this rank keeps."""
+        for bucket in self.layout.buckets:
+            self._adopt(bucket)
+
+    def _adopt(self, bucket: Bucket) -> None:
+        """`readopt` for one bucket: whoever wants the slice of a bucket gets it with that."""
+        if not self._shown:
+            return  # they have not been shown to any script
+        for member in bucket.members:
+            self._adopt_piece(member)
+            param = self.members[member]
+            if (
+                param.numel()
+                and param.ds_status is ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+                and param.untyped_storage().nbytes()  # else it keeps its shape only
+            ):
+                self._adopt_data(member)
+                empty_out(param)
+
+    def _adopt_data(self, member: int) -> None:
+        self._check_replaced(member)
+        if member in self._shown and (found := self.piece_of(member)) is not None:
+            self._shown[member].copy_(self.members[member].data.reshape(-1)[found[0].start : found[0].stop])
 
     def store(self, member: int, data: torch.Tensor) -> None:
         param = self.members[member]
-        if param.numel() and param.data_ptr() != data.data_ptr():
-            param.data.copy_(data.view(self.shapes[member]))
+        places = [param.data] if param.ds_status is ZeroParamStatus.AVAILABLE else []  # type: ignore[attr-defined]
+        if (
+            member in self.lent
+            and self._full[(bucket := self._bucket(member)).start].untyped_storage().nbytes()
+        ):
+            places.append(self._view(self._full[bucket.start], bucket, member))
+        for place in places:
+            if place.data_ptr() != data.data_ptr():
+                place.copy_(data.view(self.shapes[member]))
         if (found := self.piece_of(member)) is not None:
             piece, _, _ = found
             mine = data.reshape(-1)[piece.start : piece.stop]
@@ -105,37 +144,156 @@ class ShardedGroup(FlatGroup):
 
     # ---------------------------------------------------------------- one bucket, whole for a while
 
-    def launch(self, bucket: Bucket, process_group: dist.ProcessGroup | None) -> Any:
-        """Give the bucket memory and start gathering into it; returns work to wait for, or None."""
+    def _whole_buffer(self, bucket: Bucket) -> torch.Tensor:
+        """Where the bucket is whole: on one rank its slice is the bucket."""
+        if self.layout.partitions == 1 and self.shard.device == self.device:
+            return self.slice_of(bucket)
+        return self._full[bucket.start]
+
+    def launch(self, bucket: Bucket, process_group: dist.ProcessGroup | None, channel: int = 0) -> Any:
+        """Give the bucket memory and start gathering into it; returns work to wait for, or None.
+
+        Args:
+            channel: gathers of different ones need not meet in order where messages are direct.
+        """
+        mine = self.slice_of(bucket)
+        if self.layout.partitions == 1 and mine.device == self.device:
+            return None
         full = self._full[bucket.start]
         full.untyped_storage().resize_(full.nbytes)
-        mine = self.slice_of(bucket).to(self.device)
         if self.layout.partitions == 1:
             full.copy_(mine)
             return None
-        return comm.SliceGather(full, mine, process_group)
+        return comm.SliceGather(full, mine.to(self.device), process_group, 1 + channel)
 
     def attach(self, bucket: Bucket) -> None:
         """Let the parameters have the gathered data."""
-        full = self._full[bucket.start]
+        full = self._whole_buffer(bucket)
         for member in bucket.members:
-            fill_in(self.members[member], self._view(full, bucket, member))
+            if member not in self.lent:
+                fill_in(self.members[member], self._view(full, bucket, member))
 
     def release(self, bucket: Bucket) -> None:
-        """Give the bucket's memory back."""
+        """Give the bucket's memory back.
+
+        Within a backward, frozen parameters stay empty shells of their shape until it ends: when a checkpointed
+        function (`use_reentrant=False`) has been run again, torch compares the shapes of what was saved, and it
+        saves a tensor that needs no gradient as it is.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        full = self._whole_buffer(bucket)
         for member in bucket.members:
-            empty_out(self.members[member])
+            if member in self.lent:
+                continue
+            param = self.members[member]
+            if self.layout.sizes[member] and param.data_ptr() != full.data_ptr() + self._place(
+                bucket, member
+            ):
+                self._adopt_data(member)  # a script has replaced it while it was whole
+            if in_backward and not param.requires_grad:
+                self._keep_shape(param)
+            else:
+                empty_out(param)
         self._full[bucket.start].untyped_storage().resize_(0)
 
-    def gather_one(self, member: int) -> torch.Tensor:
-        """A copy of one parameter's whole data, for when no engine runs the model. Collective."""
-        bucket = self.layout.buckets[self._bucket_of[member]]
-        if (work := self.launch(bucket, self.process_group)) is not None:
-            work.wait()
-        full = self._full[bucket.start]
-        copy = self._view(full, bucket, member).clone()
-        full.untyped_storage().resize_(0)
-        return copy
+    def _keep_shape(self, param: torch.nn.Parameter) -> None:
+        param.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+        if not self._hollow:
+            torch.autograd.Variable._execution_engine.queue_callback(self.empty_hollow)
+        self._hollow.append(param)
+
+    def empty_hollow(self) -> None:
+        """A backward has ended: no parameter keeps its shape without its data."""
+        hollow, self._hollow = self._hollow, []
+        for param in hollow:
+            if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:  # type: ignore[attr-defined]
+                empty_out(param)
+
+    # ---------------------------------------------------------------- some parameters without their bucket
+
+    def _widths(self, members: Sequence[int]) -> list[int]:
+        """How many elements of the members each rank has."""
+        widths = [0] * self.layout.partitions
+        for member in members:
+            for rank, start, stop in self.layout.holders(self._bucket(member), member):
+                widths[rank] += stop - start
+        return widths
+
+    def _bucket(self, member: int) -> Bucket:
+        return self.layout.buckets[self._bucket_of[member]]
+
+    def elements_to_gather(self, members: Sequence[int]) -> int:
+        """Elements of the message that `gather_members` moves."""
+        widths = self._widths(members)
+        return max(widths) * (1 if sum(width > 0 for width in widths) < 2 else len(widths))
+
+    def gather_members(
+        self, members: Sequence[int], process_group: dist.ProcessGroup | None
+    ) -> list[torch.Tensor]:
+        """Copies of some parameters' whole data. Collective; moves hardly more than these parameters."""
+        widths = self._widths(members)
+        holders = [rank for rank, width in enumerate(widths) if width]
+        pieces = [self._own_piece(member) for member in members]
+        mine = torch.cat([torch.empty(0, dtype=self.dtype, device=self.device), *pieces])
+        if len(holders) < 2:
+            rows = {
+                rank: mine if rank == self.partition else mine.new_empty(widths[rank]) for rank in holders
+            }
+            if holders and self.layout.partitions > 1:
+                source = (
+                    holders[0] if process_group is None else dist.get_global_rank(process_group, holders[0])
+                )
+                comm.broadcast(rows[holders[0]].view(torch.uint8), source, group=process_group)
+        else:
+            gathered = mine.new_empty(len(widths), max(widths))
+            gathered[self.partition, : len(mine)] = mine
+            comm.SliceGather(gathered.view(-1), gathered[self.partition], process_group).wait()
+            rows = dict(enumerate(gathered.unbind()))
+        return self._assemble(members, rows)
+
+    def _own_piece(self, member: int) -> torch.Tensor:
+        if (found := self.piece_of(member)) is None:
+            return torch.empty(0, dtype=self.dtype, device=self.device)
+        piece, bucket, _ = found
+        first = piece.shard_start - bucket.start // self.layout.partitions
+        return self.slice_of(bucket)[first : first + piece.stop - piece.start].to(self.device)
+
+    def _assemble(self, members: Sequence[int], rows: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """Whole parameters from what each rank has of them, one after the other."""
+        whole_ones, taken = [], dict.fromkeys(rows, 0)
+        for member in members:
+            data = torch.empty(self.layout.sizes[member], dtype=self.dtype, device=self.device)
+            for rank, start, stop in self.layout.holders(self._bucket(member), member):
+                data[start:stop] = rows[rank][taken[rank] : taken[rank] + stop - start]
+                taken[rank] += stop - start
+            whole_ones.append(data.view(self.shapes[member]))
+        return whole_ones
+
+    def lend(self, members: Sequence[int], process_group: dist.ProcessGroup | None) -> None:
+        """Make members whole for a script, each in a tensor of its own, until they are taken back. Collective."""
+        new = [member for member in members if member not in self.lent]
+        for member, data in zip(new, self.gather_members(new, process_group), strict=True):
+            fill_in(self.members[member], data)
+        self.lent.update(members)
+
+    def take_back(self, member: int, is_whole: bool) -> None:
+        """Undo one `lend`; `is_whole`: the bucket is, for somebody else."""
+        self.lent[member] -= 1
+        if self.lent[member]:
+            return
+        del self.lent[member]
+        bucket = self._bucket(member)
+        if is_whole:
+            fill_in(self.members[member], self._view(self._whole_buffer(bucket), bucket, member))
+        else:
+            empty_out(self.members[member])
+
+    def let_go(self, bucket: Bucket) -> None:
+        """Its engine is gone: the parameters stay divided until another one takes them over, one by one."""
+        self.readopt()
+        self._shown = {}  # from now on, data that a parameter has are its new owner's
+        for member in bucket.members:
+            set_home(self.members[member], FormerHome(self, member))
 
 
 class FormerHome(Home):
@@ -151,7 +309,10 @@ class FormerHome(Home):
     def hold(self) -> None:
         self._users += 1
         if self._users == 1:
-            fill_in(self.group.members[self.member], self.group.gather_one(self.member))
+            fill_in(
+                self.group.members[self.member],
+                self.group.gather_members([self.member], self.process_group)[0],
+            )
 
     def drop(self) -> None:
         self._users -= 1
