@@ -5,12 +5,14 @@ mpiexec -n 2 python -m tests.comm.mpi_failures KIND
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,9 +60,10 @@ MISMATCHES: dict[str, tuple[Call, Call]] = {
 """What ranks 0 and 1 call at the same time."""
 
 
-def mismatches() -> None:
+def mismatches(folder: str) -> None:
     """Each in a group of its own, which it leaves unusable; then the library must still work elsewhere."""
     rank = dist.get_rank()
+    results: dict[str, tuple[float, str]] = {}
     for name, calls in MISMATCHES.items():
         group = dist.new_group([0, 1])
         begun = time.monotonic()
@@ -69,10 +72,12 @@ def mismatches() -> None:
             told = "nothing"
         except (BackendError, RuntimeError) as error:
             told = str(error)
-        print(f"{name}|{rank}|{time.monotonic() - begun:.1f}|{told.splitlines()[0]}", flush=True)
+        results[name] = time.monotonic() - begun, told.splitlines()[0]
     total = torch.ones(3)
     dist.all_reduce(total)
-    print(f"after|{rank}|0|{total.tolist()}", flush=True)
+    results["after"] = 0.0, str(total.tolist())
+    # What is printed may be lost when the job is aborted.
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
 
 
 def late(rank: int) -> None:
@@ -128,7 +133,7 @@ def main(kind: str) -> None:
     comm.init_distributed("mpi", verbose=False, timeout=timedelta(seconds=60))
     dist.all_reduce(torch.ones(1))
     if kind == "mismatches":
-        return mismatches()
+        return mismatches(sys.argv[2])
     if kind == "late":
         return late(dist.get_rank())
     if dist.get_rank() == 1:
