@@ -73,16 +73,20 @@ class Unit:
                     "torch.func over a model of ZeRO stage 3",
                     "wrap the call in zero.GatheredParameters(model.parameters()), or use stage 2",
                 )
-            self._announced = order.announce(self.number)
-            self._works = [group.launch(bucket, process_group, self.number) for group, bucket in self.parts]
+            with order.explained():
+                self._announced = order.announce(self.number)
+                self._works = [
+                    group.launch(bucket, process_group, self.number) for group, bucket in self.parts
+                ]
 
     def wait(self, order: GatherOrder) -> None:
         """Wait for `launch`; afterwards the parameters are whole."""
         if self._works is not None:
-            order.compare(self._announced)
-            for work in self._works:
-                if work is not None:
-                    work.wait()
+            with order.explained():
+                order.compare(self._announced)
+                for work in self._works:
+                    if work is not None:
+                        work.wait()
             self._works = self._announced = None
             for group, bucket in self.parts:
                 group.attach(bucket)

@@ -10,14 +10,16 @@ accelerator would stall it at every module; there the ranks compare a digest of 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from xtrain import comm
-from xtrain.errors import TrainingError
+from xtrain.errors import BackendError, TrainingError
 
 _END = -1
 _UNITS = 24
@@ -50,6 +52,7 @@ class GatherOrder:
         self._alone = comm.get_world_size(process_group) == 1
         self._each = device.type == "cpu"
         self._digest = 0
+        self._pending: deque[comm.NumberGather] = deque()
         self.broken: str | None = None
 
     def announce(self, number: int) -> Any:
@@ -64,19 +67,31 @@ class GatherOrder:
         if not self._each:
             self._digest = zlib.crc32(number.to_bytes(8, "little"), self._digest)
             return None
-        return comm.NumberGather(number, self._process_group, self._device)
+        announced = comm.NumberGather(number, self._process_group, self._device)
+        self._pending.append(announced)
+        return announced
 
     def compare(self, announced: Any) -> None:
-        """Wait until all ranks have announced a gather.
+        """Wait until all ranks have announced a gather, and those before it.
 
         Raises:
             TrainingError: on every rank, when they gather different things.
         """
         self.check()
-        if announced is not None:
-            numbers = announced.wait()
+        while announced in self._pending:
+            numbers = self._pending.popleft().wait()
             if len(set(numbers)) > 1:
                 self._break([self._describe(number) for number in numbers])
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Around gathers: where a library refuses those that do not match, say which modules they were for."""
+        try:
+            yield
+        except BackendError:
+            with suppress(BackendError):
+                self.compare(self._pending[-1] if self._pending else None)
+            raise
 
     def end(self) -> None:
         """A backward has ended: no rank may still be in one.
@@ -87,6 +102,8 @@ class GatherOrder:
         self.check()
         if self._alone:
             return
+        if self._pending:
+            self.compare(self._pending[-1])
         number = _END if self._each else self._digest
         numbers = comm.NumberGather(number, self._process_group, self._device).wait()
         self._digest = 0
