@@ -57,6 +57,7 @@ from xtrain.comm.ledger import (
 from xtrain.comm.meeting import check_same
 from xtrain.comm.memory import zeros
 from xtrain.comm.point_to_point import P2POp, batch_isend_irecv, irecv, isend, recv, send
+from xtrain.comm.roll_call import RollCall
 from xtrain.comm.tensor_lists import (
     all_gather,
     all_gather_coalesced,
@@ -78,6 +79,7 @@ __all__ = [
     "P2POp",
     "ProcessGroup",
     "ReduceOp",
+    "RollCall",
     "SliceAllReduce",
     "SliceGather",
     "SliceSum",

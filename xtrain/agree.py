@@ -20,11 +20,9 @@ def together(action: Callable[[], Any], what: str, error: type[XtrainError]) -> 
     """
     result: tuple[Any, str | None]
     try:
-        result = action(), None
+        result = alone(action, what, error), None
     except XtrainError as problem:
         result = None, str(problem)
-    except Exception as problem:  # whatever it was, the other ranks must not wait
-        result = None, f"{what} failed on rank {comm.get_rank()}: {type(problem).__name__}: {problem}"
     try:
         pickle.dumps(result)
     except Exception as problem:
@@ -35,3 +33,17 @@ def together(action: Callable[[], Any], what: str, error: type[XtrainError]) -> 
         if message is not None:
             raise error(message)
     return [value for value, _ in results]
+
+
+def alone(action: Callable[[], Any], what: str, error: type[XtrainError]) -> Any:
+    """Run `action` on this rank, with the error that `together` would raise."""
+    try:
+        return action()
+    except XtrainError as problem:
+        if isinstance(problem, error):
+            raise
+        raise error(str(problem)) from problem
+    except Exception as problem:  # whatever it was: in `together`, the other ranks must not wait
+        raise error(
+            f"{what} failed on rank {comm.get_rank()}: {type(problem).__name__}: {problem}"
+        ) from problem

@@ -20,6 +20,7 @@ from xtrain import comm, direct_backward, emulation, garbage, setup
 from xtrain.align.perturb import perturb_if_asked
 from xtrain.aligned_random import AlignedRandom
 from xtrain.backends import Backend
+from xtrain.checkpoint.agreement import Loads
 from xtrain.compat import missing
 from xtrain.config import BatchSizes, XtrainConfig, solve_batch_sizes
 from xtrain.dataloader import make_dataloader
@@ -110,6 +111,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         )
         cutter = Partitioner(module, values.zero_optimization, self.precision, backend, grid, shard)
         self.partition = cutter.run(self.basic_optimizer)
+        self.loads = Loads(grid)
         if self.basic_optimizer is not None:
             self._make_zero_optimizer(self.basic_optimizer, shard)
         setup.broadcast_states(module, self.partition, grid)
@@ -192,6 +194,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         self._reducer.loss_scaler = self.optimizer.loss_scaler
         self.optimizer.discard = self._discard
         self.optimizer.reducer = self._reducer
+        self._reducer.before_reduction = self.loads.check
         self._watch = LossWatch(grid, values.xtrain.max_skipped_steps or None)
 
     def _discard(self) -> None:
@@ -351,6 +354,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         unused = self._reducer.finish_window()
         if not self.xtrain_config.values.zero_optimization.ignore_unused_parameters:
             check_unused(unused, self.grid, self.device)
+        self.loads.check_parts()
         if self.partition.offloaded:
             raise ConfigError("step() was called while states are offloaded: call reload_states() before it")
         if self.partition.gatherer is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class XtrainError(Exception):
@@ -28,7 +29,11 @@ class NotImplementedYetError(XtrainError, NotImplementedError):
 
     def __init__(self, feature: str, instead: str) -> None:
         super().__init__(f"{feature} is not there yet in xtrain: {instead}")
-        self.feature = feature
+        self.feature, self.instead = feature, instead
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An exception is unpickled by calling its class, by default with the message."""
+        return type(self), (self.feature, self.instead), self.__dict__
 
 
 class BackendError(XtrainError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,27 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def share(path: Path) -> None:
+    """Give a file the mode that the user's umask asks for: who makes files safely (mkstemp, safetensors) makes them
+    private, and results are to be read by others."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is anything under that name, a symbolic link that leads nowhere included."""
+    return os.path.lexists(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, a file, or a symbolic link but not what it leads to; nothing is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on success it is synced and renamed to `path`, else removed."""
@@ -29,9 +51,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; results are to be read by others
+        share(temporary)
         temporary.replace(path)
         sync_directory(path.parent)
     finally:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from xtrain.checkpoint import layout, read, write
+from xtrain.checkpoint.verify import Wanted
 from xtrain.config import XtrainConfig
 from xtrain.parallel import DataParallelGrid
 from xtrain.zero.weights import custom_load, load_whole_state_dict, whole_state_dict
@@ -97,9 +98,14 @@ class Saving:
         Args:
             tag: name of the checkpoint; None means `global_step{N}`.
             client_state: what the script wants back from `load_checkpoint`: numbers, strings, lists,
-                dictionaries and tensors.
+                dictionaries, tensors, numpy's arrays and scalars, dates and paths; also in the containers of
+                `collections` and in Namespaces.
             save_latest: let `save_dir/latest` name this checkpoint.
             exclude_frozen_parameters: leave parameters without gradient out.
+
+        Raises:
+            ConfigError: `save_dir` is empty, or the ranks gave different tags and `tag_validation` is "Fail".
+            CheckpointError: on every rank, when one could not write its part; what existed stays.
         """
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         write.save(
@@ -129,20 +135,23 @@ class Saving:
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Load a checkpoint that any number of ranks and ZeRO stage has written.
 
+        Everything is verified before anything of the engine changes. Ranks need not call it at the same time, unless
+        `custom_load_fn` is given in stage 3: those that load alone compare what they have loaded before gradients are
+        next reduced, and before a checkpoint is saved (docs/decisions/0008-loading-alone.md).
+
         Returns:
-            (path, client state); (None, None) with a warning when `tag` is None and `load_dir` does not
-            exist or is empty, so that scripts may always pass the folder they save to.
+            (path, client state); (None, None) with a warning when `tag` is None and `load_dir` has no file
+            `latest`, so that scripts may always pass the folder they save to.
 
         Raises:
-            CheckpointError: the folder holds no checkpoint, is damaged, or does not fit the model.
+            CheckpointError: the tag is not there, the checkpoint is damaged or does not fit the model, or the
+                ranks have found different ones.
         """
-        return read.load(
-            cast("XtrainEngine", self),
-            load_dir,
-            tag,
+        wanted = Wanted(
             strict=load_module_strict,
-            optimizer_states=load_optimizer_states and not load_module_only,
-            scheduler_states=load_lr_scheduler_states and not load_module_only,
+            optimizer=load_optimizer_states and not load_module_only,
+            scheduler=load_lr_scheduler_states and not load_module_only,
             counters=not load_module_only,
-            custom_load_fn=custom_load_fn,
+            custom=custom_load_fn is not None,
         )
+        return read.load(cast("XtrainEngine", self), load_dir, tag, wanted, custom_load_fn)

@@ -148,8 +148,12 @@ def _damage(folder: Path, how: str) -> None:
         manifest = json.loads((directory / layout.MANIFEST).read_text())
         del manifest["runs"]
         (directory / layout.MANIFEST).write_text(json.dumps(manifest))
-    elif how == "no latest":
-        (folder / "latest").unlink()
+    elif how == "rubbish in latest":
+        (folder / "latest").write_bytes(b"\xff\xfe\x00rubbish")
+    elif how == "a path in latest":
+        (folder / "latest").write_text("../elsewhere")
+    elif how == "nothing in latest":
+        (folder / "latest").write_text("\n")
     elif how == "code":
         # A pickle that would run code when loaded carelessly.
         import os
@@ -176,8 +180,10 @@ def _damage(folder: Path, how: str) -> None:
         ("bad manifest", "cannot be read"),
         ("other version", "version 99"),
         ("manifest without runs", "lacks runs"),
-        ("no latest", "global_step4"),
         ("code", "cannot be read"),
+        ("rubbish in latest", "latest cannot be read"),
+        ("a path in latest", "pass tag='global_step4'"),
+        ("nothing in latest", "does not hold the name of a checkpoint but ''"),
     ],
 )
 def test_damage_is_named_on_every_rank(ranks: Any, tmp_path: Path, how: str, said: str) -> None:
@@ -244,8 +250,13 @@ def test_a_folder_without_checkpoints(ranks: Any, tmp_path: Path) -> None:
     (tmp_path / ".global_step1.tmp").mkdir()  # the first save was cut off
     assert ranks(2, _fresh_start, str(tmp_path))[0] == (None, None)
     (tmp_path / "notes.txt").write_text("not a checkpoint")
-    with pytest.raises(CheckpointError, match="has no file 'latest'"):
-        ranks(2, _fresh_start, str(tmp_path))
+    assert ranks(2, _fresh_start, str(tmp_path))[0] == (None, None)  # as in DeepSpeed
+    with pytest.raises(CheckpointError, match="has no file 'latest'"):  # who asks for one to resume from
+        find_tag(tmp_path, None)
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        ranks(2, _fresh_start, str(tmp_path / "notes.txt"))
+    with pytest.raises(CheckpointError, match="load_dir must be the path of a folder, got ''"):
+        ranks(2, _fresh_start, "")
     assert not is_checkpoint(tmp_path)
     assert find_tag(tmp_path / "none", None) is None
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from xtrain.utils.zero_to_fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
+    main,
 )
 
 
@@ -65,7 +70,9 @@ def test_the_masters_come_out(
 ) -> None:
     expected = ranks(2, _save, str(tmp_path), stage, half)[0]
     state = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
-    assert set(expected) - set(state) == {"tied.weight"}
+    expected["tied.weight"] = expected["out.weight"]  # masters are listed under the first name
+    assert state.keys() == expected.keys()
+    assert state["tied.weight"] is state["out.weight"]  # one tensor under both names, as in DeepSpeed
     for name, value in state.items():
         assert value.dtype == (torch.int64 if name == "norm.num_batches_tracked" else torch.float32)
         assert torch.equal(value, expected[name].to(value.dtype)), name
@@ -94,6 +101,67 @@ def test_files_for_other_programs(ranks: Callable[..., list[Any]], tmp_path: Pat
     for found in (one, many):
         assert found.keys() == state.keys()
         assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_the_program(
+    ranks: Callable[..., list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    ranks(2, _save, str(run), 2, True)
+    state = get_fp32_state_dict_from_zero_checkpoint(run)
+    assert main([str(run), str(out)]) == 0
+    assert f"{out / 'pytorch_model.bin'}: 9 tensors, 43 elements" in capsys.readouterr().out
+    found = torch.load(out / "pytorch_model.bin", weights_only=True)
+    assert found.keys() == state.keys()
+    assert found["tied.weight"].data_ptr() == found["out.weight"].data_ptr()
+    assert main([str(run), str(out), "--safe_serialization", "-t", "global_step2", "-d"]) == 0
+    assert "  tied.weight (3, 3) float32" in capsys.readouterr().out
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert main([str(run), str(out / "small"), "--max_shard_size", "50", "--exclude_frozen_parameters"]) == 0
+    index = json.loads((out / "small" / "pytorch_model.bin.index.json").read_text())
+    assert state.keys() - index["weight_map"].keys() == {"frozen.weight", "frozen.bias"}
+
+    # The usual recipe: cd there, and run the script that lies beside the checkpoints.
+    recipe = [sys.executable, "zero_to_fp32.py", ".", str(out / "recipe")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(recipe, cwd=run, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert torch.load(out / "recipe" / "pytorch_model.bin", weights_only=True).keys() == state.keys()
+    assert os.access(run / "zero_to_fp32.py", os.X_OK)
+
+
+def _resealed(directory: Path, name: str) -> None:
+    """Let the manifest's checksum fit a file that was changed."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    content = (directory / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_what_the_program_cannot_do_is_one_sentence(
+    ranks: Callable[..., list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks(2, _save, str(tmp_path), 2, True)
+    weights = tmp_path / "global_step2" / "model.safetensors"
+
+    def said(*arguments: str) -> str:
+        assert main([str(tmp_path), str(tmp_path / "out"), *arguments]) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("zero_to_fp32: error: ")
+        assert text.count("\n") == 1
+        return text
+
+    assert "step9 is not a complete checkpoint" in said("--tag", "step9")
+    assert "'5 apples'" in said("--max_shard_size", "5 apples")
+    weights.write_bytes(b"\xff" * weights.stat().st_size)
+    assert "does not match its checksum" in said()
+    _resealed(weights.parent, weights.name)
+    assert "model.safetensors cannot be read" in said()
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    assert "latest cannot be read" in said()
+    with pytest.raises(CheckpointError):
+        main([str(tmp_path), str(tmp_path / "out"), "--debug"])
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:

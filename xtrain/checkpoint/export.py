@@ -13,7 +13,8 @@ from torch import nn
 
 from xtrain.buffers import storable, stored_bytes
 from xtrain.checkpoint import layout
-from xtrain.checkpoint.read import Weights, read_extra
+from xtrain.checkpoint.runs import Runs, Weights
+from xtrain.checkpoint.verify import read_torch
 from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.files import atomic_path, write_text
 from xtrain.log import logger
@@ -29,7 +30,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
 ) -> dict[str, torch.Tensor]:
     """The model's state dictionary on the host, in float32: from the master weights where there are any.
 
-    Buffers are in it, integer ones as they are. A weight that is tied to another stands under one name.
+    Buffers are in it, integer ones as they are. A tied weight is one tensor that stands under each of its names.
 
     Args:
         checkpoint_dir: the folder that save_checkpoint wrote to.
@@ -51,20 +52,21 @@ def get_fp32_state_dict_from_zero_checkpoint(
         )
     directory = Path(checkpoint_dir) / found
     manifest = layout.select_part(layout.read_manifest(directory), directory, 0, tensor=1, pipeline=1)
-    weights = Weights(directory, manifest, layout.MASTER)
-    state = {}
-    # The order of the parameters, which loading does not need and people like; buffers come last.
-    order = [*manifest["parameters"], *sorted(weights.names - manifest["parameters"].keys())]
-    for name in order:
+    weights = Weights(Runs(directory, manifest), masters=lambda _: True)
+    state: dict[str, torch.Tensor] = {}
+    # The order of the parameters, which loading does not need and people like; then buffers, then further names.
+    stored = weights.names - weights.aliases.keys()
+    for name in [*manifest["parameters"], *sorted(stored - manifest["parameters"].keys())]:
         frozen = name in manifest["parameters"] and not weights.has_master(name)
         if name not in weights.names or (exclude_frozen_parameters and frozen):
             continue
         state[name] = weights.whole(name)
     # What safetensors files do not hold: sparse buffers.
-    for name, value in read_extra(directory, manifest).items():
-        if torch.is_tensor(value):
-            state[name] = value
-    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    extra = read_torch(directory, manifest, layout.own_file(manifest, layout.STATE)).get("module_extra", {})
+    state.update((name, value) for name, value in extra.items() if torch.is_tensor(value))
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    state.update({alias: state[name] for alias, name in weights.aliases.items() if name in state})
+    return state
 
 
 def load_state_dict_from_zero_checkpoint(
@@ -103,6 +105,18 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         safe_serialization: write `model.safetensors` instead.
         checkpoint_dir, tag, exclude_frozen_parameters: see get_fp32_state_dict_from_zero_checkpoint.
     """
+    convert(checkpoint_dir, output_dir, max_shard_size, safe_serialization, tag, exclude_frozen_parameters)
+
+
+def convert(
+    checkpoint_dir: str | Path,
+    output_dir: str | Path,
+    max_shard_size: str | int | None,
+    safe_serialization: bool,
+    tag: str | None,
+    exclude_frozen_parameters: bool,
+) -> dict[Path, dict[str, torch.Tensor]]:
+    """What `convert_zero_checkpoint_to_fp32_state_dict` does; returns what each file holds."""
     limit = None if max_shard_size is None else _bytes(max_shard_size)
     state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag, exclude_frozen_parameters)
     folder = Path(output_dir)
@@ -114,21 +128,30 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         )
     stem, suffix = ("model", "safetensors") if safe_serialization else ("pytorch_model", "bin")
     shards = _shards(state, limit)
-    where = {}
+    where: dict[str, str] = {}
+    written = {}
     for number, shard in enumerate(shards, 1):
         name = (
             f"{stem}.{suffix}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
         )
         with atomic_path(folder / name) as temporary:
             if safe_serialization:
-                save_file(shard, temporary, metadata={"format": "pt"})
+                save_file(_apart(shard), temporary, metadata={"format": "pt"})
             else:
                 torch.save(shard, temporary)
         where.update(dict.fromkeys(shard, name))
+        written[folder / name] = shard
     if len(shards) > 1:
         size = sum(map(stored_bytes, state.values()))
         index = {"metadata": {"total_size": size}, "weight_map": where}
         write_text(folder / f"{stem}.{suffix}.index.json", json.dumps(index, indent=2) + "\n")
+    return written
+
+
+def _apart(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same with a tensor of its own for each name: safetensors files know no tied weights."""
+    first = {id(value): name for name, value in reversed(shard.items())}
+    return {name: value if first[id(value)] == name else value.clone() for name, value in shard.items()}
 
 
 def _bytes(size: str | int) -> int:

@@ -84,6 +84,45 @@ def leftovers(tag: str) -> tuple[str, str]:
     return f".{tag}.tmp", f".{tag}.old"
 
 
+def latest_tag(save_dir: Path) -> str | None:
+    """What `latest` names; None when there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read, or what it holds cannot be the name of a folder.
+    """
+    path = save_dir / LATEST
+    if not path.is_file():
+        return None
+    try:
+        tag = path.read_bytes().decode("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; {_hint(save_dir)}") from None
+    if not is_plain_name(tag) or not tag.isprintable():
+        raise CheckpointError(
+            f"{path} does not hold the name of a checkpoint but {tag!r:.60}; {_hint(save_dir)}"
+        )
+    return tag
+
+
+def is_plain_name(tag: str) -> bool:
+    """Whether a tag can be the name of a checkpoint's folder; hidden names are those of unfinished ones."""
+    return bool(tag) and not ("/" in tag or "\0" in tag or tag.startswith(".")) and len(tag.encode()) < 250
+
+
+def _hint(save_dir: Path) -> str:
+    found = complete_tags(save_dir)
+    return f"pass tag={found[-1]!r}, the newest one in it" if found else "it holds no checkpoint"
+
+
+def is_empty(save_dir: Path) -> bool:
+    """Whether there is nothing in a folder, or no folder. What an interrupted save leaves behind is hidden."""
+    if not save_dir.exists():
+        return True
+    if not save_dir.is_dir():
+        raise CheckpointError(f"{save_dir} is not a folder: pass the folder that save_checkpoint wrote to")
+    return all(entry.name.startswith(".") for entry in save_dir.iterdir())
+
+
 def find_tag(save_dir: Path, tag: str | None) -> str | None:
     """The folder to load: of the given tag, or of what `latest` names; None when there is nothing yet.
 
@@ -91,24 +130,15 @@ def find_tag(save_dir: Path, tag: str | None) -> str | None:
         CheckpointError: the folder has files but no checkpoint, or the tag is not there.
     """
     if tag is None:
-        # Hidden entries are what an interrupted save leaves behind.
-        if not save_dir.exists() or (
-            save_dir.is_dir() and all(entry.name.startswith(".") for entry in save_dir.iterdir())
-        ):
+        if is_empty(save_dir):
             return None
-        if not save_dir.is_dir():
-            raise CheckpointError(
-                f"{save_dir} is not a folder: pass the folder that save_checkpoint wrote to"
-            )
-        latest = save_dir / LATEST
-        if not latest.is_file():
-            found = complete_tags(save_dir)
-            hint = f"pass tag={found[-1]!r}, the newest one in it" if found else "it holds no checkpoint"
-            raise CheckpointError(f"{save_dir} has no file {LATEST!r}: {hint}")
-        tag = latest.read_text(encoding="utf-8").strip()
-    for name in (tag, *leftovers(tag)):
-        if (save_dir / name / MANIFEST).is_file():
-            return name
+        tag = latest_tag(save_dir)
+        if tag is None:
+            raise CheckpointError(f"{save_dir} has no file {LATEST!r}: {_hint(save_dir)}")
+    if is_plain_name(tag):
+        for name in (tag, *leftovers(tag)):
+            if (save_dir / name / MANIFEST).is_file():
+                return name
     found = complete_tags(save_dir)
     hint = (
         f"complete ones in {save_dir}: {', '.join(found)}" if found else f"{save_dir} holds no complete one"
@@ -120,15 +150,15 @@ _KEYS = ("files", "parameters", "runs", "ranks")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of `save_dir/tag`, checked for format, version, and the files' presence and sizes.
+    """The manifest of `save_dir/tag`, checked for format, version, its parts' form, and the files' presence and sizes.
 
     Raises:
-        CheckpointError: it cannot be read, is of another format, or a file is missing or truncated.
+        CheckpointError: it cannot be read, is damaged or of another format, or a file is missing or truncated.
     """
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint manifest {path} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of an xtrain checkpoint")
@@ -139,6 +169,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     lacking = [key for key in _KEYS if key not in manifest]
     if lacking:
         raise CheckpointError(f"checkpoint {directory} is damaged: {MANIFEST} lacks {', '.join(lacking)}")
+    if (bad := _malformed(manifest)) is not None:
+        raise CheckpointError(f"checkpoint {directory} is damaged: in {MANIFEST}, {bad}")
     for name, entry in manifest["files"].items():
         file = directory / name
         if not file.is_file():
@@ -148,6 +180,59 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 f"checkpoint {directory} is damaged: file {name} has {file.stat().st_size} bytes, not {entry['bytes']}"
             )
     return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _malformed(manifest: dict[str, Any]) -> str | None:
+    """The first entry of a manifest that cannot be what it should be; None when all can."""
+    if not _is_count(manifest["ranks"]) or manifest["ranks"] < 1:
+        return f"'ranks' is {manifest['ranks']!r:.60}"
+    for name in ("files", "parameters", "runs"):
+        if not isinstance(manifest[name], dict):
+            return f"{name!r} is no dictionary"
+    for name, entry in manifest["files"].items():
+        good = (
+            isinstance(entry, dict) and _is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+        )
+        if not good or not is_plain_name(name):
+            return f"the entry of file {name!r:.80} is not one"
+    absent = [
+        name
+        for r in range(manifest["ranks"])
+        if (name := rng_file(r, manifest["ranks"])) not in manifest["files"]
+    ]
+    if absent:
+        return f"there is no entry of file {absent[0]}"
+    sizes = manifest.get("model_parallel", {"tensor": 1, "pipeline": 1})
+    try:
+        count = sizes["tensor"] * sizes["pipeline"]
+        parts = manifest["parts"] if count > 1 else [manifest]
+        return (
+            next(filter(None, (_malformed_part(part) for part in parts)), None)
+            if len(parts) == count
+            else "parts lack"
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"the parts of the model are described wrongly ({type(error).__name__}: {error})"
+
+
+def _malformed_part(part: dict[str, Any]) -> str | None:
+    for name, entry in part["parameters"].items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if (
+            not isinstance(shape, list)
+            or not all(map(_is_count, shape))
+            or not isinstance(entry["dtype"], str)
+        ):
+            return f"the entry of parameter {name!r:.80} is not one"
+    for name, runs in part["runs"].items():
+        for run in runs:
+            if len(run) != 4 or not (_is_count(run[2]) and _is_count(run[3]) and run[2] <= run[3]):
+                return f"a run of parameter {name!r:.80} is not one"
+    return None
 
 
 def verified(directory: Path, manifest: dict[str, Any], name: str) -> Path:

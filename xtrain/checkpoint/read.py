@@ -1,192 +1,168 @@
-"""Reading a checkpoint by name into whatever layout the engine has now."""
+"""Reading a checkpoint by name into whatever layout the engine has now: found, verified, then applied."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from xtrain import random_states
-from xtrain.agree import together
-from xtrain.buffers import is_dense, make_room
+from xtrain.buffers import make_room
 from xtrain.checkpoint import layout
-from xtrain.checkpoint.safe import safe_load
-from xtrain.errors import CheckpointError
+from xtrain.checkpoint.agreement import Load
+from xtrain.checkpoint.runs import Runs
+from xtrain.checkpoint.verify import Staged, Wanted, prefixes_apart, refuse_names, verify
+from xtrain.errors import CheckpointError, ConfigError
+from xtrain.files import sha256
 from xtrain.log import log_dist, logger
 from xtrain.zero.flat import FlatGroup
-from xtrain.zero.home import full_shape, home_of
-from xtrain.zero.shards import ShardedGroup
 from xtrain.zero.weights import custom_load, divided_parameters
 
 if TYPE_CHECKING:
     from xtrain.engine import XtrainEngine
 
-
-def _read_torch(directory: Path, manifest: dict[str, Any], name: str) -> Any:
-    path = layout.verified(directory, manifest, name)
-    try:
-        return safe_load(path)
-    except Exception as error:
-        raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from None
+NOTHING = ("nothing", "nothing")
 
 
-def read_extra(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Entries of the module's state dictionary that its safetensors file cannot hold."""
-    state = _read_torch(directory, manifest, layout.own_file(manifest, layout.STATE))
-    extra: dict[str, Any] = state.get("module_extra", {})
-    return extra
-
-
-def _check_shapes(engine: XtrainEngine, manifest: dict[str, Any], directory: Path) -> None:
-    saved = manifest["parameters"]
-    for name, param in engine.module.named_parameters():
-        shape = list(full_shape(param))
-        if name in saved and saved[name]["shape"] != shape:
-            raise CheckpointError(
-                f"checkpoint {directory}: parameter {name!r} has shape {saved[name]['shape']}, "
-                f"the model's has {shape}"
-            )
-
-
-class _Runs:
-    """Reads runs of elements, opening and verifying each optimizer file once, when first needed."""
-
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
-        self.directory = directory
-        self.manifest = manifest
-        self._open: dict[str, Any] = {}
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            path = layout.verified(self.directory, self.manifest, name)
-            try:
-                self._open[name] = safe_open(str(path), framework="pt")
-            except SafetensorError as error:
-                raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from None
-        return self._open[name]
-
-    def kinds(self, parameter: str) -> list[str]:
-        """Kinds of state stored for a parameter."""
-        return list(dict.fromkeys(kind for _, kind, _, _ in self.manifest["runs"].get(parameter, [])))
-
-    def dtype(self, kind: str, parameter: str) -> torch.dtype:
-        """Dtype of the stored runs of a kind of state."""
-        name, _, low, _ = next(run for run in self.manifest["runs"][parameter] if run[1] == kind)
-        empty: torch.Tensor = self._file(name).get_slice(layout.run_key(kind, parameter, low))[:0]
-        return empty.dtype
-
-    def fill(self, out: torch.Tensor, kind: str, parameter: str, start: int) -> None:
-        """Copy elements [start, start + len(out)) of a parameter's state into `out`."""
-        stop, covered = start + out.numel(), 0
-        for name, entry_kind, low, high in self.manifest["runs"].get(parameter, []):
-            first, last = max(start, low), min(stop, high)
-            if entry_kind != kind or first >= last:
-                continue
-            stored = self._file(name).get_slice(layout.run_key(kind, parameter, low))
-            out[first - start : last - start].copy_(stored[first - low : last - low])
-            covered += last - first
-        if covered != out.numel():
-            raise CheckpointError(
-                f"checkpoint {self.directory} has {covered} of {out.numel()} elements of {kind} of {parameter!r}"
-            )
-
-
-class Weights:
-    """The weights of a checkpoint by name: whole in one file, or in runs (ZeRO stage 3).
-
-    Args:
-        prefer: `layout.MASTER` takes the masters of all parameters that have any, in their dtype.
-    """
-
-    def __init__(self, directory: Path, manifest: dict[str, Any], prefer: str = layout.WEIGHT) -> None:
-        self._prefer = prefer
-        self._runs = _Runs(directory, manifest)
-        self._file = safe_open(
-            str(layout.verified(directory, manifest, layout.own_file(manifest, layout.MODEL))), framework="pt"
+def _find(load_dir: str | Path, tag: str | None, wanted: Wanted) -> tuple[Path | None, tuple[str, str]]:
+    """The checkpoint's folder, None when there is none yet; and what the ranks compare and say about it."""
+    if not isinstance(load_dir, str | os.PathLike) or not str(load_dir):
+        raise ConfigError(f"load_dir must be the path of a folder, got {load_dir!r}")
+    folder = Path(load_dir)
+    if tag is None and (layout.is_empty(folder) or layout.latest_tag(folder) is None):
+        newest = layout.complete_tags(folder)
+        hint = (
+            f"; the newest checkpoint in it is {newest[-1]!r}: pass tag={newest[-1]!r} to load it"
+            if newest
+            else ""
         )
-        self._whole = set(self._file.keys())
-        self._shapes = {name: entry["shape"] for name, entry in manifest["parameters"].items()}
-        self._dtypes = {name: entry["dtype"] for name, entry in manifest["parameters"].items()}
-        self.names = self._whole | {name for name in manifest["runs"] if self._kind(name) is not None}
-
-    def _kind(self, name: str) -> str | None:
-        kinds = self._runs.kinds(name)
-        return next((kind for kind in (self._prefer, layout.WEIGHT, layout.MASTER) if kind in kinds), None)
-
-    def has_master(self, name: str) -> bool:
-        """Whether there is a master of the parameter."""
-        return layout.MASTER in self._runs.kinds(name)
-
-    def whole(self, name: str) -> torch.Tensor:
-        """A whole tensor, in its shape."""
-        master = self._prefer == layout.MASTER and self.has_master(name)
-        if name in self._whole and not master:
-            return self._file.get_tensor(name)
-        shape = torch.Size(self._shapes[name])
-        kind = self._kind(name)
-        assert kind is not None
-        dtype = self._runs.dtype(kind, name) if master else getattr(torch, self._dtypes[name])
-        data = torch.empty(shape.numel(), dtype=dtype)
-        self._runs.fill(data, kind, name, 0)
-        return data.view(shape)
-
-    def load_piece(self, name: str, group: ShardedGroup, member: int) -> None:
-        """Set what this rank owns of a divided parameter."""
-        if name in self._whole:
-            group.store(member, self._file.get_tensor(name).to(group.device))
-        elif (found := group.piece_of(member)) is not None:
-            piece, _, _ = found
-            kind = self._kind(name)
-            assert kind is not None
-            mine = torch.empty(piece.stop - piece.start, dtype=group.dtype)
-            self._runs.fill(mine, kind, name, piece.start)
-            group.shard[piece.shard_start : piece.shard_start + mine.numel()].copy_(mine)
+        logger.warning(
+            "no file %s: no checkpoint is loaded, training starts from the model as it is%s",
+            folder / layout.LATEST,
+            hint,
+        )
+        return None, NOTHING
+    found = layout.find_tag(folder, None if tag is None else str(tag))
+    assert found is not None
+    directory = folder / found
+    digest = sha256(directory / layout.MANIFEST)
+    return directory, (
+        f"{digest}{wanted.describe()}",
+        f"{directory} (manifest {digest[:8]}){wanted.describe()}",
+    )
 
 
-def _load_module(
+def load(
     engine: XtrainEngine,
-    directory: Path,
-    manifest: dict[str, Any],
-    extra: dict[str, Any],
-    strict: bool,
-) -> None:
-    """Load weights, buffers, and `extra`: entries of the state dictionary that are not tensors."""
-    weights, divided = Weights(directory, manifest), divided_parameters(engine.module)
-    for name in weights.names & divided.keys():
-        weights.load_piece(name, divided[name].group, divided[name].member)
-    tensors: dict[str, Any] = {name: weights.whole(name) for name in weights.names - divided.keys()}
-    tensors.update(extra)
-    make_room(engine.module, tensors)
-    missing, unexpected = engine.module.load_state_dict(tensors, strict=False)
-    # A tied weight is stored under one of its names: it is missing only if none of them was stored.
-    state = {n: t for n, t in engine.module.state_dict(keep_vars=True).items() if torch.is_tensor(t)}
-    loaded = {_identity(state[name]) for name in state if name in weights.names}
-    missing = [name for name in missing if name not in state or _identity(state[name]) not in loaded]
-    if strict and (missing or unexpected):
-        parts = [f"lacks {missing[0]!r}"] if missing else []
-        parts += [f"has {unexpected[0]!r}, which the model lacks"] if unexpected else []
-        count = len(missing) + len(unexpected)
-        more = f" ({count} names differ in all)" if count > 1 else ""
+    load_dir: str | Path,
+    tag: str | None,
+    wanted: Wanted,
+    custom_load_fn: Callable[..., None] | None,
+) -> tuple[str | None, dict[str, Any] | None]:
+    """Load `load_dir/tag` (None: what `latest` names); see XtrainEngine.load_checkpoint."""
+    gathers = custom_load_fn is not None and bool(divided_parameters(engine.module))
+    call = engine.loads.begin(wait=gathers)
+    if gathers and not call.agreed:
         raise CheckpointError(
-            f"checkpoint {directory} {' and '.join(parts)}{more}: load_module_strict=False ignores it"
+            "load_checkpoint(custom_load_fn=...) gathers the parameters in ZeRO stage 3: all ranks must call it at "
+            "the same time"
         )
+    mine: list[tuple[Path | None, tuple[str, str]]] = []
+
+    def find() -> tuple[str, str]:
+        mine[:] = [_find(load_dir, tag, wanted)]
+        return mine[0][1]
+
+    call.compare(call.run(find, f"looking for a checkpoint in {load_dir}"))
+    directory, (compared, said) = mine[0]
+    if directory is None:
+        return None, None
+    staged: list[Staged] = []
+    what = f"loading checkpoint {directory}"
+    call.run(lambda: staged.append(verify(engine, directory, wanted)), what)
+    _apply(engine, call, staged[0], wanted, custom_load_fn, what)
+    engine.loads.note(compared, said, wanted.parts, wanted.complete, call.agreed)
+    log_dist(f"loaded checkpoint {directory}", ranks=[0])
+    return str(directory), staged[0].states["client_state"]
 
 
-def _identity(tensor: torch.Tensor) -> int:
-    """The same number for tensors that share their data, divided ones included."""
-    own = home_of(tensor) is not None or not is_dense(tensor)
-    return id(tensor) if own else tensor.data_ptr()
+def _apply(
+    engine: XtrainEngine,
+    call: Load,
+    staged: Staged,
+    wanted: Wanted,
+    custom_load_fn: Callable[..., None] | None,
+    what: str,
+) -> None:
+    """Change the engine. What fails here was not foreseen, and leaves a mixture that must not be trained."""
+    if engine.partition.gatherer is not None:
+        engine.partition.gatherer.release_unused()
+    reached = {"module"}
+    try:
+        if custom_load_fn is None:
+            call.run(lambda: _load_module(engine, staged, wanted.strict), what)
+        else:
+            custom_load(engine.module, staged.tensors, custom_load_fn, call.run)
+        reached = wanted.parts
+        call.run(lambda: _load_states(engine, staged, wanted), what)
+    except Exception as error:
+        engine.loads.fail(
+            f"{what} failed half way, so that the engine has a mixture of states: load a complete checkpoint, or build "
+            f"a new engine, before training goes on ({error})",
+            reached,
+        )
+        raise
+
+
+def _load_module(engine: XtrainEngine, staged: Staged, strict: bool) -> None:
+    """Load weights, buffers, and entries of the state dictionary that are not tensors."""
+    divided = divided_parameters(engine.module)
+    for name in staged.pieces:
+        staged.weights.load_piece(name, divided[name].group, divided[name].member)
+    make_room(engine.module, staged.tensors)
+    missing, unexpected = engine.module.load_state_dict(staged.tensors, strict=False)
+    if strict:  # names have been compared, but for those of modules that load themselves
+        apart = tuple(prefixes_apart(engine.module))
+        missing = [name for name in missing if name.startswith(apart) and name not in divided]
+        refuse_names(staged.directory, missing, [name for name in unexpected if name.startswith(apart)])
+
+
+def _load_states(engine: XtrainEngine, staged: Staged, wanted: Wanted) -> None:
+    for group in engine.partition.trained:
+        group.refresh_masters()
+    if engine.optimizer is not None and wanted.optimizer:
+        _load_optimizer(engine, staged)
+    if engine.lr_scheduler is not None and wanted.scheduler and "lr_scheduler" in staged.states:
+        engine.lr_scheduler.load_state_dict(staged.states["lr_scheduler"])
+    if engine.optimizer is not None:
+        engine.optimizer.zero_grad()  # gradients in flight belong to the weights that were replaced
+    if wanted.counters:
+        _load_counters(engine, staged.states)
+    if staged.rng is not None:
+        _load_rng(engine, staged.rng)
+
+
+def _load_optimizer(engine: XtrainEngine, staged: Staged) -> None:
+    assert engine.optimizer is not None
+    optimizer, saved = engine.optimizer.optimizer, staged.states["optimizer"]
+    for group, options in zip(optimizer.param_groups, saved["options"], strict=True):
+        group.update(options)
+    engine.optimizer.loss_scaler.load_state_dict(saved["loss_scale"])
+    steps = saved["scalars"]
+    for flat, kinds in zip(engine.optimizer.groups, staged.kinds, strict=True):
+        scalars: dict[str, Any] = next(
+            (steps[name] for name in flat.names if name in steps), next(iter(steps.values()), {})
+        )
+        _load_group(flat, optimizer, staged.runs, kinds, scalars)
 
 
 def _load_group(
-    group: FlatGroup, optimizer: torch.optim.Optimizer, runs: _Runs, scalars: dict[str, Any]
+    group: FlatGroup, optimizer: torch.optim.Optimizer, runs: Runs, kinds: list[str], scalars: dict[str, Any]
 ) -> None:
     """Restore the masters and the optimizer states of what this rank owns now."""
-    kinds = dict.fromkeys(kind for name in group.names for kind in runs.kinds(name))
-    kinds.pop(layout.WEIGHT, None)
     elements = group.layout.total // group.layout.partitions
     if len(kinds) == 1:  # written before the first step: what has come since is of another run
         for master in group.masters:
@@ -217,47 +193,7 @@ def _load_group(
                 optimizer.state[master][kind] = value
 
 
-def _load_optimizer(
-    engine: XtrainEngine, directory: Path, manifest: dict[str, Any], state: dict[str, Any]
-) -> None:
-    assert engine.optimizer is not None
-    optimizer = engine.optimizer.optimizer
-    saved = state.get("optimizer")
-    if saved is None:
-        raise CheckpointError(
-            f"checkpoint {directory} has no optimizer states: pass load_optimizer_states=False"
-        )
-    if saved["type"] != type(optimizer).__name__:
-        raise CheckpointError(
-            f"checkpoint {directory} was written with {saved['type']}, this run uses {type(optimizer).__name__}: "
-            "use the same optimizer or pass load_optimizer_states=False"
-        )
-    if len(saved["options"]) != len(optimizer.param_groups):
-        raise CheckpointError(
-            f"checkpoint {directory} has {len(saved['options'])} parameter groups, "
-            f"this run has {len(optimizer.param_groups)}"
-        )
-    for group, options in zip(optimizer.param_groups, saved["options"], strict=True):
-        group.update(options)
-    engine.optimizer.loss_scaler.load_state_dict(saved["loss_scale"])
-    runs = _Runs(directory, manifest)
-    steps = saved["scalars"]
-    for flat in engine.optimizer.groups:
-        scalars: dict[str, Any] = next(
-            (steps[name] for name in flat.names if name in steps), next(iter(steps.values()), {})
-        )
-        _load_group(flat, optimizer, runs, scalars)
-
-
-def _load_rng(engine: XtrainEngine, directory: Path, manifest: dict[str, Any]) -> None:
-    if manifest["ranks"] != engine.world_size:
-        log_dist(
-            f"checkpoint was written by {manifest['ranks']} ranks, this run has {engine.world_size}: "
-            "random-number states (dropout) are not restored",
-            ranks=[0],
-        )
-        return
-    states = _read_torch(directory, manifest, layout.rng_file(engine.global_rank, engine.world_size))
+def _load_rng(engine: XtrainEngine, states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     random_states.tracker.set_states({**random_states.tracker.get_states(), **states.get("named", {})})
     written_on = states.get("device_type", "cpu")
@@ -277,66 +213,3 @@ def _load_counters(engine: XtrainEngine, state: dict[str, Any]) -> None:
     engine.skipped_steps = state["skipped_steps"]
     # Counted in windows of the present size, which may differ from the one that wrote it.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-
-
-def load(
-    engine: XtrainEngine,
-    load_dir: str | Path,
-    tag: str | None,
-    strict: bool,
-    optimizer_states: bool,
-    scheduler_states: bool,
-    counters: bool,
-    custom_load_fn: Callable[..., None] | None,
-) -> tuple[str | None, dict[str, Any] | None]:
-    """Load `load_dir/tag` (None: what `latest` names); see XtrainEngine.load_checkpoint."""
-    found = layout.find_tag(Path(load_dir), tag)
-    if found is None:
-        logger.warning("no checkpoint in %s yet: starting from the model as it is", load_dir)
-        return None, None
-    directory = Path(load_dir) / found
-
-    state: dict[str, Any] = {}
-    if engine.partition.gatherer is not None:
-        engine.partition.gatherer.release_unused()
-
-    manifest: dict[str, Any] = {}
-    whole: dict[str, Any] = {}  # for custom_load_fn
-
-    def read_module() -> None:
-        model = engine.grid.model
-        whole_manifest = layout.read_manifest(directory)
-        manifest.update(
-            layout.select_part(whole_manifest, directory, model.rank, model.tensor, model.pipeline)
-        )
-        _check_shapes(engine, manifest, directory)
-        state.update(_read_torch(directory, manifest, layout.own_file(manifest, layout.STATE)))
-        extra = state.get("module_extra", {})
-        if custom_load_fn is None:
-            _load_module(engine, directory, manifest, extra, strict)
-        else:
-            weights = Weights(directory, manifest)
-            whole.update({name: weights.whole(name) for name in weights.names}, **extra)
-
-    def read_states() -> None:
-        for group in engine.partition.trained:
-            group.refresh_masters()
-        if engine.optimizer is not None and optimizer_states:
-            _load_optimizer(engine, directory, manifest, state)
-        if engine.lr_scheduler is not None and scheduler_states and "lr_scheduler" in state:
-            engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if engine.optimizer is not None:
-            engine.optimizer.zero_grad()  # gradients in flight belong to the weights that were replaced
-        if counters:
-            _load_counters(engine, state)
-            _load_rng(engine, directory, manifest)
-
-    what = f"loading checkpoint {directory}"
-    together(read_module, what, CheckpointError)
-    if custom_load_fn is not None:
-        custom_load(engine.module, whole, custom_load_fn)
-    together(read_states, what, CheckpointError)
-    if engine.optimizer is not None and optimizer_states:
-        engine.optimizer.publish()
-    log_dist(f"loaded checkpoint {directory}", ranks=[0])
-    return str(directory), state["client_state"]

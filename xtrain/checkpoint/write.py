@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ from xtrain import comm, random_states
 from xtrain.agree import together
 from xtrain.buffers import storable
 from xtrain.checkpoint import layout
-from xtrain.checkpoint.safe import safe_load
+from xtrain.checkpoint.safe import safe_save
 from xtrain.errors import CheckpointError, ConfigError
-from xtrain.files import sha256, sync_directory, write_text
+from xtrain.files import atomic_path, is_there, remove, sha256, share, sync_directory, write_text
 from xtrain.log import log_dist
 from xtrain.version import __version__
 from xtrain.zero.flat import FlatGroup
@@ -94,6 +94,11 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
             "scalars": {
                 group.names[0]: _scalar_states(group, optimizer.optimizer) for group in optimizer.groups
             },
+            # So that a manifest that lacks some of them is not taken for one from before the first step.
+            "kinds": {
+                group.names[0]: list(_sharded_states(group, optimizer.optimizer))
+                for group in optimizer.groups
+            },
         }
     extra = {
         name: value.detach().cpu() if torch.is_tensor(value) else value
@@ -107,40 +112,36 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
     return state
 
 
-def _module_tensors(engine: XtrainEngine, exclude_frozen: bool) -> dict[str, torch.Tensor]:
-    frozen = (
-        {name for name, p in engine.module.named_parameters() if not p.requires_grad}
-        if exclude_frozen
-        else set()
-    )
-    elsewhere = frozen | divided_parameters(engine.module).keys()
+def _module_tensors(
+    engine: XtrainEngine, exclude_frozen: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Weights and buffers that are whole on this rank, and for further names of one the name it is stored under."""
+    named = dict(engine.module.named_parameters(remove_duplicate=False))
+    first_names = {param: name for name, param in reversed(named.items())}
+    frozen = {name for name, p in named.items() if not p.requires_grad} if exclude_frozen else set()
+    divided = divided_parameters(engine.module).keys() - frozen
+    aliases = {name: first for name in divided if (first := first_names[named[name]]) != name}
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, torch.Size, Any], str] = {}
     for name, value in engine.module.state_dict().items():
-        if not (torch.is_tensor(value) and storable(value)) or name in elsewhere:
+        if not (torch.is_tensor(value) and storable(value)) or name in frozen or name in divided:
             continue
         key = (value.data_ptr(), value.shape, value.stride())
         if value.numel() and key in seen:
-            continue  # a tied weight: safetensors stores it once, the model ties it again when loading
+            aliases[name] = seen[key]  # a tied weight: stored once
+            continue
         seen[key] = name
         tensors[name] = value.detach().cpu().contiguous().clone()
-    return tensors
+    return tensors, aliases
 
 
-def _write_torch(value: Any, path: Path, what: str) -> None:
-    """torch.save, refusing what could not be read back without executing code."""
-    try:
-        torch.save(value, path)
-    except Exception as error:
-        raise ValueError(f"{what} holds an object that cannot be saved: {error}") from None
-    try:
-        safe_load(path)
-    except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{what} holds an object that cannot be read back safely; use numbers, strings, lists, "
-            f"dictionaries and tensors ({reason})"
-        ) from None
+_NAMES = {
+    "client_state": "client_state",
+    "optimizer": "the optimizer's state",
+    "lr_scheduler": "the scheduler's state",
+    "module_extra": "the module's extra state",
+}
+"""What the parts of the state file are called in errors."""
 
 
 def _write_part(
@@ -151,12 +152,14 @@ def _write_part(
     written: list[str] = []
     index: dict[str, list[list[Any]]] = {}
     parameters: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
     if engine.grid.rank == 0:
         weights, state = (
             layout.part_of(name, model.rank, model.size) for name in (layout.MODEL, layout.STATE)
         )
-        save_file(_module_tensors(engine, exclude_frozen), directory / weights)
-        _write_torch(_state(engine, client_state), directory / state, "client_state or the scheduler's state")
+        tensors, aliases = _module_tensors(engine, exclude_frozen)
+        _save_tensors(tensors, directory / weights)
+        safe_save(_state(engine, client_state), directory / state, _NAMES)
         written += [weights, state]
         parameters = {
             name: {"shape": list(full_shape(param)), "dtype": str(param.dtype).removeprefix("torch.")}
@@ -169,7 +172,7 @@ def _write_part(
         name = layout.optimizer_file(engine.grid.rank, engine.grid.size if partitioned else 1)
         name = layout.part_of(name, model.rank, model.size)
         tensors, index = _owned_states(engine, exclude_frozen)
-        save_file(tensors, directory / name)
+        _save_tensors(tensors, directory / name)
         index = {parameter: [[name, *run] for run in runs] for parameter, runs in index.items()}
         written.append(name)
     rng = layout.rng_file(engine.global_rank, engine.world_size)
@@ -179,26 +182,33 @@ def _write_part(
         "device_type": engine.device.type,
         "named": random_states.tracker.get_states(),
     }
-    _write_torch(states, directory / rng, "the random-number state")
+    safe_save(states, directory / rng, "the random-number state")
     written.append(rng)
     files = {}
     for name in written:
         with (directory / name).open("rb") as file:
             os.fsync(file.fileno())
         files[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)}
-    return {"files": files, "part": model.rank, "parameters": parameters, "runs": index}
+    return {"files": files, "part": model.rank, "parameters": parameters, "aliases": aliases, "runs": index}
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path)
+    share(path)
 
 
 def _merge(parts: list[dict[str, Any]], number: int) -> dict[str, Any]:
-    """`parameters` and `runs` of one model-parallel rank, from what the ranks have written."""
+    """`parameters`, `aliases` and `runs` of one model-parallel rank, from what the ranks have written."""
     parameters: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
     runs: dict[str, list[list[Any]]] = {}
     for part in parts:
         if part["part"] == number:
             parameters.update(part["parameters"])
+            aliases.update(part["aliases"])
             for parameter, entries in part["runs"].items():
                 runs.setdefault(parameter, []).extend(entries)
-    return {"parameters": parameters, "runs": runs}
+    return {"parameters": parameters, "aliases": aliases, "runs": runs}
 
 
 def _publish(
@@ -219,29 +229,57 @@ def _publish(
     if model.size > 1:
         manifest["model_parallel"] = {"tensor": model.tensor, "pipeline": model.pipeline}
         manifest["parts"] = [_merge(parts, number) for number in range(model.size)]
-        manifest.update(parameters={}, runs={})  # they stand in the parts
+        manifest.update(parameters={}, aliases={}, runs={})  # they stand in the parts
     write_text(temporary / layout.MANIFEST, json.dumps(manifest, indent=1))
     sync_directory(temporary)
-    if target.exists():
-        # rename cannot replace a folder that has files: the old one steps aside first.
-        # Until the second rename, find_tag finds both under their hidden names.
-        old = target.with_name(layout.leftovers(target.name)[1])
-        shutil.rmtree(old, ignore_errors=True)
+    # rename cannot replace a folder that has files: the old one steps aside first.
+    # Until the second rename, find_tag finds both under their hidden names.
+    old = target.with_name(layout.leftovers(target.name)[1])
+    if is_there(target):
+        remove(old)
         target.rename(old)
+    try:
         temporary.rename(target)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(target)
+    except OSError:
+        if is_there(old):
+            old.rename(target)
+        raise
+    remove(old)
     sync_directory(target.parent)
+    _write_converter(target.parent)
     if latest:
         write_text(target.parent / layout.LATEST, target.name)
+
+
+_CONVERTER = '''#!/usr/bin/env python
+"""Write the float32 weights of a checkpoint in this folder as files for other programs.
+
+python zero_to_fp32.py . OUTPUT_DIR [--tag TAG] [--safe_serialization]; --help says more. Needs xtrain.
+"""
+
+import sys
+
+from xtrain.utils.zero_to_fp32 import main
+
+if __name__ == "__main__":
+    sys.exit(main())
+'''
+
+
+def _write_converter(save_dir: Path) -> None:
+    """The script that DeepSpeed's users look for beside their checkpoints."""
+    path = save_dir / "zero_to_fp32.py"
+    if not path.is_file() or path.read_bytes() != _CONVERTER.encode():
+        with atomic_path(path) as temporary:
+            temporary.write_text(_CONVERTER, encoding="utf-8")
+        path.chmod(path.stat().st_mode | 0o111)
 
 
 def _check_tag(engine: XtrainEngine, tag: str) -> str:
     """Rank 0's tag, after comparing it with the others as `checkpoint.tag_validation` says."""
     tags = [""] * engine.world_size
     comm.all_gather_object(tags, tag)
-    if not tags[0] or "/" in tags[0] or tags[0].startswith("."):
+    if not layout.is_plain_name(tags[0]):
         raise CheckpointError(
             f"checkpoint tag {tags[0]!r} must be a plain name, without '/' and not starting with '.'"
         )
@@ -268,28 +306,42 @@ def save(
     Raises:
         CheckpointError: on every rank, when any rank could not write its part; what existed stays.
     """
+    engine.loads.check()
     tag = _check_tag(engine, tag)
-    target = Path(save_dir) / tag
-    temporary = target.with_name(layout.leftovers(tag)[0])
     first = engine.global_rank == 0
+
+    def check_place() -> None:
+        if not isinstance(save_dir, str | os.PathLike) or not str(save_dir):
+            raise ConfigError(f"save_dir must be the path of a folder, got {save_dir!r}")
+        if (place := Path(save_dir) / tag).is_file():
+            raise ConfigError(f"{place} is a file: remove it, or choose another tag")
+
+    together(check_place, f"saving checkpoint {tag!r}", ConfigError)
+    target = Path(save_dir) / tag
+    temporary, stale = (target.with_name(name) for name in layout.leftovers(tag))
+    what = f"saving checkpoint {target}"
 
     def prepare() -> None:
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
             temporary.mkdir(parents=True)
-            stale = target.with_name(layout.leftovers(tag)[1])
-            if target.exists():
-                shutil.rmtree(stale, ignore_errors=True)
+            if is_there(target):
+                remove(stale)
 
-    what = f"saving checkpoint {target}"
-    together(prepare, what, CheckpointError)
-    parts = together(
-        lambda: _write_part(engine, temporary, client_state, exclude_frozen), what, CheckpointError
-    )
-    together(
-        lambda: _publish(engine, temporary, target, parts, save_latest) if first else None,
-        what,
-        CheckpointError,
-    )
+    try:
+        together(prepare, what, CheckpointError)
+        parts = together(
+            lambda: _write_part(engine, temporary, client_state, exclude_frozen), what, CheckpointError
+        )
+        together(
+            lambda: _publish(engine, temporary, target, parts, save_latest) if first else None,
+            what,
+            CheckpointError,
+        )
+    except CheckpointError:
+        if first:  # all ranks have stopped writing; a full disk wants its space back
+            with suppress(OSError):
+                remove(temporary)
+        raise
     log_dist(f"saved checkpoint {target}", ranks=[0])
     return target

@@ -117,6 +117,8 @@ class GradientReducer:
         self.every_backward = every_backward
         self.overlap = overlap
         self.gatherer = gatherer
+        self.before_reduction: Callable[[], None] = lambda: None
+        """Called before each bucket is reduced: at the first thing that other ranks get to see; set by the engine."""
         units: dict[tuple[FlatGroup, int], Unit] = {}
         if gatherer is not None:
             units = {(group, b.start): unit for unit in gatherer.units for group, b in unit.parts}
@@ -232,6 +234,7 @@ class GradientReducer:
         return self.every_backward or self.is_boundary()
 
     def _launch_next(self) -> None:
+        self.before_reduction()
         if self.every_backward:
             self._complete_until(self._next - MAX_IN_FLIGHT + 1)
         self.queue[self._next].launch()

@@ -92,10 +92,22 @@ def load_whole_state_dict(
         divided[name].store(value.to(divided[name].group.device))
 
 
-def custom_load(module: nn.Module, state: dict[str, Any], load: Callable[..., None]) -> None:
+def _all_together(action: Callable[[], Any], what: str) -> list[Any]:
+    return together(action, what, CheckpointError)
+
+
+def custom_load(
+    module: nn.Module,
+    state: dict[str, Any],
+    load: Callable[..., None],
+    run_all: Callable[[Callable[[], Any], str], Any] = _all_together,
+) -> None:
     """Let a script's function fill the module: `load(src=state, dst=module)`, divided parameters whole.
 
-    Collective; in stage 3 what the first rank has written is kept.
+    Collective in stage 3, where what the first rank has written is kept, and wherever `run_all` is.
+
+    Args:
+        run_all: calls a function, and fails on all ranks that take part if it fails on one.
 
     Raises:
         CheckpointError: on every rank, when the function failed on one.
@@ -106,4 +118,4 @@ def custom_load(module: nn.Module, state: dict[str, Any], load: Callable[..., No
         load(src=state, dst=module)
 
     with GatheredParameters(divided, modifier_rank=0 if divided else None):
-        together(run, "custom_load_fn", CheckpointError)
+        run_all(run, "custom_load_fn")
