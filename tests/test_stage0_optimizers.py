@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 import xtrain
 from tests import training
-from xtrain.errors import ConfigError
+from xtrain.errors import CheckpointError, ConfigError
 from xtrain.log import logger
 
 
@@ -202,3 +203,78 @@ def test_groups_are_complete_and_slices_are_warned_of(ranks: Any) -> None:
     assert counts == [4]
     assert unchanged
     assert any("Shapely" in line and "one-dimensional slices" in line for line in said)
+
+
+def _saved(name: str, folder: str) -> None:
+    engine = _engine(name)
+    for step in range(2):
+        training.engine_step(engine, step)
+    engine.save_checkpoint(folder)
+
+
+def _resumed(name: str, folder: str) -> dict[str, torch.Tensor]:
+    engine = _engine(name)
+    training.engine_step(engine, 7)  # what is loaded replaces it
+    engine.load_checkpoint(folder)
+    for step in (2, 3):
+        training.engine_step(engine, step)
+    return engine.module_state_dict()
+
+
+@pytest.mark.parametrize("name", ["shapely", "adafactor", "adamw"])
+def test_states_of_whole_parameters_are_saved(ranks: Any, tmp_path: Path, name: str) -> None:
+    ranks(1, _saved, name, str(tmp_path))
+    expected = _plain(name, 4)
+    for state in ranks(2, _resumed, name, str(tmp_path)):
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+
+
+def _sliced(name: str, folder: str) -> dict[str, torch.Tensor]:
+    """Load what stage 0 has saved in stage 1."""
+    model = training.build_model()
+    settings = training.config(1, micro=8, gradient_clipping=0, zero_allow_untested_optimizer=True)
+    del settings["optimizer"], settings["scheduler"]
+    optimizer = OPTIMIZERS[name](training.param_groups(model))
+    engine = xtrain.initialize(model=model, optimizer=optimizer, config=settings)[0]
+    engine.load_checkpoint(folder)
+    for step in (2, 3):
+        training.engine_step(engine, step)
+    return engine.module_state_dict()
+
+
+def test_they_are_refused_where_slices_are_kept(ranks: Any, tmp_path: Path) -> None:
+    for name in ("adafactor", "adamw"):
+        ranks(1, _saved, name, str(tmp_path / name))
+    with pytest.raises(CheckpointError, match="of the whole parameter"):
+        ranks(2, _sliced, "adafactor", str(tmp_path / "adafactor"))
+    expected = _plain("adamw", 4)
+    for key, value in ranks(2, _sliced, "adamw", str(tmp_path / "adamw"))[0].items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+
+
+def _lost(folder: str) -> None:
+    """States that can neither be cut nor shared are told at the save, and missed at the load."""
+    model = training.build_model()
+    settings = training.config(1, micro=16, zero_allow_untested_optimizer=True)
+    del settings["optimizer"], settings["scheduler"]
+    engine = xtrain.initialize(model=model, optimizer=Odd(model.parameters(), lr=0.1), config=settings)[0]
+    training.engine_step(engine, 0)
+    engine.save_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="lacks the optimizer's half"):
+        engine.load_checkpoint(folder)
+    engine.load_checkpoint(folder, load_optimizer_states=False)
+
+
+class Odd(torch.optim.SGD):
+    """Keeps half as many numbers as its tensor has."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["half"] = torch.zeros(p.numel() // 2)
+        return super().step(closure)
+
+
+def test_states_of_slices_are_not_taken_for_others(ranks: Any, tmp_path: Path) -> None:
+    ranks(1, _lost, str(tmp_path))

@@ -15,6 +15,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 MODEL = "model.safetensors"
 STATE = "state.pt"
+LOST = "not saved"
+"""Stands for states of an optimizer that could not be saved."""
 MASTER, WEIGHT = "master", "weight"
 """Kinds of runs beside the optimizer's states. A parameter of stage 3 is not in MODEL but here: as weight,
 or as master alone where that has its dtype."""

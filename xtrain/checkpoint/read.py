@@ -151,22 +151,21 @@ def _load_optimizer(engine: XtrainEngine, staged: Staged) -> None:
     for group, options in zip(optimizer.param_groups, saved["options"], strict=True):
         group.update(options)
     engine.optimizer.loss_scaler.load_state_dict(saved["loss_scale"])
-    steps = saved["scalars"]
-    for flat, kinds in zip(engine.optimizer.groups, staged.kinds, strict=True):
-        scalars: dict[str, Any] = next(
-            (steps[name] for name in flat.names if name in steps), next(iter(steps.values()), {})
-        )
-        _load_group(flat, optimizer, staged.runs, kinds, scalars)
+    for flat, kinds, others in zip(engine.optimizer.groups, staged.kinds, staged.others, strict=True):
+        _load_group(flat, optimizer, staged.runs, kinds, others)
 
 
 def _load_group(
-    group: FlatGroup, optimizer: torch.optim.Optimizer, runs: Runs, kinds: list[str], scalars: dict[str, Any]
+    group: FlatGroup,
+    optimizer: torch.optim.Optimizer,
+    runs: Runs,
+    kinds: list[str],
+    others: list[dict[str, Any]],
 ) -> None:
     """Restore the masters and the optimizer states of what this rank owns now."""
     elements = group.layout.total // group.layout.partitions
-    if len(kinds) == 1:  # written before the first step: what has come since is of another run
-        for master in group.masters:
-            optimizer.state.pop(master, None)
+    for master in group.masters:
+        optimizer.state.pop(master, None)  # what has come since the checkpoint is of another run
     for kind in kinds:
         shard = torch.zeros(elements, dtype=group.masters[0].dtype)  # padding stays zero
         for piece in group.layout.pieces(group.partition):
@@ -182,15 +181,14 @@ def _load_group(
                 master.data.copy_(values)
             else:
                 optimizer.state[master][kind] = values.to(master.device, copy=True).contiguous()
-    if len(kinds) > 1:
-        options = optimizer.param_groups[group.group_index]
-        # torch's fused and capturable kernels count steps on the device.
-        on_device = options.get("fused") or options.get("capturable")
-        for master in group.masters:
-            for kind, value in scalars.items():
-                if torch.is_tensor(value):
-                    value = value.to(master.device if on_device else "cpu", copy=True)
-                optimizer.state[master][kind] = value
+    options = optimizer.param_groups[group.group_index]
+    # torch's fused and capturable kernels count steps on the device.
+    on_device = options.get("fused") or options.get("capturable")
+    for master, rest in zip(group.masters, others, strict=True):
+        for kind, value in rest.items():
+            if torch.is_tensor(value):
+                value = value.to(master.device if on_device or value.ndim else "cpu", copy=True)
+            optimizer.state[master][kind] = value
 
 
 def _load_rng(engine: XtrainEngine, states: dict[str, Any]) -> None:

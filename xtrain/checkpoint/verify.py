@@ -17,6 +17,7 @@ from torch import nn
 
 from xtrain.buffers import is_dense
 from xtrain.checkpoint import layout
+from xtrain.checkpoint.optimizer_states import others_of_masters
 from xtrain.checkpoint.runs import Runs, Weights
 from xtrain.checkpoint.safe import safe_load
 from xtrain.errors import CheckpointError
@@ -73,7 +74,8 @@ class Staged:
         tensors: what `module.load_state_dict` is given: whole tensors by name, and extra states.
         pieces: names of the weights of which this rank has a part only.
         states: of the state file.
-        runs: masters and optimizer states; kinds of states of each flat group in `kinds`.
+        runs: masters and optimizer states; kinds of states of each flat group in `kinds`, what is not cut into runs in
+            `others`, for each of its masters.
         rng: this rank's random-number states; None: they are not restored.
     """
 
@@ -84,6 +86,7 @@ class Staged:
     tensors: dict[str, Any]
     pieces: list[str]
     kinds: list[list[str]] = field(default_factory=list)
+    others: list[list[dict[str, Any]]] = field(default_factory=list)
     rng: dict[str, Any] | None = None
 
 
@@ -312,6 +315,7 @@ def _check_optimizer(engine: XtrainEngine, staged: Staged) -> None:
     copy.copy(engine.optimizer.loss_scaler).load_state_dict(saved["loss_scale"])
     for group in engine.optimizer.groups:
         staged.kinds.append(_check_group(group, staged, saved))
+        staged.others.append(others_of_masters(group, saved["scalars"], directory))
 
 
 def _expected_kinds(group: FlatGroup, saved: dict[str, Any]) -> set[str]:

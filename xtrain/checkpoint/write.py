@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from xtrain import comm, random_states
 from xtrain.agree import together
 from xtrain.buffers import storable
-from xtrain.checkpoint import layout
+from xtrain.checkpoint import layout, optimizer_states
 from xtrain.checkpoint.safe import safe_save
 from xtrain.errors import CheckpointError, ConfigError
 from xtrain.files import atomic_path, is_there, remove, sha256, share, sync_directory, write_text
@@ -46,35 +46,13 @@ def _owned_states(
 
     for group in engine.optimizer.groups if engine.optimizer is not None else ():
         assert engine.optimizer is not None
-        for kind, shard in _sharded_states(group, engine.optimizer.optimizer).items():
+        for kind, shard in optimizer_states.shards(group, engine.optimizer.optimizer).items():
             add(group, kind, shard)
     for group in engine.partition.sharded:
         # Where a master has the same dtype, it is the weight.
         if not group.masters or group.masters[0].dtype != group.dtype:
             add(group, layout.WEIGHT, group.shard)
     return tensors, index
-
-
-def _is_sharded(value: Any, group: FlatGroup) -> bool:
-    """Whether an optimizer state has one value for each element of a master slice."""
-    return torch.is_tensor(value) and value.shape == group.masters[0].shape
-
-
-def _sharded_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The masters and each tensor state of the optimizer, as whole shards in shard order."""
-    kinds = {"master": [master.data for master in group.masters]}
-    first = optimizer.state.get(group.masters[0], {})
-    for kind, value in first.items():
-        if _is_sharded(value, group):
-            kinds[kind] = [optimizer.state[master][kind] for master in group.masters]
-    return {kind: group.assemble(slices) for kind, slices in kinds.items()}
-
-
-def _scalar_states(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """State of the optimizer that is not one value an element (step counts), the same on every rank."""
-    first = optimizer.state.get(group.masters[0], {})
-    scalars = {kind: value for kind, value in first.items() if not _is_sharded(value, group)}
-    return {kind: value.cpu() if torch.is_tensor(value) else value for kind, value in scalars.items()}
 
 
 def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]:
@@ -92,11 +70,13 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
             "loss_scale": optimizer.loss_scaler.state_dict(),
             "options": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
             "scalars": {
-                group.names[0]: _scalar_states(group, optimizer.optimizer) for group in optimizer.groups
+                name: rest
+                for group in optimizer.groups
+                for name, rest in optimizer_states.others(group, optimizer.optimizer).items()
             },
             # So that a manifest that lacks some of them is not taken for one from before the first step.
             "kinds": {
-                group.names[0]: list(_sharded_states(group, optimizer.optimizer))
+                group.names[0]: optimizer_states.kinds(group, optimizer.optimizer)
                 for group in optimizer.groups
             },
         }
