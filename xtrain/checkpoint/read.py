@@ -176,9 +176,17 @@ def _split(shard: torch.Tensor, group: FlatGroup) -> list[torch.Tensor]:
 
 
 def _load_group(
-    group: FlatGroup, optimizer: torch.optim.Optimizer, runs: _Runs, scalars: dict[str, Any]
+    group: FlatGroup,
+    optimizer: torch.optim.Optimizer,
+    runs: _Runs,
+    scalars: dict[str, Any],
+    restore_masters: bool,
 ) -> None:
-    """Restore the masters and the optimizer states of what this rank owns now."""
+    """Restore the masters and the optimizer states of what this rank owns now.
+
+    Args:
+        restore_masters: False keeps the masters that were made from the weights.
+    """
     kinds = dict.fromkeys(kind for name in group.names for kind in runs.kinds(name))
     kinds.pop(layout.WEIGHT, None)
     elements = sum(master.numel() for master in group.masters)
@@ -186,6 +194,8 @@ def _load_group(
         for master in group.masters:
             optimizer.state.pop(master, None)
     for kind in kinds:
+        if kind == layout.MASTER and not restore_masters:
+            continue
         shard = torch.zeros(elements, dtype=group.masters[0].dtype)  # padding stays zero
         for piece in group.layout.pieces(group.partition):
             length = piece.stop - piece.start
@@ -236,11 +246,13 @@ def _load_optimizer(
     engine.optimizer.loss_scaler.load_state_dict(saved["loss_scale"])
     runs = _Runs(directory, manifest)
     steps = saved["scalars"]
+    # DeepSpeed reads the key in the ZeRO stages alone.
+    restore_masters = engine.zero_optimization_stage() == 0 or engine.zero_load_from_fp32_weights()
     for flat in engine.optimizer.groups:
         scalars: dict[str, Any] = next(
             (steps[name] for name in flat.names if name in steps), next(iter(steps.values()), {})
         )
-        _load_group(flat, optimizer, runs, scalars)
+        _load_group(flat, optimizer, runs, scalars, restore_masters)
 
 
 def _load_rng(engine: XtrainEngine, directory: Path, manifest: dict[str, Any]) -> None:
