@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -133,6 +134,13 @@ def test_against_deepspeed(kind: str, params: dict[str, Any]) -> None:
         ("WarmupLR", {"warmup_type": "lin"}, "unknown schedule 'lin'"),
         ("WarmupLR", {"warmup_num_steps": 0}, "positive integer"),
         ("WarmupLR", {"warmup_max_lr": "1e-3"}, "must be a number"),
+        ("WarmupLR", {"warmup_max_lr": True}, "must be a number or a list of numbers"),
+        ("WarmupLR", {"warmup_min_lr": float("nan")}, "must be a finite number"),
+        ("WarmupLR", {"warmup_num_steps": True}, "must be a whole number"),
+        ("WarmupDecayLR", {"total_num_steps": float("inf")}, "must be a finite number"),
+        ("WarmupDecayLR", {"total_num_steps": None}, "must be a number"),
+        ("LRRangeTest", {"lr_range_test_staircase": "no"}, "must be true or false"),
+        ("OneCycle", {"cycle_min_lr": "x", "cycle_max_lr": 1}, "must be a number"),
         ("WarmupLR", {"warmup_max_lr": [1, 2]}, "2 values for 1"),
         ("WarmupDecayLR", {}, "lacks total_num_steps"),
     ],
@@ -246,6 +254,28 @@ def test_adam_type_means_adamw_unless_said_otherwise() -> None:
         ("Adam", {"bets": [0.9, 0.9]}, ConfigError, "did you mean 'betas'"),
         ("Adam", {"lr": -1.0}, ConfigError, "must not be negative"),
         ("Adam", {"betas": [0.9]}, ConfigError, "two numbers"),
+        ("Adam", {"betas": ["0.9", "0.99"]}, ConfigError, "two numbers"),
+        ("Adam", {"betas": [True, 0.9]}, ConfigError, "two numbers"),
+        (
+            "Adam",
+            {"lr": "1e-3"},
+            ConfigError,
+            "lr' is '1e-3': it must be a number, written without quotation",
+        ),
+        ("Adam", {"lr": None}, ConfigError, "lr' is None: it must be a number"),
+        ("Adam", {"lr": [1e-3]}, ConfigError, "it must be a number"),
+        ("Adam", {"lr": True}, ConfigError, "lr' is True: it must be a number"),
+        ("Adam", {"lr": float("nan")}, ConfigError, "lr' is nan: it must be a finite number"),
+        ("Adam", {"lr": float("inf")}, ConfigError, "it must be a finite number"),
+        ("Adam", {"eps": 10**400}, ConfigError, "it must be a finite number"),
+        ("Adam", {"weight_decay": {}}, ConfigError, "it must be a number"),
+        ("Adam", {"adam_w_mode": "no"}, ConfigError, "adam_w_mode' is 'no': it must be true or false"),
+        ("AdamW", {"torch_adam": "no"}, ConfigError, "torch_adam' is 'no': it must be true or false"),
+        ("AdamW", {"torch_adam": True, "lr": "fast"}, ConfigError, "lr' is 'fast': it must be a number"),
+        ("SGD", {"momentum": float("inf")}, ConfigError, "it must be a finite number"),
+        ("SGD", {"nesterov": "yes"}, ConfigError, "it must be true or false"),
+        ("Muon", {"muon_lr": "x"}, ConfigError, "muon_lr' is 'x': it must be a number"),
+        ("Lamb", {"max_coeff": float("nan")}, ConfigError, "it must be a finite number"),
         ("Adam", {"betas": [0.9, 1.5]}, ConfigError, "betas"),
         ("Adam", {"max_grad_norm": 1.0}, ConfigError, "gradient_clipping"),
     ],
@@ -295,3 +325,15 @@ def test_one_cycle_tells_the_betas_of_each_group() -> None:
         (pytest.approx(0.9), 0.99), (pytest.approx(0.85), 0.99), (pytest.approx(0.8), 0.99)
     ]  # fmt: skip
     assert schedulers.OneCycle(optimizer, **cycle, cycle_momentum=False).get_mom() is None
+
+
+@pytest.mark.parametrize("kind", ["WarmupDecayLR", "WarmupCosineLR"])
+def test_a_warm_up_that_is_longer_than_the_run_is_said(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    for warmup, warnings in ((10, 0), (100, 0), (101, 1)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="xtrain"):
+            params = {"total_num_steps": 100.0, "warmup_num_steps": warmup}
+            build_scheduler(SchedulerConfig(type=kind, params=params), _optimizer())
+        assert len(caplog.records) == warnings
+    assert "warms up over 101 steps" in caplog.text
+    assert "100 (total_num_steps)" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def initialize(
     random_states.use_backend(backend)
     if "activation_checkpointing" in checked.values.model_fields_set:
         checkpointing.configure_from_engine(checked.values.activation_checkpointing, mpu)
+    for warning in checked.warnings:
+        log_dist(warning, ranks=[0], level=logging.WARNING)
     if checked.values.xtrain.engine == "deepspeed":
         return delegate.initialize(
             checked,

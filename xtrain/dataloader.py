@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -40,9 +40,10 @@ def make_dataloader(
 
 
 class RepeatingLoader:
-    """Restarts a loader when it ends, as `deepspeed.utils.RepeatingLoader` does; epochs are reshuffled."""
+    """Restarts a loader, or anything else that can be iterated over again, when it ends, as DeepSpeed's
+    RepeatingLoader does; epochs of a loader with a DistributedSampler are reshuffled."""
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
         self.epoch = 0
         self._iterator = iter(loader)
@@ -55,7 +56,8 @@ class RepeatingLoader:
             return next(self._iterator)
         except StopIteration:
             self.epoch += 1
-            if isinstance(self.loader.sampler, DistributedSampler):
-                self.loader.sampler.set_epoch(self.epoch)
+            sampler = getattr(self.loader, "sampler", None)
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(self.epoch)
             self._iterator = iter(self.loader)
             return next(self._iterator)

@@ -69,9 +69,9 @@ class RunInterrupted(KeyboardInterrupt):
     """
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice most similar to `word`, or None when none is similar."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+def nearest(word: str, choices: Iterable[str], similarity: float = 0.6) -> str | None:
+    """The choice most similar to `word`, or None when none is at least so similar (1: equal)."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=similarity)
     return found[0] if found else None
 
 

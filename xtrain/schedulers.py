@@ -7,6 +7,7 @@ n - 1; so the second optimizer step uses the schedule's value at 0.
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
-from xtrain.config.arguments import construct
+from xtrain.config.arguments import check_value, construct
 from xtrain.config.schema import SchedulerConfig
 from xtrain.errors import ConfigError, unknown_name
+from xtrain.log import log_dist
 
 Rate = float | Sequence[float]
 """One value, or one for each parameter group."""
@@ -71,8 +73,8 @@ class Schedule(ABC):
 
 def _per_group(optimizer: Any, name: str, value: Rate) -> list[float]:
     count = len(optimizer.param_groups)
-    if isinstance(value, str):
-        raise ConfigError(f"{name} must be a number, got {value!r}")
+    if not torch.is_tensor(value):
+        check_value(value, Rate, name)
     if isinstance(value, Sequence):
         if len(value) != count:
             raise ConfigError(f"{name} has {len(value)} values for {count} parameter groups")
@@ -84,6 +86,24 @@ def _positive_integer(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ConfigError(f"{name} must be a positive integer, got {value!r}")
     return value
+
+
+def _positive(name: str, value: Any) -> float:
+    check_value(value, float, name)
+    if value <= 0:
+        raise ConfigError(f"{name} must be positive, got {value!r}")
+    return float(value)
+
+
+def _check_length(warmup: float, total: float) -> None:
+    """Say so when the run ends before the warm-up does."""
+    if total < warmup:
+        log_dist(
+            f"the learning rate warms up over {warmup:g} steps (warmup_num_steps), but the run has {total:g} "
+            "(total_num_steps): it ends before the highest rate is reached",
+            ranks=[0],
+            level=logging.WARNING,
+        )
 
 
 def _warmup_curve(kind: str, steps: int) -> Callable[[int], float]:
@@ -139,17 +159,18 @@ class WarmupDecayLR(WarmupLR):
     def __init__(
         self,
         optimizer: Any,
-        total_num_steps: int,
+        total_num_steps: float,
         warmup_min_lr: Rate = 0.0,
         warmup_max_lr: Rate | None = 0.001,
         warmup_num_steps: int = 1000,
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        self.total_num_steps = _positive_integer("total_num_steps", total_num_steps)
+        self.total_num_steps = _positive("total_num_steps", total_num_steps)
         super().__init__(
             optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration
         )
+        _check_length(self.warmup_num_steps, self.total_num_steps)
 
     def _after_warmup(self) -> float:
         left = self.total_num_steps - self.last_batch_iteration
@@ -167,15 +188,16 @@ class WarmupCosineLR(Schedule):
     def __init__(
         self,
         optimizer: Any,
-        total_num_steps: int,
+        total_num_steps: float,
         warmup_min_ratio: float = 0.0,
         warmup_num_steps: int = 1000,
         cos_min_ratio: float = 0.0001,
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        self.total_num_steps = _positive_integer("total_num_steps", total_num_steps)
+        self.total_num_steps = _positive("total_num_steps", total_num_steps)
         self.warmup_num_steps = max(2, _positive_integer("warmup_num_steps", warmup_num_steps))
+        _check_length(self.warmup_num_steps, self.total_num_steps)
         self.warmup_min_ratio = warmup_min_ratio
         self.cos_min_ratio = cos_min_ratio
         self._warmup = _warmup_curve(warmup_type, self.warmup_num_steps)
@@ -252,8 +274,8 @@ class OneCycle(Schedule):
         cycle_min_lr: Rate,
         cycle_max_lr: Rate,
         decay_lr_rate: float = 0.0,
-        cycle_first_step_size: int = 2000,
-        cycle_second_step_size: int | None = None,
+        cycle_first_step_size: float = 2000,
+        cycle_second_step_size: float | None = None,
         cycle_first_stair_count: int = 0,
         cycle_second_stair_count: int | None = None,
         decay_step_size: int = 0,
@@ -263,7 +285,7 @@ class OneCycle(Schedule):
         decay_mom_rate: float = 0.0,
         last_batch_iteration: int = -1,
     ) -> None:
-        self.first = _positive_integer("cycle_first_step_size", cycle_first_step_size)
+        self.first = _positive("cycle_first_step_size", cycle_first_step_size)
         self.second = self.first if cycle_second_step_size is None else cycle_second_step_size
         if self.second < 0:
             raise ConfigError(f"cycle_second_step_size must not be negative, got {self.second}")

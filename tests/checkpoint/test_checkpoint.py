@@ -20,6 +20,7 @@ from tests import training
 from tests.zero.test_stage3 import Model, engine_of, ids_of
 from xtrain.checkpoint import find_tag, is_checkpoint, layout, write
 from xtrain.errors import CheckpointError
+from xtrain.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 
 def _engine(stage: int, micro: int, bf16: bool) -> Any:
@@ -489,3 +490,34 @@ def test_a_checkpoint_from_before_the_first_step_has_no_optimizer_states(
 ) -> None:
     first, again = ranks(2, _back_to_the_start, str(tmp_path), stage)[0]
     assert again == first
+
+
+def _masters_after_loading(folder: str, stage: int, from_fp32: bool) -> list[tuple[bool, bool]]:
+    """Of each parameter: (its master is what was saved, its master is its weight)."""
+    settings = training.config(stage, 4, True)
+    settings["zero_optimization"]["load_from_fp32_weights"] = from_fp32
+    model = training.build_model()
+    engine = xtrain.initialize(model=model, model_parameters=training.param_groups(model), config=settings)[0]
+    for step in range(4):
+        training.engine_step(engine, step)
+    saved = [safe_get_full_fp32_param(param).clone() for param in engine.module.parameters()]
+    states = [safe_get_full_optimizer_state(param, "exp_avg") for param in engine.module.parameters()]
+    engine.save_checkpoint(folder)
+    training.engine_step(engine, 4)
+    engine.load_checkpoint(folder)
+    found = []
+    for param, master, state in zip(engine.module.parameters(), saved, states, strict=True):
+        assert torch.equal(safe_get_full_optimizer_state(param, "exp_avg"), state)
+        now = safe_get_full_fp32_param(param)
+        found.append((torch.equal(now, master), torch.equal(now, master.bfloat16().float())))
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_masters_from_the_16_bit_weights(ranks: Any, tmp_path: Path, stage: int) -> None:
+    """`load_from_fp32_weights`, which DeepSpeed reads in the ZeRO stages alone."""
+    for from_fp32 in (True, False):
+        found = ranks(2, _masters_after_loading, str(tmp_path / str(from_fp32)), stage, from_fp32)[0]
+        exact, rounded = ([pair[i] for pair in found] for i in (0, 1))
+        assert all(exact if from_fp32 or stage == 0 else rounded)
+        assert not all(rounded if from_fp32 or stage == 0 else exact)

@@ -151,8 +151,10 @@ def _load_optimizer(engine: XtrainEngine, staged: Staged) -> None:
     for group, options in zip(optimizer.param_groups, saved["options"], strict=True):
         group.update(options)
     engine.optimizer.loss_scaler.load_state_dict(saved["loss_scale"])
+    # DeepSpeed reads the key in the ZeRO stages alone.
+    restore_masters = engine.zero_optimization_stage() == 0 or engine.zero_load_from_fp32_weights()
     for flat, kinds, others in zip(engine.optimizer.groups, staged.kinds, staged.others, strict=True):
-        _load_group(flat, optimizer, staged.runs, kinds, others)
+        _load_group(flat, optimizer, staged.runs, kinds, others, restore_masters)
 
 
 def _load_group(
@@ -161,12 +163,19 @@ def _load_group(
     runs: Runs,
     kinds: list[str],
     others: list[dict[str, Any]],
+    restore_masters: bool,
 ) -> None:
-    """Restore the masters and the optimizer states of what this rank owns now."""
+    """Restore the masters and the optimizer states of what this rank owns now.
+
+    Args:
+        restore_masters: False keeps the masters that were made from the weights.
+    """
     elements = group.layout.total // group.layout.partitions
     for master in group.masters:
         optimizer.state.pop(master, None)  # what has come since the checkpoint is of another run
     for kind in kinds:
+        if kind == layout.MASTER and not restore_masters:
+            continue
         shard = torch.zeros(elements, dtype=group.masters[0].dtype)  # padding stays zero
         for piece in group.layout.pieces(group.partition):
             length = piece.stop - piece.start

@@ -5,7 +5,7 @@ Part of the schema (schema.py), kept apart because none of it changes what is co
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, SecretStr
 
@@ -69,6 +69,7 @@ class ThroughputConfig(Section):
 class TimersConfig(Section):
     """`timers`."""
 
+    ignores_unknown: ClassVar[bool] = True
     throughput: ThroughputConfig = ThroughputConfig()
 
 
@@ -76,6 +77,7 @@ class FlopsProfilerConfig(Section):
     """`flops_profiler`: floating-point operations, parameters and latency of one forward pass, by module. The first
     forward pass of the step is profiled on rank 0."""
 
+    ignores_unknown: ClassVar[bool] = True
     enabled: bool = False
     recompute_fwd_factor: float = Field(0.0, ge=0)
     """Part of the forward pass that backward computes again, for activation checkpointing."""

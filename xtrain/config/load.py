@@ -8,14 +8,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from xtrain.config.arguments import shown
 from xtrain.config.combine import check_combinations
 from xtrain.config.rules import Section, apply_rules, apply_rules_of_deepspeed, drop_auto
 from xtrain.config.schema import Config
-from xtrain.errors import ConfigError, NotImplementedYetError, nearest
+from xtrain.config.unknown import drop_unknown, refusal, section_model
+from xtrain.errors import ConfigError, NotImplementedYetError
 
 _OLD_SPELLINGS = {"bfloat16": "bf16"}  # DeepSpeed still reads it
 
@@ -28,13 +30,17 @@ class XtrainConfig:
         raw: the dictionary as the user wrote it.
         source: file name, or "config" when it was passed as a dictionary.
         notices: sentences about keys that were accepted without effect.
+        warnings: sentences about keys that were ignored.
     """
 
-    def __init__(self, values: Config, raw: dict[str, Any], source: str, notices: list[str]) -> None:
+    def __init__(
+        self, values: Config, raw: dict[str, Any], source: str, notices: list[str], warnings: list[str]
+    ) -> None:
         self.values = values
         self.raw = raw
         self.source = source
         self.notices = notices
+        self.warnings = warnings
 
     def public(self) -> dict[str, Any]:
         """The dictionary as the user wrote it, without the keys that are secret: for records and messages."""
@@ -78,6 +84,10 @@ def _parse(text: str, source: str, strict: bool = False) -> dict[str, Any]:
         ) from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: it is nested too deep") from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise ConfigError(f"{source} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source} must hold a JSON object, not {type(data).__name__}")
     return data
@@ -121,57 +131,67 @@ def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return read_json(Path(config)), str(config)
 
 
-def _section_model(path: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The model that describes the section at `path`, or None below a free-form dictionary."""
-    model: type[BaseModel] = Config
-    for part in path:
-        for name, info in model.model_fields.items():
-            if part in (name, info.alias):
-                candidates = [info.annotation, *get_args(info.annotation)]
-                sections = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-                if not sections:
-                    return None
-                model = sections[0]
-                break
-        else:
+def _describe(error: Any) -> str:
+    path = tuple(str(part) for part in error["loc"])
+    dotted = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return refusal(path[-1], path[:-1])
+    if error["type"] == "missing":
+        return f"the key {dotted!r} is missing"
+    wrong = error["msg"].removeprefix("Value error, ")
+    return f"{dotted!r} is {shown(error['input'])}: {wrong[0].lower()}{wrong[1:]}"
+
+
+# Pydantic's names for values of the right type that are out of range.
+_OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "literal_error")
+
+
+def _switched_off(values: dict[str, Any], error: Any) -> tuple[dict[str, Any], str] | None:
+    """(section, key) of a wrong value in a section that says `"enabled": false`; None: the value matters.
+
+    As in DeepSpeed: of a section that it reads key by key nothing matters then; of the others types do.
+    """
+    section: Any = values
+    for depth, part in enumerate(error["loc"]):
+        if not isinstance(section, dict) or part not in section:
             return None
-    return model
-
-
-def _keys(model: type[BaseModel]) -> list[str]:
-    return [info.alias or name for name, info in model.model_fields.items()]
-
-
-def _key_elsewhere(key: str) -> str | None:
-    """Dotted name of a section key called `key`, for keys written at the wrong level."""
-    if key in _keys(Config):
-        return key
-    for name in _keys(Config):
-        model = _section_model((name,))
-        if model is not None and key in _keys(model):
-            return f"{name}.{key}"
+        if section.get("enabled") is False and part != "enabled":
+            model = section_model(error["loc"][:depth])
+            free = isinstance(model, type) and issubclass(model, Section) and model.ignores_unknown
+            return (section, part) if free or error["type"] in _OUT_OF_RANGE else None
+        section = section[part]
     return None
 
 
-def _describe(error: Any, source: str) -> str:
-    path = tuple(part for part in error["loc"])
-    dotted = ".".join(str(part) for part in path)
-    if error["type"] == "extra_forbidden":
-        model = _section_model(path[:-1])
-        key = str(path[-1])
-        close = nearest(key, _keys(model)) if model else None
-        where = f" in section {'.'.join(map(str, path[:-1]))!r}" if len(path) > 1 else ""
-        elsewhere = _key_elsewhere(key)
-        if close:
-            hint = f"did you mean {close!r}?"
-        elif elsewhere:
-            hint = f"the key is {elsewhere!r}"
-        else:
-            hint = "remove it, or see docs/config.md for the keys there are"
-        return f"{source}: unknown key {key!r}{where}: {hint}"
-    if error["type"] == "missing":
-        return f"{source}: the key {dotted!r} is missing"
-    return f"{source}: {dotted!r} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+def _validate(values: dict[str, Any], notices: list[str]) -> Config:
+    """The typed configuration. A wrong value in a section that is switched off is left out, with a notice."""
+    while True:
+        try:
+            return Config.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+        off = _switched_off(values, first)
+        if off is None:
+            raise ConfigError(_describe(first))
+        section, key = off
+        del section[key]
+        notices.append(f"config key {_describe(first)} (ignored: its section is not enabled)")
+
+
+def _check(raw: dict[str, Any]) -> tuple[Config, list[str], list[str]]:
+    """(the typed configuration, notices, warnings)."""
+    renamed = {_OLD_SPELLINGS.get(key, key): value for key, value in raw.items()} | {
+        key: raw[key] for key in _OLD_SPELLINGS.values() if key in raw
+    }
+    known, warnings = drop_unknown(drop_auto(renamed))
+    notices: list[str] = []
+    values = _validate(known, notices)
+    if values.xtrain.engine == "deepspeed":
+        apply_rules_of_deepspeed(values)
+        return values, [], warnings
+    notices += apply_rules(values, values.zero_optimization.stage)
+    check_combinations(values)
+    return values, notices, warnings
 
 
 def load_config(config: str | Path | Mapping[str, Any]) -> XtrainConfig:
@@ -182,19 +202,11 @@ def load_config(config: str | Path | Mapping[str, Any]) -> XtrainConfig:
         NotImplementedYetError: the configuration asks for a feature that xtrain does not have yet.
     """
     raw, source = _read(config)
-    renamed = {_OLD_SPELLINGS.get(key, key): value for key, value in raw.items()}
     try:
-        values = Config.model_validate(drop_auto(renamed))
-    except ValidationError as error:
-        raise ConfigError(_describe(error.errors()[0], source)) from None
-    try:
-        notices: list[str] = []
-        if values.xtrain.engine == "deepspeed":
-            apply_rules_of_deepspeed(values)
-        else:
-            notices = apply_rules(values, values.zero_optimization.stage)
-            check_combinations(values)
+        values, notices, warnings = _check(raw)
     except (NotImplementedYetError, ConfigError) as error:
         error.args = (f"{source}: {error.args[0]}",)
         raise
-    return XtrainConfig(values, raw, source, notices)
+    except RecursionError:
+        raise ConfigError(f"{source}: it is nested too deep") from None
+    return XtrainConfig(values, raw, source, notices, warnings)

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from xtrain.errors import ConfigError, NotImplementedYetError
 
 
 @dataclass(frozen=True)
 class NotYet:
-    """The key turns on a feature that is not there yet. `instead`: what to do about it."""
+    """The key turns on a feature that is not there yet.
+
+    Attributes:
+        instead: what to do about it.
+        switch: the entry of a section without which, or with one of `off`, the section asks for nothing.
+    """
 
     instead: str
+    switch: str | None = None
+    off: tuple[Any, ...] = (None, False, 0, "false")
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,31 @@ class OnlyNative:
     fine: tuple[Any, ...] = (None, False, 0)
 
 
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, "auto" means "not given"."""
+def _is_number(annotation: Any) -> bool:
+    """Whether a field holds a number, and no truth value."""
+    if get_origin(annotation) is Annotated:
+        return _is_number(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return any(map(_is_number, get_args(annotation)))
+    return annotation in (int, float)
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, populate_by_name=True)
+
+class Section(BaseModel):
+    """A part of the configuration: "auto" means "not given", numbers are finite, and no number is a truth value."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, populate_by_name=True, allow_inf_nan=False
+    )
+    ignores_unknown: ClassVar[bool] = False
+    """DeepSpeed reads the section key by key, so that keys which nobody knows are ignored there."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name].annotation):
+            raise ValueError("it must be a number, not true or false")
+        return value
 
 
 def drop_auto(value: Any) -> Any:
@@ -56,15 +86,31 @@ def drop_auto(value: Any) -> Any:
     }
 
 
-def _asks_for_something(value: Any, default: Any) -> bool:
+_NOTHING = (None, False, 0, "", "false", "none")
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a section has an entry, at any depth, that is neither off nor empty."""
+    if isinstance(value, dict):
+        off = value.get("enabled", True) in (False, "false") or value.get("device") == "none"
+        off = off or not _says_something(value.get("shared_parameters", True))  # of compression_training
+        return not off and any(_says_something(item) for item in value.values())
+    if isinstance(value, list):
+        return any(_says_something(item) for item in value)
+    return value not in _NOTHING
+
+
+def _asks_for_something(value: Any, info: FieldInfo) -> bool:
     """Whether a value differs from leaving the key out.
 
     A section does not if it is disabled, if all it says is false, or if its device is "none".
     """
     if isinstance(value, dict):
-        off = value.get("enabled", True) in (False, "false") or value.get("device") == "none"
-        return not off and any(item not in (None, False, 0) for item in value.values())
-    return value != default and not (default is None and value is False)
+        switches = [mark for mark in info.metadata if isinstance(mark, NotYet) and mark.switch]
+        off = any(value.get(mark.switch or "") in mark.off for mark in switches)
+        return not off and _says_something(value)
+    default = info.get_default(call_default_factory=True)
+    return bool(value != default) and not (default is None and value is False)
 
 
 def _set_fields(section: Section, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -82,7 +128,7 @@ def apply_rules(config: Section, stage: int) -> list[str]:
     """Raise for the first key that asks for a feature not there yet; return notices of keys without effect."""
     notices: list[str] = []
     for dotted, value, info in _set_fields(config, ""):
-        if not _asks_for_something(value, info.get_default(call_default_factory=True)):
+        if not _asks_for_something(value, info):
             continue
         for mark in info.metadata:
             if isinstance(mark, NotYet):

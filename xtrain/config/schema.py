@@ -7,9 +7,9 @@ without a mark is implemented; `NotYet` and `NoEffect` (see rules.py) say what h
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from xtrain.config.fake import FakeConfig, SdcCheckConfig
 from xtrain.config.instruments import (
@@ -21,11 +21,21 @@ from xtrain.config.instruments import (
     TimersConfig,
     WandbConfig,
 )
+from xtrain.config.precision import (
+    Bf16Config,
+    DataTypesConfig,
+    DtypeName,
+    Fp16Config,
+    TorchAutocastConfig,
+)
 from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, OnlyNative, Section
 
-FeatureDict = dict[str, Any]  # a section of a feature that is not there yet: checked for "enabled" only
+# A section of a feature that is not there yet: only looked at for whether it asks for something.
+FeatureDict = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is False else value)]
 
-DtypeName = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
+Count = Annotated[int, Field(lt=2**63)]
+"""A number of samples or steps, which tensors' 64-bit integers must be able to hold."""
+
 
 _WHOLE_GROUPS = NoEffect("stage 3 gathers module groups, each with one all-gather, and frees them after use")
 _ONE_BUFFER = NoEffect("xtrain always reduces and gathers whole buckets of one flat buffer")
@@ -83,9 +93,9 @@ class ZeroConfig(Section):
     elastic_checkpoint: Annotated[bool, NoEffect("every checkpoint loads into any number of ranks")] = False
     legacy_stage1: Annotated[bool, NoEffect("there is one implementation of stage 1")] = False
 
-    load_from_fp32_weights: Annotated[
-        bool, NotYet("leave it out: masters are restored from the fp32 weights of the checkpoint")
-    ] = True
+    load_from_fp32_weights: bool = True
+    """What load_checkpoint restores master weights from: the checkpoint's, in fp32, or, with false and ZeRO stage 1 or
+    higher, its 16-bit weights."""
     offload_param: Annotated[OffloadConfig | None, OnlyInStage3()] = None
     """Where this rank's slices of the parameters live (stage 3)."""
     offload_optimizer: OffloadConfig | None = None
@@ -151,6 +161,11 @@ class ZeroConfig(Section):
     save_muon_momentum_buffer_in_memory: Annotated[bool, NoEffect("optimizer states are kept in memory")] = (
         False
     )
+    mics_shard_size: Annotated[
+        int, NotYet("leave it out: parameters are divided over all data-parallel ranks")
+    ] = -1
+    mics_hierarchical_params_gather: Annotated[bool, NotYet("leave it out")] = False
+    zeropp_loco_param: Annotated[FeatureDict | None, _NO_QUANTIZED] = None
     zero_hpz_partition_size: Annotated[
         int, NotYet("leave it out: parameters are divided over all data-parallel ranks")
     ] = Field(1, ge=0)
@@ -175,65 +190,6 @@ class ZeroConfig(Section):
         if offload is not None and offload.device != "none" and self.stage < 1:
             raise ValueError("offload_optimizer needs ZeRO stage 1 or higher, not 0")
         return self
-
-
-class Bf16Config(Section):
-    """`bf16`: parameters and gradients in bfloat16, master weights and optimizer states in float32."""
-
-    enabled: bool = False
-    check_grad_overflow: bool = True
-    """Skip the step on all ranks when the gradient norm is not finite. False, in stages 1 and 2: apply it all the same
-    (stages 0 and 3 skip it, as in DeepSpeed)."""
-    immediate_grad_update: Annotated[bool, NoEffect("gradients are accumulated in place as they arrive")] = (
-        False
-    )
-    bf16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
-    bf16_optimizer_states: Annotated[bool, NotYet("optimizer states are kept in float32")] = False
-
-
-class Fp16Config(Section):
-    """`fp16`: parameters and gradients in float16, masters in float32, the loss scaled."""
-
-    enabled: bool = False
-    auto_cast: Annotated[bool, NotYet("cast the inputs in the script")] = False
-    loss_scale: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """A constant scale; 0 adapts it."""
-    initial_scale_power: int = 16
-    loss_scale_window: int = Field(1000, gt=0)
-    hysteresis: int = Field(2, gt=0)
-    consecutive_hysteresis: bool = False
-    min_loss_scale: float = Field(1.0, ge=0)
-    fp16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
-
-
-class TorchAutocastConfig(Section):
-    """`torch_autocast`: the forward pass under torch.autocast; parameters and gradients stay in float32."""
-
-    enabled: bool = False
-    dtype: Literal["bf16", "bfloat16", "fp16", "float16"] = "bfloat16"
-    """With fp16 the loss is scaled dynamically, as torch.amp.GradScaler does. (DeepSpeed's default is torch's choice
-    for the device, which may be fp16, and is then not scaled.)"""
-    lower_precision_safe_modules: Annotated[
-        list[str] | None,
-        NoEffect(
-            "it names modules whose gradients may travel in the autocast dtype; here all travel in float32, or in "
-            "communication_data_type"
-        ),
-    ] = None
-
-
-class DataTypesConfig(Section):
-    """`data_types`."""
-
-    grad_accum_dtype: DtypeName | None = None
-    """Dtype in which micro-batch gradients are added up and reduced. None: the parameters' dtype."""
-    param_dtype: DtypeName | None = None
-    """Must be what the fp16 and bf16 sections say."""
-    buffer_dtype: DtypeName | None = None
-    """Floating-point buffers are cast to it. None: they keep their dtype."""
-    keep_in_fp32_modules: Annotated[
-        str | list[str] | None, NotYet("keep the module out of the engine, or train in fp32")
-    ] = None
 
 
 _DEEPSPEED_OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
@@ -264,6 +220,7 @@ class SchedulerConfig(Section):
 class CheckpointConfig(Section):
     """`checkpoint`."""
 
+    ignores_unknown: ClassVar[bool] = True
     tag_validation: Literal["Ignore", "Warn", "Fail"] = "Warn"
     """What to do when ranks pass different tags to save_checkpoint."""
     load_universal: Annotated[
@@ -272,6 +229,9 @@ class CheckpointConfig(Section):
     use_node_local_storage: Annotated[bool, NotYet("save to a file system that all nodes share")] = False
     parallel_write: Annotated[FeatureDict | None, NoEffect("every rank writes its own part already")] = None
     writer: Annotated[FeatureDict | None, NotYet("leave it out: files are written by each rank")] = None
+    checkpoint_serialization: Annotated[
+        bool, NoEffect("it is a choice between two formats of torch.save, and neither is used")
+    ] = True
     format: Annotated[
         Literal["xtrain", "deepspeed"],
         NotYet("checkpoints are written in xtrain's own format"),
@@ -287,6 +247,7 @@ class CheckpointConfig(Section):
 class ActivationCheckpointingConfig(Section):
     """`activation_checkpointing`: how xtrain.checkpointing keeps activations; checkpointing.configure() wins."""
 
+    ignores_unknown: ClassVar[bool] = True
     partition_activations: bool = False
     """Split the inputs of checkpointed functions over the model-parallel ranks of the mpu."""
     cpu_checkpointing: bool = False
@@ -302,12 +263,17 @@ class ActivationCheckpointingConfig(Section):
 
 
 _DEEPCOMPILE = NoEffect("it is only read with deepcompile")
+_OLD_COMPILE = NotYet("call engine.compile(backend=...), as DeepSpeed, which has removed the key, wants too")
 
 
 class CompileConfig(Section):
     """`compile`: of DeepSpeed's own compiler. engine.compile() is torch.compile and needs no key."""
 
     deepcompile: Annotated[bool, NotYet("call engine.compile(), which is torch.compile")] = False
+    compile_enabled: Annotated[bool, _OLD_COMPILE] = Field(False, alias="enabled")
+    disable: Annotated[bool, NoEffect("nothing is compiled unless the script calls engine.compile()")] = False
+    backend: Annotated[str | None, _OLD_COMPILE] = None
+    kwargs: Annotated[FeatureDict, _OLD_COMPILE] = {}
     autoep_non_moe: Annotated[bool, NotYet("call engine.compile(), which compiles the module")] = False
     free_activation: Annotated[bool, _DEEPCOMPILE] = False
     free_activation_threshold: Annotated[int, _DEEPCOMPILE] = 10 * 1024 * 1024
@@ -346,10 +312,12 @@ class XtrainSection(Section):
     engine: Literal["native", "deepspeed"] = "native"
     """"deepspeed": the installed DeepSpeed trains, on this backend and with this recorder. Every key of its config is
     then its own affair, and keys that only xtrain's engine has are refused."""
+    strict: bool = False
+    """Keys that nobody reads are errors; otherwise they are ignored, as in DeepSpeed, with a warning."""
     aligned: Annotated[bool, OnlyNative()] = False
     """Bits that do not depend on ZeRO stage or on how a batch is split over ranks and accumulation (powers
     of two): canonical sums in float32, one optimizer arithmetic, counter-based dropout. See docs/aligned.md."""
-    seed: Annotated[int, OnlyNative()] = Field(1234, ge=0)
+    seed: Annotated[int, OnlyNative()] = Field(1234, ge=0, lt=2**63)
     """Seed of the dropout masks in aligned mode."""
     max_skipped_steps: Annotated[int, OnlyNative()] = Field(20, ge=0)
     """Steps in a row with gradients that are not finite, after which training ends with an error; 0: never. Does not
@@ -369,12 +337,18 @@ class XtrainSection(Section):
         return {"path": value} if isinstance(value, str) else value
 
 
+def _feature(instead: str) -> NotYet:
+    """A feature that is off unless its section says `"enabled": true`."""
+    return NotYet(instead, "enabled")
+
+
 class Config(Section):
     """The whole configuration."""
 
-    train_batch_size: int | None = None
-    train_micro_batch_size_per_gpu: int | None = None
-    gradient_accumulation_steps: int | None = None
+    ignores_unknown: ClassVar[bool] = True
+    train_batch_size: Count | None = None
+    train_micro_batch_size_per_gpu: Count | None = None
+    gradient_accumulation_steps: Count | None = None
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig | None = None
     gradient_clipping: float = Field(1.0, ge=0)
@@ -422,12 +396,12 @@ class Config(Section):
 
     # Not there yet.
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
-    amp: Annotated[FeatureDict | None, NotYet('use "bf16": {"enabled": true}')] = None
-    pipeline: Annotated[FeatureDict | None, NotYet("pass an mpu, with a pipeline of your own")] = None
+    amp: Annotated[FeatureDict | None, _feature('use "bf16": {"enabled": true}')] = None
     tensor_parallel: Annotated[
-        FeatureDict | None, NotYet("pass an mpu, with tensor-parallel layers of your own")
+        FeatureDict | None,
+        NotYet("pass an mpu, with tensor-parallel layers of your own", "autotp_size", (None, False, 0, 1)),
     ] = None
-    expert_parallel: Annotated[FeatureDict | None, NotYet("use data parallelism")] = None
+    expert_parallel: Annotated[FeatureDict | None, _feature("use data parallelism")] = None
     sequence_parallel_size: Annotated[
         int, NotYet("pass mpu=xtrain.parallel.ProcessGrid(sequence=...) to initialize()")
     ] = 1
@@ -435,21 +409,29 @@ class Config(Section):
         int | None, NotYet("leave it out: it is the number of ranks, or what mpu says")
     ] = None
     use_data_before_expert_parallelism: Annotated[bool, NotYet("use data parallelism")] = False
-    elasticity: Annotated[FeatureDict | None, NotYet("set train_batch_size")] = None
-    autotuning: Annotated[FeatureDict | None, NotYet("set the batch size by hand")] = None
+    elasticity: Annotated[FeatureDict | None, _feature("set train_batch_size")] = None
+    autotuning: Annotated[FeatureDict | None, _feature("set the batch size by hand")] = None
     compression_training: Annotated[FeatureDict | None, NotYet("leave it out")] = None
-    data_efficiency: Annotated[FeatureDict | None, NotYet("sample in the script")] = None
-    curriculum_learning: Annotated[FeatureDict | None, NotYet("sample in the script")] = None
-    progressive_layer_drop: Annotated[FeatureDict | None, NotYet("drop layers in the model")] = None
-    eigenvalue: Annotated[FeatureDict | None, NotYet("leave it out")] = None
-    quantize_training: Annotated[FeatureDict | None, NotYet("leave it out")] = None
-    weight_quantization: Annotated[FeatureDict | None, NotYet("leave it out")] = None
+    data_efficiency: Annotated[FeatureDict | None, _feature("sample in the script")] = None
+    curriculum_learning: Annotated[FeatureDict | None, _feature("sample in the script")] = None
+    progressive_layer_drop: Annotated[FeatureDict | None, _feature("drop layers in the model")] = None
+    eigenvalue: Annotated[FeatureDict | None, _feature("leave it out")] = None
+    quantize_training: Annotated[FeatureDict | None, _feature("leave it out")] = None
+    weight_quantization: Annotated[
+        FeatureDict | None, NotYet("leave it out", "quantized_initialization", (None, False, {}))
+    ] = None
     sparse_attention: Annotated[FeatureDict | None, NotYet("choose the attention in the model")] = None
-    hybrid_engine: Annotated[FeatureDict | None, NotYet("leave it out")] = None
-    nebula: Annotated[FeatureDict | None, NotYet("use save_checkpoint, which writes atomically")] = None
+    hybrid_engine: Annotated[FeatureDict | None, _feature("leave it out")] = None
+    nebula: Annotated[FeatureDict | None, _feature("use save_checkpoint, which writes atomically")] = None
     datastates_ckpt: Annotated[FeatureDict | None, NotYet("use save_checkpoint")] = None
 
+    graph_harvesting: Annotated[bool, NotYet("leave it out")] = False
+
     # Accepted, without effect.
+    pipeline: Annotated[
+        FeatureDict | None, NoEffect("it is only read for a PipelineModule, which is not there yet")
+    ] = None
+    vocabulary_size: Annotated[int | None, NoEffect("DeepSpeed, too, only looks whether 8 divides it")] = None
     disable_allgather: Annotated[bool, _ONE_BUFFER] = False
     zero_force_ds_cpu_optimizer: Annotated[bool, NoEffect("every optimizer works on offloaded states")] = True
     aio: Annotated[FeatureDict | None, NoEffect("files are mapped into memory")] = None
@@ -464,6 +446,18 @@ class Config(Section):
     def _never(cls, value: Any) -> Any:
         """Accelerate writes infinity for "never"."""
         return None if value == math.inf else value
+
+    @field_validator("optimizer", "scheduler", mode="before")
+    @classmethod
+    def _none_without_a_type(cls, value: Any) -> Any:
+        """A section that names no type and no options asks for nothing, as in DeepSpeed."""
+        empty = isinstance(value, dict) and not (value.keys() - {"type", "params"})
+        return None if empty and value.get("type") is None and not value.get("params") else value
+
+    @field_validator("bf16", mode="before")
+    @classmethod
+    def _null_is_off(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @field_validator("zero_optimization", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xtrain.config.arguments import construct
+from xtrain.config.arguments import check_value, construct
 from xtrain.config.schema import OptimizerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError, unknown_name
 from xtrain.log import log_dist
@@ -38,6 +38,8 @@ _ELEMENTWISE = (
 
 def _adam(params: dict[str, Any], kind: str) -> tuple[Any, dict[str, Any]]:
     """Class and arguments for type Adam or AdamW: Adam means AdamW unless `"adam_w_mode": false`."""
+    for flag in ("adam_w_mode", "torch_adam"):
+        check_value(params.get(flag, False), bool, f"optimizer.params.{flag}")
     decoupled = bool(params.pop("adam_w_mode", True)) or kind == "adamw"
     if params.pop("torch_adam", False):
         return (torch.optim.AdamW if decoupled else torch.optim.Adam), params

@@ -99,36 +99,34 @@ def partition_uniform(num_items: int, num_parts: int) -> list[int]:
     return [part * length + min(part, longer) for part in range(num_parts + 1)]
 
 
-def _greedy(weights: Sequence[float], num_parts: int, limit: float) -> list[int] | None:
-    """Bounds of runs that weigh `limit` at most, each as long as possible; None if there are too many."""
-    bounds, weight = [0], 0.0
-    for position, item in enumerate(weights):
-        if weight + item > limit and position > bounds[-1]:
-            bounds.append(position)
-            weight = 0.0
-        weight += item
-    if len(bounds) > num_parts:
-        return None
-    return bounds + [len(weights)] * (num_parts + 1 - len(bounds))
-
-
 def partition_balanced(weights: Sequence[float], num_parts: int) -> list[int]:
-    """Bounds of `num_parts` runs of items whose heaviest is as light as it can be; see `partition_uniform`."""
-    if len(weights) <= num_parts:
-        return partition_uniform(len(weights), num_parts)
-    totals = [0.0, *prefix_sum_inc(weights)]
-    # The best limit is the weight of some run.
-    limits = sorted({b - a for i, a in enumerate(totals) for b in totals[i + 1 :] if b - a >= max(weights)})
-    low, high = 0, len(limits) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if _greedy(weights, num_parts, limits[middle] * (1 + 1e-12)) is None:
-            low = middle + 1
-        else:
-            high = middle
-    bounds = _greedy(weights, num_parts, limits[low] * (1 + 1e-12))
-    assert bounds is not None
-    return bounds
+    """Bounds of `num_parts` runs of items, none of them empty, that weigh about the same; see `partition_uniform`.
+
+    As in DeepSpeed, runs are added from the left, and each time the difference between the heaviest and the
+    lightest so far is made as small as it can be; of equally good places for a bound the last is taken.
+    """
+    count = len(weights)
+    if count <= num_parts:
+        return partition_uniform(count, num_parts)
+    totals = [0.0, *prefix_sum_inc([float(weight) for weight in weights])]
+    # For the first `stop` items in so many runs: (heaviest, lightest, where the last run starts).
+    best: dict[int, tuple[float, float, int]] = {0: (0.0, math.inf, 0)}
+    starts: list[dict[int, int]] = []
+    for runs in range(1, num_parts + 1):
+        longer: dict[int, tuple[float, float, int]] = {}
+        for stop in range(runs, count + 1):
+            options = (
+                (max(heavy, totals[stop] - totals[start]), min(light, totals[stop] - totals[start]), start)
+                for start, (heavy, light, _) in best.items()
+                if start < stop
+            )
+            longer[stop] = min(options, key=lambda option: (option[0] - option[1], -option[2]))
+        starts.append({stop: option[2] for stop, option in longer.items()})
+        best = longer
+    bounds = [count]
+    for start_of in reversed(starts):
+        bounds.append(start_of[bounds[-1]])
+    return bounds[::-1]
 
 
 # ---------------------------------------------------------------- norms
