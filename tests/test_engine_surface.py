@@ -184,7 +184,7 @@ def _compiled(stage: int, backend: str | None) -> tuple[list[float], bool]:
     return [training.engine_step(engine, step) for step in range(4)], engine.is_compiled
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_compiled_module_trains_the_same(ranks: Any, stage: int) -> None:
     plain, compiled = ranks(2, _compiled, stage, None)[0]
     assert compiled is False

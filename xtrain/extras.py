@@ -147,10 +147,6 @@ class Extras:
             raise ConfigError(
                 "engine.compile() fuses operations, which rounds differently on each chip: leave it out in aligned mode"
             )
-        if self.partition.gatherer is not None:
-            raise NotImplementedYetError(
-                "engine.compile() in ZeRO stage 3", "use stage 2, or compile functions inside the model"
-            )
         if not self._compiled:
             self.module.compile(**{**(compile_kwargs or {}), "backend": backend})
             self._compiled = True

@@ -1,4 +1,4 @@
-"""Stage 3: what a script puts in the place of a parameter's data is taken over or refused; one rank is divided, too."""
+"""ZeRO stage 3: data that a script assigns to parameters is taken over or refused; one rank is divided too."""
 
 from __future__ import annotations
 

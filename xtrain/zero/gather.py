@@ -134,6 +134,22 @@ class UnitHome(Home):
         self.process_group = group.process_group
         self.alone: list[bool] = []
         """For each hold that goes on: whether it concerns this parameter alone, not its unit."""
+        self._expects_gradient = False
+
+    def expect_gradient(self) -> None:
+        """Something may be computed from the parameter outside of the module that it belongs to."""
+        param = self.group.members[self.member]
+        if self._expects_gradient or not param.requires_grad:
+            return
+        self._expects_gradient = True
+        # torch keeps hooks where Python's garbage collector does not look.
+        group, member = weakref.ref(self.group), self.member
+
+        def on_gradient(_: torch.Tensor) -> None:
+            if (owner := group()) is not None:
+                owner.give_shape(member)
+
+        param.register_hook(on_gradient)
 
     def hold(self) -> None:
         self.gatherer.lend([self])

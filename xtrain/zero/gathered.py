@@ -40,7 +40,8 @@ class GatheredParameters:
 
     Every rank must enter with the same parameters. With `modifier_rank`, that rank's changes are sent to
     all and kept, master weights included; without, changes are lost. Ordinary tensors among the
-    parameters are left alone, so that the same code works in every stage.
+    parameters are left alone, so that the same code works in every stage. Where a backward needs the values of
+    parameters that the script itself has computed with, it belongs inside the block.
 
     Args:
         params: a parameter, an iterable of parameters, or a module.
@@ -77,6 +78,8 @@ class GatheredParameters:
                 home.hold()
         for homes in units.values():
             homes[0].gatherer.lend(homes)
+            for home in homes if torch.is_grad_enabled() else ():
+                home.expect_gradient()
         for param, home in self._homes:
             if isinstance(home, UnitHome) and not home.alone[-1]:
                 self._lent[param] = param.data

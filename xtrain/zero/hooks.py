@@ -193,12 +193,15 @@ class ModelHooks:
         """Make `units` whole whenever `module` runs."""
 
         # copy.deepcopy copies hooks, too: the copy has its own parameters, and may run on one rank only.
+        # torch.compile must not trace them: what is compiled runs between them, with whole parameters.
+        @torch.compiler.disable
         def before(running: nn.Module, _: Any) -> None:
             if running is module:
                 self._frames.append(_Frame())
                 for unit in units:
                     self.borrow(unit)
 
+        @torch.compiler.disable
         def after(running: nn.Module, _: Any, outputs: Any) -> None:
             if running is module:
                 self._end_frame(outputs)
@@ -207,6 +210,7 @@ class ModelHooks:
         # Called when forward raised, too.
         self._handles.append(module.register_forward_hook(after, always_call=True))
 
+    @torch.compiler.disable
     def borrow(self, unit: Unit) -> None:
         """Make a unit whole until the innermost running module ends (nothing without one)."""
         if not self._frames:

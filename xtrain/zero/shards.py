@@ -196,6 +196,18 @@ class ShardedGroup(FlatGroup):
                 empty_out(param)
         self._full[bucket.start].untyped_storage().resize_(0)
 
+    def give_shape(self, member: int) -> None:
+        """In a backward: let an empty parameter have its shape, for a gradient that comes while it is divided.
+
+        So it does where a script has computed something from parameters that it had gathered. torch lays a gradient
+        out like its parameter, of which it needs no data.
+        """
+        param = self.members[member]
+        if param.ds_status is ZeroParamStatus.NOT_AVAILABLE and not param.numel():  # type: ignore[attr-defined]
+            param.data = torch.empty(self.shapes[member], dtype=self.dtype, device=self.device)
+            param.untyped_storage().resize_(0)
+            self._keep_shape(param)
+
     def _keep_shape(self, param: torch.nn.Parameter) -> None:
         param.ds_status = ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
         if not self._hollow:
