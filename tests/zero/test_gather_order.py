@@ -153,20 +153,21 @@ def test_an_evaluation_that_is_longer_on_one_rank(ranks: Any) -> None:
 
 
 def _digest(same: bool) -> str:
-    """As on accelerators, whose numbers are compared once a backward."""
+    """As on accelerators, whose numbers are compared once an update."""
     order = GatherOrder(["a", "b"], None, torch.device("cpu"))
     order._each = False
     for _ in range(2):
         for number in (0, 1) if same or xtrain.comm.get_rank() else (1, 0):
             order.compare(order.announce(number))
+        order.end()
         try:
-            order.end()
+            order.before_update()
         except TrainingError as error:
             return str(error)
     return ""
 
 
-def test_comparing_once_a_backward(ranks: Any) -> None:
+def test_comparing_once_an_update(ranks: Any) -> None:
     assert ranks(2, _digest, True) == ["", ""]
     for said in ranks(2, _digest, False):
         assert "ran different modules" in said

@@ -291,7 +291,7 @@ class Gatherer:
         Raises:
             ConfigError: the script is inside `GatheredParameters`.
         """
-        self.order.check()
+        self.order.before_update()
         self._drop_kept()
         for unit in self.units:
             if unit.users or unit.lent:

@@ -4,7 +4,7 @@ Ranks that run different modules (a head for images here, one for text there) wo
 parameters, or wait for each other for ever. So each gather is accompanied by one number that says what is gathered,
 and what has been gathered is not used before the numbers agree; one more says that a backward has ended. They travel
 with the data, at the same time: on the host this costs eight bytes a rank and no waiting. Reading a number from an
-accelerator would stall it at every module; there the ranks compare a digest of all of them once a backward.
+accelerator would stall it at every module; there the ranks compare a digest of all of them once an update.
 """
 
 from __future__ import annotations
@@ -97,18 +97,25 @@ class GatherOrder:
         """A backward has ended: no rank may still be in one.
 
         Raises:
-            TrainingError: on every rank, when some are, or when they have gathered different things.
+            TrainingError: on every rank, when some are.
         """
         self.check()
-        if self._alone:
+        if self._each and not self._alone:
+            self.compare(self.announce(_END))
+
+    def before_update(self) -> None:
+        """The weights are about to change.
+
+        Raises:
+            TrainingError: on every rank, when they have gathered different things since the last update.
+        """
+        self.check()
+        if self._each or self._alone:
             return
-        if self._pending:
-            self.compare(self._pending[-1])
-        number = _END if self._each else self._digest
-        numbers = comm.NumberGather(number, self._process_group, self._device).wait()
+        digests = comm.NumberGather(self._digest, self._process_group, self._device).wait()
         self._digest = 0
-        if len(set(numbers)) > 1:
-            self._break([self._describe(number) for number in numbers] if self._each else [])
+        if len(set(digests)) > 1:
+            self._break([])
 
     def check(self) -> None:
         """Refuse to go on after the ranks have differed."""
