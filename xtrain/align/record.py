@@ -255,6 +255,8 @@ class _Reader:
                 )
             if self.headers:
                 self.columns.forget_after(int(entry.get("from_step", 0)))
+            if lost := entry.get("lost_steps"):
+                self.notes.append(f"steps {lost[0]} to {lost[1]} could not be written")
             self.headers.append(entry)
 
     def _step(self, entry: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ torch.distributed.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from torch import nn
 
 from xtrain.align.environment import describe
 from xtrain.align.record import VERSION
+from xtrain.align.record_file import RecordFile
 from xtrain.align.statistics import ModuleStatistics
 from xtrain.errors import RecordError
 from xtrain.run_folder import METRICS, RUN_DIR_VARIABLE
@@ -112,7 +112,7 @@ class Recorder:
         self._patterns = None if modules is None else list(modules)
         self._statistics: ModuleStatistics | None = None
         self._losses: list[torch.Tensor] = []
-        self._file: IO[str] | None = None
+        self._file: RecordFile | None = None
         self._named = False  # whether the names of the modules stand in the file
         self._own_step = 0
         self._start = self._last = time.perf_counter()
@@ -193,9 +193,8 @@ class Recorder:
         measured = self._finish_statistics(engine.device, scale or 1.0, replicas, engine.global_steps + 1)
         if engine.global_rank == 0:
             if self._file is None:
-                self._open(engine.world_size, engine.global_steps - 1, engine.device)
-            self._write_step(engine.global_steps, loss, by_rank, line)
-            self._write_modules(engine.global_steps, measured)
+                self._open(engine.world_size, engine.device)
+            self._write(engine.global_steps, loss, by_rank, line, measured)
 
     # ---------------------------------------------------------------- a loop of one's own
 
@@ -253,9 +252,8 @@ class Recorder:
                 **{name: _number(value) for name, value in more.items()},
             }
             if self._file is None:
-                self._open(ranks, self._own_step - 1, device)
-            self._write_step(self._own_step, mean, by_rank, line)
-            self._write_modules(self._own_step, measured)
+                self._open(ranks, device)
+            self._write(self._own_step, mean, by_rank, line, measured)
 
     def __enter__(self) -> Recorder:
         return self
@@ -310,35 +308,39 @@ class Recorder:
 
     # ---------------------------------------------------------------- the file
 
-    def _open(self, world_size: int, from_step: int, device: torch.device | str) -> None:
-        """Write the header, just before the first step: the engine may have loaded a checkpoint before."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut_off = False
-        if self.path.exists() and self.path.stat().st_size:
-            with self.path.open("rb") as file:
-                file.seek(-1, os.SEEK_END)
-                cut_off = file.read(1) != b"\n"
-        self._file = self.path.open("a", encoding="utf-8")
-        if cut_off:
-            self._file.write("\n")  # a crash cut the last line off; it must not swallow the header
-        header = {
-            "type": "header",
-            "version": VERSION,
-            "xtrain": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "world_size": world_size,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "from_step": from_step,
-            "modules_every": self.modules_every,
-            "environment": describe(device),
-            **self.header,
-        }
-        self._write(header)
-        self._named = False
+    def _open(self, world_size: int, device: torch.device | str) -> None:
+        """Prepare the file; its header is written just before the first step: the engine may have loaded a checkpoint
+        before."""
+        environment = describe(device)
 
-    def _write_step(self, step: int, loss: float, by_rank: list[float], more: dict[str, Any]) -> None:
+        def header(from_step: int) -> dict[str, Any]:
+            return {
+                "type": "header",
+                "version": VERSION,
+                "xtrain": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "world_size": world_size,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "from_step": from_step,
+                "modules_every": self.modules_every,
+                "environment": environment,
+                **self.header,
+            }
+
+        self._file = RecordFile(self.path, header)
+
+    def _write(
+        self,
+        step: int,
+        loss: float,
+        by_rank: list[float],
+        more: dict[str, Any],
+        measured: dict[str, dict[str, list[float | None]]],
+    ) -> None:
+        """The lines of a step: its own, and those of the modules."""
+        assert self._file is not None
         now = time.perf_counter()
         line: dict[str, Any] = {
             "type": "step",
@@ -352,19 +354,13 @@ class Recorder:
         if 1 < len(by_rank) <= MOST_RANKS:
             line["loss_by_rank"] = by_rank
         self._last = now
-        self._write(line)
-
-    def _write_modules(self, step: int, measured: dict[str, dict[str, list[float | None]]]) -> None:
-        if measured and self._statistics is not None and not self._named:
-            self._write({"type": "names", "modules": self._statistics.names})
-            self._named = True
+        lines, named = [line], self._named and not self._file.needs_header
+        if measured and self._statistics is not None and not named:
+            lines.append({"type": "names", "modules": self._statistics.names})
+            named = True
         for phase, statistics in measured.items():
-            self._write({"type": "modules", "step": step, "phase": phase, **statistics})
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line, default=str) + "\n")
-            self._file.flush()
+            lines.append({"type": "modules", "step": step, "phase": phase, **statistics})
+        self._named = self._file.append(step, lines) and named
 
     def close(self) -> None:
         """Close the file and remove hooks from the model."""

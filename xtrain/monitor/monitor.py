@@ -11,6 +11,7 @@ import torch
 from xtrain import comm
 from xtrain.agree import together
 from xtrain.errors import ConfigError
+from xtrain.log import logger
 from xtrain.monitor.base import Event, Monitor
 
 __all__ = ["Event", "Monitor", "MonitorMaster"]
@@ -45,6 +46,7 @@ class MonitorMaster:
         self.wandb_monitor: Any = None
         self.csv_monitor: Any = None
         self.comet_monitor: Any = None
+        self._failed: list[Monitor] = []
         if not self.enabled:
             return
         if comm.is_initialized():
@@ -78,7 +80,20 @@ class MonitorMaster:
             for tag, value, step in event_list
         ]
         for monitor in monitors:
-            monitor.write_events(plain)
+            try:
+                monitor.write_events(plain)
+            except OSError as error:  # a full disk: training goes on, and so do the other ranks
+                if monitor not in self._failed:
+                    self._failed.append(monitor)
+                    place = getattr(monitor, "log_dir", None) or error.filename or "its files"
+                    logger.warning(
+                        "%s cannot write to %s (%s): training goes on, scalars are missing there from step %s on, and "
+                        "are written again when that is possible",
+                        type(monitor).__name__,
+                        place,
+                        error.strerror or error,
+                        plain[0][2],
+                    )
 
     def close(self) -> None:
         """Finish every monitor."""
