@@ -5,10 +5,11 @@ python -m tests.compat.document docs/compat.md
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-from tests.compat import probe, record
+from tests.compat import probe, public_configs, record
 from tests.compat.probe import Everything, Found
 from xtrain.files import write_text
 
@@ -89,6 +90,35 @@ def _modules(modules: dict[str, list[Found]]) -> list[str]:
     return lines
 
 
+_PUBLIC = """## Configurations of other projects
+
+What `load_config` does with each DeepSpeed configuration in these repositories, counted by
+[tests/compat/public_configs.py](../tests/compat/public_configs.py) from clones of the commits named; it says what
+counts as a configuration, and how templates and OpenRLHF's Python are read. "Ignored keys": of those accepted, how
+many have keys that neither DeepSpeed nor xtrain reads, and get a warning. Each of the others asks for a feature that is
+not there yet, and the error names it.
+"""
+
+
+def _public() -> list[str]:
+    counts = json.loads(public_configs.COUNTS.read_text())
+    lines = [
+        _PUBLIC,
+        "| repository | commit | configurations | accepted | ignored keys | refused, by feature |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in counts:
+        source = f"[{row['repository']}](https://github.com/{row['repository']}), {row['written_in']}"
+        version = f"{row['commit'][:10]} of {row['date']}"
+        refused = {**row["refused"], **row["wrong"]}
+        features = ", ".join(f"`{key}` {number}" for key, number in refused.items()) or "none"
+        lines.append(
+            f"| {source} | {version} | {row['configurations']} | {row['accepted']} | {row['with_ignored_keys']} | "
+            f"{features} |"
+        )
+    return [*lines, ""]
+
+
 def document() -> str:
     """The page as Markdown."""
     recorded, everything = probe.read_record(), probe.everything()
@@ -103,6 +133,7 @@ def document() -> str:
         *_config(everything, removed),
         "### Types of `optimizer`\n",
         *_table(everything.optimizers, "types", _last(everything.optimizers)),
+        *_public(),
     ]
     for heading, found in everything.objects.items():
         lines += [f"## {_OBJECTS[heading]}\n", *_table(found, "names", _last(found))]

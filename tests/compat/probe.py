@@ -23,7 +23,7 @@ from tests.compat import record
 from xtrain.compat import missing
 from xtrain.config import load_config
 from xtrain.config.load import _OLD_SPELLINGS
-from xtrain.config.rules import NoEffect, NotYet, Section
+from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, Section
 from xtrain.config.schema import Config, OptimizerConfig
 from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.optim import build_optimizer
@@ -227,13 +227,25 @@ def _choices(info: Any) -> list[Any]:
     return [value for kind in outer for value in get_args(kind) if isinstance(value, str)]
 
 
-def _config(path: str, value: Any, models: list[Any]) -> dict[str, Any]:
+def _needed(first: str, fields: list[Any]) -> dict[str, Any]:
+    """What a top-level section must hold for its other keys to be read at all."""
+    marks = [mark for info in fields for mark in info.metadata]
+    switches = [mark.switch for mark in marks if isinstance(mark, NotYet) and mark.switch]
+    stage_3 = any(isinstance(mark, OnlyInStage3) for mark in marks)
+    return {
+        **_NEEDED.get(first, {}),
+        **({"stage": 3} if first == "zero_optimization" and stage_3 else {}),
+        **dict.fromkeys(switches, 2),
+    }
+
+
+def _config(path: str, value: Any, models: list[Any], fields: list[Any]) -> dict[str, Any]:
     """A configuration with `value` at `path`, and what the sections around it need to be read at all."""
     parts = path.split(".")
     section = value
     for depth in range(len(parts) - 1, -1, -1):
         on = depth < len(models) and "enabled" in models[depth].model_fields
-        needed = _NEEDED.get(parts[0], {}) if depth == 1 else {}
+        needed = _needed(parts[0], fields) if depth == 1 else {}
         section = {**needed, **({"enabled": True} if on else {}), parts[depth]: section}
     return section  # type: ignore[no-any-return]
 
@@ -253,15 +265,18 @@ def config_key(written: str) -> Found:
     refused: dict[str, list[Any]] = {}
     notices: list[str] = []
     accepted = []
-    for value in [*_VALUES, *(_choices(fields[-1]) if fields else [])]:
+    switched_on = [{mark.switch: 2} for mark in marks if isinstance(mark, NotYet) and mark.switch]
+    for value in [*_VALUES, *switched_on, *(_choices(fields[-1]) if fields else [])]:
         try:
-            checked = load_config(_config(written, value, models))
+            checked = load_config(_config(written, value, models, fields))
         except NotImplementedYetError as error:
             refused.setdefault(str(error).removeprefix("config: "), []).append(value)
         except ConfigError as error:
             if str(error).startswith(_unknown(written)):
                 return Found(written, False, f"refused: {str(error).removeprefix('config: ')}")
         else:
+            if any(repr(written) in warning for warning in checked.warnings):
+                return Found(written, False, "ignored, with a warning")
             accepted.append(value)
             notices += checked.notices
     if any(isinstance(mark, NotYet) for mark in marks):

@@ -115,6 +115,14 @@ def test_features_that_are_off_are_accepted_in_silence(config: dict[str, Any]) -
     assert load_config(config).notices == []
 
 
+def test_features_of_stage_3_are_not_missed_below_it() -> None:
+    for key, value in (("zero_hpz_partition_size", 8), ("zero_quantized_weights", True)):
+        (notice,) = load_config({"zero_optimization": {"stage": 2, key: value}}).notices
+        assert f"'zero_optimization.{key}' has no effect: it is only read in ZeRO stage 3" in notice
+        with pytest.raises(NotImplementedYetError):
+            load_config({"zero_optimization": {"stage": 3, key: value}})
+
+
 def test_keys_without_effect_are_reported() -> None:
     notices = load_config(
         {"zero_optimization": {"stage3_max_live_parameters": 5, "contiguous_gradients": False}}

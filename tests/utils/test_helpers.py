@@ -162,3 +162,14 @@ def test_deepspeed_has_these_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     theirs = pytest.importorskip("deepspeed.utils", reason="needs the extra deepspeed")
     assert [name for name in utils.__all__ if not hasattr(theirs, name)] == []
+
+
+def test_a_repeating_loader_takes_anything_that_can_be_iterated_again() -> None:
+    loader = xtrain.RepeatingLoader([1, 2])
+    assert [next(loader) for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert next(iter(loader)) == 2  # it is its own iterator
+    samples = torch.utils.data.TensorDataset(torch.arange(3))
+    batches = xtrain.RepeatingLoader(torch.utils.data.DataLoader(samples))
+    assert [int(next(batches)[0]) for _ in range(4)] == [0, 1, 2, 0]
+    with pytest.raises(StopIteration):
+        next(xtrain.RepeatingLoader([]))

@@ -41,7 +41,10 @@ def _nested(info: FieldInfo) -> type[Section] | None:
 def _status(info: FieldInfo) -> str:
     for mark in info.metadata:
         if isinstance(mark, NotYet):
-            return f"not yet: {mark.instead}"
+            only = (
+                " (only read in stage 3)" if any(isinstance(m, OnlyInStage3) for m in info.metadata) else ""
+            )
+            return f"not yet{only}: {mark.instead}"
         if isinstance(mark, NoEffect):
             return f"no effect: {mark.reason}"
         if isinstance(mark, OnlyInStage3):

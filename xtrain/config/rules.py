@@ -40,7 +40,7 @@ class NoEffect:
 
 @dataclass(frozen=True)
 class OnlyInStage3:
-    """The key is implemented, and has no effect below ZeRO stage 3."""
+    """The key has no effect below ZeRO stage 3."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,14 @@ def apply_rules(config: Section, stage: int) -> list[str]:
     for dotted, value, info in _set_fields(config, ""):
         if not _asks_for_something(value, info):
             continue
+        unused = stage < 3 and any(isinstance(mark, OnlyInStage3) for mark in info.metadata)
         for mark in info.metadata:
-            if isinstance(mark, NotYet):
+            if isinstance(mark, NotYet) and not unused:
                 shown = "" if isinstance(value, dict | Section) else f" = {value!r}"
                 raise NotImplementedYetError(f"config key {dotted!r}{shown}", mark.instead)
             if isinstance(mark, NoEffect):
                 notices.append(f"config key {dotted!r} has no effect: {mark.reason}")
-            if isinstance(mark, OnlyInStage3) and stage < 3:
+            if isinstance(mark, OnlyInStage3) and unused:
                 notices.append(f"config key {dotted!r} has no effect: it is only read in ZeRO stage 3")
     return notices
 

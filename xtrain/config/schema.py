@@ -107,9 +107,9 @@ class ZeroConfig(Section):
     cpu_offload_use_pin_memory: bool | None = None
     """Old spelling of pin_memory in both."""
     zenflow: Annotated[FeatureDict | None, NotYet("use offload_optimizer alone")] = None
-    zero_quantized_weights: Annotated[bool, _NO_QUANTIZED] = False
-    zero_quantized_nontrainable_weights: Annotated[bool, _NO_QUANTIZED] = False
-    zero_quantized_gradients: Annotated[bool, _NO_QUANTIZED] = False
+    zero_quantized_weights: Annotated[bool, _NO_QUANTIZED, OnlyInStage3()] = False
+    zero_quantized_nontrainable_weights: Annotated[bool, _NO_QUANTIZED, OnlyInStage3()] = False
+    zero_quantized_gradients: Annotated[bool, _NO_QUANTIZED, OnlyInStage3()] = False
 
     prefetch_bucket_size: Annotated[int, OnlyInStage3()] = Field(
         50_000_000, ge=0, alias="stage3_prefetch_bucket_size"
@@ -162,14 +162,16 @@ class ZeroConfig(Section):
         False
     )
     mics_shard_size: Annotated[
-        int, NotYet("leave it out: parameters are divided over all data-parallel ranks")
+        int, NotYet("leave it out: parameters are divided over all data-parallel ranks"), OnlyInStage3()
     ] = -1
     mics_hierarchical_params_gather: Annotated[bool, NotYet("leave it out")] = False
     zeropp_loco_param: Annotated[FeatureDict | None, _NO_QUANTIZED] = None
     zero_hpz_partition_size: Annotated[
-        int, NotYet("leave it out: parameters are divided over all data-parallel ranks")
+        int, NotYet("leave it out: parameters are divided over all data-parallel ranks"), OnlyInStage3()
     ] = Field(1, ge=0)
-    leaf_module: Annotated[FeatureDict | None, NotYet("mark modules with utils.set_z3_leaf_modules")] = None
+    leaf_module: Annotated[
+        FeatureDict | None, NotYet("mark modules with utils.set_z3_leaf_modules"), OnlyInStage3()
+    ] = None
     stage3_gather_fp16_weights_on_model_save: Annotated[bool, OnlyInStage3()] = False
     """Old spelling of stage3_gather_16bit_weights_on_model_save."""
 
