@@ -149,7 +149,7 @@ def test_the_header_says_what_is_emulated(ranks: Any, tmp_path: Path) -> None:
     assert json.dumps(header["config"]["xtrain"]["fake"])
     seconds = record.column("seconds")
     assert (seconds[:2] > 0.3).all()
-    assert seconds[3] < 0.3
+    assert seconds[3] < seconds[:2].min()
     modelled = {key: record.column(f"modelled.{key}")[1] for key in ("links", "messages", "compute")}
     # A gradient bucket or more are summed and gathered, and the norm: each takes at least the latency.
     assert modelled["links"] >= 0.5 * modelled["messages"]

@@ -154,7 +154,9 @@ def test_every_element_counts_on_exactly_one_tensor_rank(
     for tensor_rank in range(2):
         model = ModelParallel(tensor=2, tensor_rank=tensor_rank)
         for partition in range(partitions):
-            group: Any = SimpleNamespace(layout=layout, members=members, partition=partition)
+            group: Any = SimpleNamespace(
+                layout=layout, members=members, partition=partition, by_parameter=False
+            )
             parts = counted_parts(group, model)
             for bucket, found in zip(layout.buckets, parts, strict=True):
                 low, high = layout.owned(bucket, partition)
