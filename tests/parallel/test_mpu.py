@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.live_deepspeed import fresh_deepspeed, live_deepspeed
 from tests.parallel.models import CLIP, MLP, config, reference, shard, train, whole_weights
 from tests.training import FEATURES, GLOBAL_BATCH, OUTPUTS, samples
 from xtrain.align.record import read_record
+from xtrain.checkpoint import agreement
 from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.parallel import ProcessGrid
 
@@ -120,6 +122,41 @@ def _save(folder: str, stage: int, dtype: str) -> Any:
     tracker.reset()
     assert train(engine, replica, range(2, STEPS)) == uninterrupted
     return saved, uninterrupted
+
+
+def _other_parts_load_another(folder: str, in_turn: bool) -> tuple[str, bool]:
+    """Ranks of the second part of the model load another checkpoint than those of the first."""
+    engine, grid = _build(1, "fp32")
+    replica, part = grid.get_data_parallel_rank(), engine.get_model_parallel_rank()
+    for step, tag in enumerate("ab"):
+        train(engine, replica, range(step, step + 1))
+        engine.save_checkpoint(folder, tag)
+    mark = Path(folder) / f"first part of {replica}"
+    with pytest.MonkeyPatch.context() as patch:
+        if in_turn:
+            patch.setattr(agreement, "PATIENCE", 0.1)
+            patch.setattr(agreement.Load, "compare", lambda *_: None)  # so that it is found out later
+            while part and not mark.exists():
+                time.sleep(0.01)
+        try:
+            engine.load_checkpoint(folder, "ab"[part])
+        except CheckpointError as error:
+            assert not in_turn
+            return str(error), True
+        mark.touch()
+    before = [master.detach().clone() for master in engine.optimizer.masters]
+    with pytest.raises(CheckpointError) as caught:
+        train(engine, replica, range(2, 3))
+    same = all(map(torch.equal, before, (master.detach() for master in engine.optimizer.masters)))
+    return str(caught.value), same
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_parts_of_the_model_from_different_checkpoints(ranks: Any, tmp_path: Path, in_turn: bool) -> None:
+    for said, unchanged in ranks(4, _other_parts_load_another, str(tmp_path), in_turn):
+        assert f"{tmp_path}/a (manifest" in said
+        assert f"{tmp_path}/b (manifest" in said
+        assert unchanged
 
 
 def _load_elsewhere(folder: str, stage: int) -> Any:

@@ -23,10 +23,15 @@ other inside a file lock lose them once, all together."""
 
 
 class _Circle:
-    """Ranks that compare what they have loaded, and whether they have to."""
+    """Ranks that compare what they have loaded, and whether they have to.
+
+    Args:
+        name: of the engine's circles of one kind, of which every rank is in one.
+    """
 
     def __init__(self, name: str, group: dist.ProcessGroup | None) -> None:
-        self._roll_call = comm.RollCall(name, comm.get_all_ranks_from_group(group))
+        ranks = comm.get_all_ranks_from_group(group)
+        self._roll_call = comm.RollCall(f"{name} from rank {ranks[0]}", ranks)
         self._comparisons = 0
         self.due = True
 
