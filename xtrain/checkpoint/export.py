@@ -56,10 +56,11 @@ def get_fp32_state_dict_from_zero_checkpoint(
     stored = weights.names - weights.aliases.keys()
     for name in [*manifest["parameters"], *sorted(stored - manifest["parameters"].keys())]:
         frozen = name in manifest["parameters"] and not weights.has_master(name)
-        if name not in weights.names or (exclude_frozen_parameters and frozen):
+        given = weights.renamed.get(name, name)
+        if name not in weights.names or given in state or (exclude_frozen_parameters and frozen):
             continue
         value = weights.whole(name)
-        state[name] = value.float() if value.is_floating_point() else value
+        state[given] = value.float() if value.is_floating_point() else value
     state.update({alias: state[name] for alias, name in weights.aliases.items() if name in state})
     return state
 
