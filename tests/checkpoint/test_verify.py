@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import xtrain
 from tests import training
 from xtrain.checkpoint import layout
 from xtrain.errors import CheckpointError
+from xtrain.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 Ranks = Callable[..., list[Any]]
 
@@ -312,3 +314,29 @@ def test_a_tied_weight_for_a_model_whose_weights_are_not_tied(
     ranks: Ranks, tmp_path: Path, stage: int
 ) -> None:
     assert all(ranks(2, _untied, str(tmp_path), stage))
+
+
+def _wrapped(folder: str, before: int, after: int, bf16: bool) -> bool:
+    """torch's wrapper for activation checkpointing gives its module another name, and hides that in `state_dict`."""
+    engines = []
+    for stage, half in ((before, bf16), (after, False)):
+        model = training.build_model()
+        model.first, model.second = checkpoint_wrapper(model.first), checkpoint_wrapper(model.second)
+        settings = training.config(stage, bf16=half)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        engines.append(xtrain.initialize(model=model, config=settings)[0])
+    training.engine_step(engines[0], 0)
+    engines[0].save_checkpoint(folder)
+    engines[1].load_checkpoint(folder)
+    with xtrain.zero.GatheredParameters(engines[1].module):
+        loaded = [param.detach().float().clone() for param in engines[1].module.parameters()]
+    exported = get_fp32_state_dict_from_zero_checkpoint(folder)
+    assert exported.keys() == engines[1].module.state_dict().keys()
+    whole = xtrain.utils.safe_get_full_fp32_param
+    return all(map(torch.equal, loaded, (whole(param) for param in engines[0].module.parameters())))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (3, 3), (1, 3), (3, 1)])
+def test_wrapped_modules(ranks: Ranks, tmp_path: Path, before: int, after: int, bf16: bool) -> None:
+    assert all(ranks(2, _wrapped, str(tmp_path), before, after, bf16))

@@ -7,7 +7,10 @@ A checkpoint is the directory `save_dir/tag`:
   ZeRO stage 3 of weights, too), named `kind|parameter|start`, one-dimensional;
 - `state.pt`: counters, schedule, scalar optimizer state and the script's client state;
 - `rng-{r}-of-{n}.pt`: the rank's random-number states, named ones (Megatron's tracker) included;
-- `manifest.json`: written last; sizes and SHA-256 of all files, and which file holds which run.
+- `manifest.json`: written last; sizes and SHA-256 of all files, which file holds which run, further names of tied
+  weights, and names that hooks of the module's `state_dict` have changed.
+
+Beside the directories lie `latest`, which names the last one, and `zero_to_fp32.py`, which writes one as plain files.
 
 Where an mpu divides the model, each model-parallel rank has a part of its own: files are called
 `model-part-{p}-of-{m}.safetensors` and so on, and the manifest lists parameters and runs by part. Such a checkpoint

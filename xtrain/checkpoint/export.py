@@ -58,9 +58,10 @@ def get_fp32_state_dict_from_zero_checkpoint(
     stored = weights.names - weights.aliases.keys()
     for name in [*manifest["parameters"], *sorted(stored - manifest["parameters"].keys())]:
         frozen = name in manifest["parameters"] and not weights.has_master(name)
-        if name not in weights.names or (exclude_frozen_parameters and frozen):
+        given = weights.renamed.get(name, name)
+        if name not in weights.names or given in state or (exclude_frozen_parameters and frozen):
             continue
-        state[name] = weights.whole(name)
+        state[given] = weights.whole(name)
     # What safetensors files do not hold: sparse buffers.
     extra = read_torch(directory, manifest, layout.own_file(manifest, layout.STATE)).get("module_extra", {})
     state.update((name, value) for name, value in extra.items() if torch.is_tensor(value))

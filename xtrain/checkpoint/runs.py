@@ -113,6 +113,8 @@ class Weights:
     Attributes:
         names: of all weights and buffers, further names of tied ones included.
         aliases: further name of a tied weight -> the name it is stored under.
+        renamed: name of a parameter -> another that the module's `state_dict` gives it. A whole weight is stored under
+            the latter, runs under the former.
     """
 
     def __init__(self, runs: Runs, masters: Callable[[str], bool] = lambda name: False) -> None:
@@ -128,6 +130,7 @@ class Weights:
             alias: name for alias, name in aliases.items() if name in stored and alias not in stored
         }
         self.names = stored | self.aliases.keys()
+        self.renamed: dict[str, str] = manifest.get("renamed", {})
 
     def has_master(self, name: str) -> bool:
         """Whether there is a master of the parameter."""

@@ -6,7 +6,7 @@ What cannot be asked but by trying (the script's own scheduler, a module's extra
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,15 +102,12 @@ def verify(engine: XtrainEngine, directory: Path, wanted: Wanted) -> Staged:
     )
     states = _read_states(directory, manifest)
     runs = Runs(directory, manifest)
-    weights = Weights(runs, _masters_wanted(engine, manifest, wanted))
+    masters = _masters_wanted(engine, manifest, wanted)
+    weights = Weights(runs, masters)
     divided = {} if wanted.custom else divided_parameters(engine.module)
-    # Each of a tied weight's parts once; further names only where the model has them, too: it may be tied no longer.
+    tensors = {**_whole_tensors(engine.module, weights, divided, masters), **states.get("module_extra", {})}
+    # A tied weight once, whatever its names.
     pieces = {(divided[name].group, divided[name].member): name for name in weights.names & divided.keys()}
-    tensors = {name: weights.whole(name) for name in weights.names - divided.keys() - weights.aliases.keys()}
-    for alias in weights.aliases.keys() & (engine.module.state_dict().keys() - divided.keys()):
-        name = weights.aliases[alias]
-        tensors[alias] = tensors[name] if name in tensors else weights.whole(name)
-    tensors |= states.get("module_extra", {})
     staged = Staged(directory, weights, runs, states, tensors, sorted(pieces.values()))
     _check_shapes(engine, manifest, directory)
     if not wanted.custom:
@@ -125,6 +122,24 @@ def verify(engine: XtrainEngine, directory: Path, wanted: Wanted) -> Staged:
     if wanted.counters:
         staged.rng = _read_rng(engine, directory, manifest)
     return staged
+
+
+def _whole_tensors(
+    module: nn.Module, weights: Weights, divided: Collection[str], masters: Callable[[str], bool]
+) -> dict[str, torch.Tensor]:
+    """The weights and buffers that are not divided here, under the names of the module's `state_dict`."""
+    elsewhere = {weights.renamed.get(name, name) for name in divided}
+    names = weights.names - set(divided) - elsewhere - weights.aliases.keys() - weights.renamed.keys()
+    tensors = {name: weights.whole(name) for name in names}
+    for own, given in weights.renamed.items():
+        better = given not in weights.names or (masters(own) and weights.has_master(own))
+        if own not in divided and own in weights.names and better:
+            tensors[given] = weights.whole(own)
+    # Further names only where the model has them, too: it may be tied no longer.
+    for alias in weights.aliases.keys() & module.state_dict().keys() - set(divided):
+        name = weights.aliases[alias]
+        tensors[alias] = tensors[name] if name in tensors else weights.whole(name)
+    return tensors
 
 
 def read_torch(directory: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
@@ -176,6 +191,21 @@ def _check_shapes(engine: XtrainEngine, manifest: dict[str, Any], directory: Pat
             )
 
 
+def _entries(module: nn.Module) -> dict[str, Any]:
+    """What `load_state_dict` looks for: `state_dict` may be under other names, which hooks give and take back."""
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        own = {
+            **part._parameters,
+            **{n: b for n, b in part._buffers.items() if n not in part._non_persistent_buffers_set},
+        }
+        prefix = f"{path}." if path else ""
+        found.update({prefix + name: value for name, value in own.items() if value is not None})
+        if type(part).get_extra_state is not nn.Module.get_extra_state:
+            found[prefix + nn.modules.module._EXTRA_STATE_KEY_SUFFIX] = None
+    return found
+
+
 def _after_hooks(module: nn.Module, tensors: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The state dictionary as the module's own hooks rewrite it before it is loaded."""
     result = dict(tensors)
@@ -200,7 +230,7 @@ def prefixes_apart(module: nn.Module) -> set[str]:
 def _check_module(engine: XtrainEngine, staged: Staged, strict: bool) -> None:
     """Compare names and shapes of what is saved with the module's."""
     module, directory = engine.module, staged.directory
-    state = module.state_dict(keep_vars=True)
+    state = _entries(module)
     saved = _after_hooks(module, staged.tensors, directory)
     known = {*saved, *staged.pieces}
     if state and not strict and not known & state.keys():

@@ -94,8 +94,9 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
 
 def _module_tensors(
     engine: XtrainEngine, exclude_frozen: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Weights and buffers that are whole on this rank, and for further names of one the name it is stored under."""
+) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, str]]:
+    """Weights and buffers that are whole on this rank; for further names of one the name it is stored under; and for
+    parameters that the module's `state_dict` gives another name than their own, that name."""
     named = dict(engine.module.named_parameters(remove_duplicate=False))
     first_names = {param: name for name, param in reversed(named.items())}
     frozen = {name for name, p in named.items() if not p.requires_grad} if exclude_frozen else set()
@@ -103,8 +104,10 @@ def _module_tensors(
     aliases = {name: first for name in divided if (first := first_names[named[name]]) != name}
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, torch.Size, Any], str] = {}
-    for name, value in engine.module.state_dict().items():
-        if not (torch.is_tensor(value) and storable(value)) or name in frozen or name in divided:
+    state = engine.module.state_dict(keep_vars=True)
+    elsewhere = {id(named[name]) for name in (*frozen, *divided)}
+    for name, value in state.items():
+        if not (torch.is_tensor(value) and storable(value)) or id(value) in elsewhere:
             continue
         key = (value.data_ptr(), value.shape, value.stride())
         if value.numel() and key in seen:
@@ -112,7 +115,9 @@ def _module_tensors(
             continue
         seen[key] = name
         tensors[name] = value.detach().cpu().contiguous().clone()
-    return tensors, aliases
+    given = {id(value): name for name, value in reversed(state.items())}
+    renamed = {n: given[id(p)] for n, p in named.items() if n not in state and id(p) in given}
+    return tensors, aliases, renamed
 
 
 _NAMES = {
@@ -133,11 +138,12 @@ def _write_part(
     index: dict[str, list[list[Any]]] = {}
     parameters: dict[str, Any] = {}
     aliases: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     if engine.grid.rank == 0:
         weights, state = (
             layout.part_of(name, model.rank, model.size) for name in (layout.MODEL, layout.STATE)
         )
-        tensors, aliases = _module_tensors(engine, exclude_frozen)
+        tensors, aliases, renamed = _module_tensors(engine, exclude_frozen)
         _save_tensors(tensors, directory / weights)
         safe_save(_state(engine, client_state), directory / state, _NAMES)
         written += [weights, state]
@@ -169,7 +175,8 @@ def _write_part(
         with (directory / name).open("rb") as file:
             os.fsync(file.fileno())
         files[name] = {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)}
-    return {"files": files, "part": model.rank, "parameters": parameters, "aliases": aliases, "runs": index}
+    described = {"parameters": parameters, "aliases": aliases, "renamed": renamed}
+    return {"files": files, "part": model.rank, "runs": index, **described}
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -178,17 +185,19 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _merge(parts: list[dict[str, Any]], number: int) -> dict[str, Any]:
-    """`parameters`, `aliases` and `runs` of one model-parallel rank, from what the ranks have written."""
+    """`parameters`, `aliases`, `renamed` and `runs` of one model-parallel rank, from what the ranks have written."""
     parameters: dict[str, Any] = {}
     aliases: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     runs: dict[str, list[list[Any]]] = {}
     for part in parts:
         if part["part"] == number:
             parameters.update(part["parameters"])
             aliases.update(part["aliases"])
+            renamed.update(part["renamed"])
             for parameter, entries in part["runs"].items():
                 runs.setdefault(parameter, []).extend(entries)
-    return {"parameters": parameters, "aliases": aliases, "runs": runs}
+    return {"parameters": parameters, "aliases": aliases, "renamed": renamed, "runs": runs}
 
 
 def _publish(
@@ -209,7 +218,7 @@ def _publish(
     if model.size > 1:
         manifest["model_parallel"] = {"tensor": model.tensor, "pipeline": model.pipeline}
         manifest["parts"] = [_merge(parts, number) for number in range(model.size)]
-        manifest.update(parameters={}, aliases={}, runs={})  # they stand in the parts
+        manifest.update(parameters={}, aliases={}, renamed={}, runs={})  # they stand in the parts
     write_text(temporary / layout.MANIFEST, json.dumps(manifest, indent=1))
     sync_directory(temporary)
     # rename cannot replace a folder that has files: the old one steps aside first.
