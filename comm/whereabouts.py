@@ -10,6 +10,7 @@ import itertools
 import json
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ class Whereabouts:
         self._begun: Counter[str] = Counter()
         self._waits: dict[int, tuple[float, Callable[[], str]]] = {}
         self._numbers = itertools.count()
+        self._told = -1
         self._thread: threading.Thread | None = None
 
     def begin(self, group: Any) -> Place:
@@ -51,7 +53,10 @@ class Whereabouts:
     def enter(self, what: Callable[[], str]) -> int:
         """This rank begins to wait; `what` says for what. Returns what `leave` takes."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="xtrain-whereabouts", daemon=True)
+            # It must not keep the store of a group that has been destroyed, nor outlive it.
+            self._thread = threading.Thread(
+                target=_watch, args=(weakref.ref(self),), name="xtrain-whereabouts", daemon=True
+            )
             self._thread.start()
         number = next(self._numbers)
         self._waits[number] = time.monotonic(), what
@@ -61,16 +66,14 @@ class Whereabouts:
         """It waits no more."""
         del self._waits[number]
 
-    def _run(self) -> None:
-        told = -1
-        while True:
-            time.sleep(_LONG / 2)
-            now = time.monotonic()
-            for number, (since, what) in list(self._waits.items()):
-                if now - since > _LONG and number > told:
-                    told = number
-                    with suppress(RuntimeError):  # the store has gone with rank 0: nobody asks any more
-                        self._tell(what())
+    def tell_if_long(self) -> None:
+        """Write down where this rank is, if it has waited long."""
+        now = time.monotonic()
+        for number, (since, what) in list(self._waits.items()):
+            if now - since > _LONG and number > self._told:
+                self._told = number
+                with suppress(RuntimeError):  # the store has gone with rank 0: nobody asks any more
+                    self._tell(what())
 
     def _tell(self, where: str) -> None:
         self._store.set(f"at {self._rank}", json.dumps({"begun": self._begun, "where": where}))
@@ -98,3 +101,12 @@ class Whereabouts:
             return {}, ""
         about = json.loads(self._store.get(f"at {rank}"))
         return about["begun"], about["where"]
+
+
+def _watch(reference: weakref.ref[Whereabouts]) -> None:
+    while True:
+        time.sleep(_LONG / 2)
+        if (whereabouts := reference()) is None:
+            return
+        whereabouts.tell_if_long()
+        del whereabouts
