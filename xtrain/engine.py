@@ -249,12 +249,12 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
         gatherer = self.partition.gatherer
         running = nullcontext() if gatherer is None or gatherer.hooks is None else gatherer.hooks.forward()
         autocast = autocast_region(self.xtrain_config.values.torch_autocast, self.device.type)
-        if self.optimizer is None:
-            with self.instruments.forward(), aligned, running, autocast:
-                return self.module(*inputs, **kwargs)
-        self._reducer.come_last()
+        if self.optimizer is not None:
+            self._reducer.come_last()
         with self.instruments.forward(), aligned, running, autocast:
             outputs = self.module(*inputs, **kwargs)
+        if self.optimizer is None:
+            return outputs
         return direct_backward.divide_gradients(outputs, self.batch_sizes.accumulation)
 
     def _place(self) -> tuple[int, int]:

@@ -134,6 +134,17 @@ def ids_of(rank: int, step: int) -> torch.Tensor:
     return torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(100 * step + rank))
 
 
+def three_steps(engine: Any) -> list[float]:
+    """The losses of three steps on this rank's ids."""
+    losses = []
+    for step in range(3):
+        loss = engine(ids_of(engine.global_rank, step))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
 def _train(kind: str, stage: int, own_backward: bool = False, **more: Any) -> list[float]:
     model = Model(kind)
     engine = engine_of(model, stage, **more)
@@ -350,13 +361,7 @@ def _exceptions() -> list[float]:
         engine.backward(loss)
     hidden.remove()
     assert _live(model, engine) == 0
-    losses = []
-    for step in range(3):
-        loss = engine(ids_of(engine.global_rank, step))
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
+    return three_steps(engine)
 
 
 def _boom(*_: Any) -> None:

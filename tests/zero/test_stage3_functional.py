@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import xtrain
-from tests.zero.test_stage3 import Model, engine_of, ids_of
+from tests.zero.test_stage3 import Model, engine_of, three_steps
 from tests.zero.test_stage3_corners import WIDTH, _build, _engine, _inputs, _train_and_compare
 from xtrain.errors import ConfigError
 from xtrain.zero import GatheredParameters
@@ -29,13 +29,7 @@ def _compiled(kind: str, what: str, stage: int) -> list[float]:
         for number, block in enumerate(model.blocks):
             model.blocks[number] = torch.compile(block, backend="aot_eager")
     engine = engine_of(model, stage)
-    losses = []
-    for step in range(3):
-        loss = engine(ids_of(engine.global_rank, step))
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
+    return three_steps(engine)
 
 
 @pytest.mark.parametrize("kind", ["tied", "frozen", "shared", "outside", "inside", "functional", "direct"])

@@ -135,13 +135,25 @@ class FlatGroup:
         A one-dimensional view; None when this rank has none of them, or there are no masters.
         """
         found = self.piece_of(member)
-        if found is None:
+        if found is None or (master := found[2]) is None:
             return None
-        piece, bucket, master = found
-        if master is None:
+        return of(master).view(-1) if self.by_parameter else self.in_slice(member, lambda _: of(master))
+
+    def in_slice(self, member: int, of: Callable[[Bucket], torch.Tensor]) -> torch.Tensor | None:
+        """This rank's elements of a parameter in what `of(its bucket)` returns: laid out like its slice of that.
+
+        A view; None when this rank has none of them.
+        """
+        if (found := self.piece_of(member)) is None:
             return None
-        first = 0 if self.by_parameter else piece.shard_start - bucket.start // self.layout.partitions
-        return of(master).view(-1)[first : first + piece.stop - piece.start]
+        piece, bucket, _ = found
+        first = piece.shard_start - bucket.start // self.layout.partitions
+        return of(bucket)[first : first + piece.stop - piece.start]
+
+    def own_piece(self, member: int) -> torch.Tensor:
+        """What this rank owns of a parameter, which may be nothing: a one-dimensional view."""
+        mine = self.in_slice(member, self.slice_of)
+        return torch.empty(0, dtype=self.dtype, device=self.device) if mine is None else mine
 
     def weights_of(self, number: int) -> torch.Tensor:
         """What master `number` is rounded into: a view of the parameters in the master's shape."""
@@ -166,14 +178,7 @@ class FlatGroup:
 
     def show_pieces(self) -> None:
         """Give every parameter DeepSpeed's attribute `ds_tensor`: what this rank owns of it, which may be nothing."""
-        shown = {}
-        for member in range(len(self.members)):
-            mine = torch.empty(0, dtype=self.dtype, device=self.device)
-            if (found := self.piece_of(member)) is not None:
-                piece, bucket, _ = found
-                first = piece.shard_start - bucket.start // self.layout.partitions
-                mine = self.slice_of(bucket)[first : first + piece.stop - piece.start]
-            shown[member] = mine
+        shown = {member: self.own_piece(member) for member in range(len(self.members))}
         for member, mine in shown.items():
             self.members[member].ds_tensor = mine.detach()  # type: ignore[attr-defined]
         self._shown = shown  # stay where they are, whatever a script makes of the others

@@ -159,9 +159,8 @@ class UnitHome(Home):
 
     def store(self, whole: torch.Tensor) -> None:
         if self.unit.users == 0:
-            self.unit.release(
-                self.gatherer.order
-            )  # what is being gathered ahead would arrive with the old value
+            # What is being gathered ahead would arrive with the old value.
+            self.unit.release(self.gatherer.order)
         self.group.store(self.member, whole)
 
 

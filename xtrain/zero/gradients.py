@@ -119,11 +119,7 @@ class Gradients(ABC):
 
     def piece(self, member: int) -> torch.Tensor | None:
         """This rank's elements of one parameter's gradient, a one-dimensional view; None when it has none."""
-        if (found := self.group.piece_of(member)) is None:
-            return None
-        piece, bucket, _ = found
-        first = piece.shard_start - bucket.start // self.group.layout.partitions
-        return self.owned(bucket)[first : first + piece.stop - piece.start]
+        return self.group.in_slice(member, self.owned)
 
     def of_masters(self) -> list[torch.Tensor]:
         """The gradient of each of the group's masters, in its shape."""

@@ -245,7 +245,7 @@ class ShardedGroup(FlatGroup):
         """Copies of some parameters' whole data. Collective; moves hardly more than these parameters."""
         widths = self._widths(members)
         holders = [rank for rank, width in enumerate(widths) if width]
-        pieces = [self._own_piece(member) for member in members]
+        pieces = [self.own_piece(member).to(self.device) for member in members]
         mine = torch.cat([torch.empty(0, dtype=self.dtype, device=self.device), *pieces])
         if len(holders) < 2:
             rows = {
@@ -262,13 +262,6 @@ class ShardedGroup(FlatGroup):
             comm.SliceGather(gathered.view(-1), gathered[self.partition], process_group).wait()
             rows = dict(enumerate(gathered.unbind()))
         return self._assemble(members, rows)
-
-    def _own_piece(self, member: int) -> torch.Tensor:
-        if (found := self.piece_of(member)) is None:
-            return torch.empty(0, dtype=self.dtype, device=self.device)
-        piece, bucket, _ = found
-        first = piece.shard_start - bucket.start // self.layout.partitions
-        return self.slice_of(bucket)[first : first + piece.stop - piece.start].to(self.device)
 
     def _assemble(self, members: Sequence[int], rows: dict[int, torch.Tensor]) -> list[torch.Tensor]:
         """Whole parameters from what each rank has of them, one after the other."""
