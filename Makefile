@@ -48,7 +48,7 @@ parity: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt ninja py-cpuinfo psutil
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[deepspeed]'
 	$(BIN)/python -m tests.parity.record $(if $(RECORD),,--check)
-	$(BIN)/python -m tests.compat.record $(if $(RECORD),,--check)
+	$(BIN)/python -m tests.deepspeed_api.record $(if $(RECORD),,--check)
 
 # Trains glm_tiny about 80 times (half an hour) and writes the tables of docs/alignment.md; runs are kept in $(RUNS)/detection.
 detection: $(STAMP)
@@ -60,7 +60,7 @@ align-reference: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m xtrain.config.document docs/config.md
-	$(BIN)/python -m tests.compat.document docs/compat.md
+	$(BIN)/python -m tests.deepspeed_api.document docs/compat.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from xtrain.base.files import write_text
 from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, OnlyNative, Section
 from xtrain.config.schema import Config
-from xtrain.files import write_text
 
 _HEAD = """# Configuration keys
 
