@@ -14,8 +14,8 @@ import xtrain
 from tests import training
 from tests.engine.test_corners import Weight, _engine
 from xtrain.base.errors import CheckpointError, ConfigError, NotImplementedYetError
-from xtrain.deepspeed_api.engine_settings import Settings
-from xtrain.engine.engine import XtrainEngine
+from xtrain.deepspeed_api.engine_settings import EngineSettings
+from xtrain.runtime.engine import XtrainEngine
 
 INTERNAL = {
     # How DeepSpeed reduces gradients, sparse ones included.
@@ -71,7 +71,7 @@ def _answers() -> dict[str, Any]:
     )
     engine = xtrain.initialize(model=training.build_model(), config=settings)[0]
     answers: dict[str, Any] = {}
-    for name, getter in vars(Settings).items():
+    for name, getter in vars(EngineSettings).items():
         if callable(getter) and not name.startswith("_"):
             answers[name] = getattr(engine, name)()
     for name in ("get_mom", "get_type", "optimizer_name", "get_data_parallel_rank", "get_model_parallel_rank",

@@ -135,4 +135,4 @@ def register_external(module: nn.Module, param: nn.Parameter) -> None:
         sys.modules["deepspeed"].zero.register_external_parameter(module, param)
 
 
-foreign.register("deepspeed", sys.modules[__name__])  # type: ignore[arg-type]  # a module is the engine
+foreign.register("deepspeed", sys.modules[__name__])

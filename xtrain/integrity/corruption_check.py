@@ -93,8 +93,8 @@ class SdcCheck:
 
     def _own(self, state: TrainState) -> Iterator[tuple[str, torch.Tensor]]:
         """What nobody else has: this rank's slices of parameters, of masters and of optimizer states."""
-        for group in state.partition.sharded:
-            yield from _pieces(group, "parameter", group.shard)
+        for sharded in state.partition.sharded:
+            yield from _pieces(sharded, "parameter", sharded.shard)
         if state.optimizer is None:
             return
         for group in state.partition.trained:

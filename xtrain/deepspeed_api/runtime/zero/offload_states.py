@@ -10,7 +10,7 @@ from xtrain.base.errors import ConfigError
 from xtrain.zero.state_memory import OffloadStateTypeEnum
 
 if TYPE_CHECKING:
-    from xtrain.engine.engine import XtrainEngine
+    from xtrain.runtime.engine import XtrainEngine
 
 
 def get_state_devices(model: XtrainEngine, state: OffloadStateTypeEnum) -> set[torch.device]:
