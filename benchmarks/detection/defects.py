@@ -167,7 +167,7 @@ def stale_after_gather(name: str) -> Change:
             param = t.engine.module.get_parameter(name)
             owner = owner_of(param)
             assert owner is not None
-            if owner.group.piece_of(owner.member) is None:
+            if owner.group.master_of(owner.member) is None:
                 param.data.copy_(kept[0])
 
         t.before_update.append(before)

@@ -95,8 +95,8 @@ _PUBLIC = """## Configurations of other projects
 What `load_config` does with each DeepSpeed configuration in these repositories, counted by
 [tests/deepspeed_api/public_configs.py](../tests/deepspeed_api/public_configs.py) from clones of the commits named; it
 says what counts as a configuration, and how templates and OpenRLHF's Python are read. "Ignored keys": of those
-accepted, how many have keys that neither DeepSpeed nor xtrain reads, and get a warning. Each of the others asks for a feature that is
-not there yet, and the error names it.
+accepted, how many have keys that neither DeepSpeed nor xtrain reads, and get a warning. Each of the others asks for a
+feature that is not there yet, and the error names it.
 """
 
 

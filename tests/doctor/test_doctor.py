@@ -16,7 +16,7 @@ import torch
 from tests.comm.test_mpi import MPIEXEC, needs_mpi
 from xtrain import cli
 from xtrain.doctor import probes, report
-from xtrain.doctor.watch import Outcome
+from xtrain.doctor.follow import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,8 @@ from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.parallel import ModelParallel, ProcessGrid, grid_from_mpu
 from xtrain.parallel.grid import counted_once
 from xtrain.utils import groups
-from xtrain.zero.holdings import counted_parts
 from xtrain.zero.layout import cut
+from xtrain.zero.param_fragments import counted_parts
 
 _KINDS = (
     "data_parallel", "model_parallel", "tensor_model_parallel", "pipeline_model_parallel", "sequence_parallel",

@@ -15,7 +15,7 @@ from xtrain.base.errors import CheckpointError, ConfigError, NotImplementedYetEr
 from xtrain.base.files import atomic_path, write_text
 from xtrain.base.log import logger
 from xtrain.checkpoint import contents
-from xtrain.checkpoint.runs import Runs, Weights
+from xtrain.checkpoint.fragments import Fragments, Weights
 from xtrain.checkpoint.verify import read_torch
 from xtrain.zero.buffers import storable, stored_bytes
 
@@ -52,7 +52,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
         )
     directory = Path(checkpoint_dir) / found
     manifest = contents.select_part(contents.read_manifest(directory), directory, 0, tensor=1, pipeline=1)
-    weights = Weights(Runs(directory, manifest), masters=lambda _: True)
+    weights = Weights(Fragments(directory, manifest), masters=lambda _: True)
     state: dict[str, torch.Tensor] = {}
     # The order of the parameters, which loading does not need and people like; then buffers, then further names.
     stored = weights.names - weights.aliases.keys()

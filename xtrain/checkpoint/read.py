@@ -14,13 +14,13 @@ from xtrain.base.errors import CheckpointError, ConfigError
 from xtrain.base.files import sha256
 from xtrain.base.log import log_dist, logger
 from xtrain.checkpoint import contents
+from xtrain.checkpoint.fragments import Fragments
 from xtrain.checkpoint.loads import Load, Loads
-from xtrain.checkpoint.runs import Runs
 from xtrain.checkpoint.verify import Staged, Wanted, prefixes_apart, refuse_names, verify
 from xtrain.zero.buffers import make_room
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.train_state import TrainState
-from xtrain.zero.weights import custom_load, divided_parameters
+from xtrain.zero.weights import custom_load, sharded_parameters
 
 NOTHING = ("nothing", "nothing")
 
@@ -62,7 +62,7 @@ def load(
     custom_load_fn: Callable[..., None] | None,
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Load `load_dir/tag` (None: what `latest` names); see XtrainEngine.load_checkpoint."""
-    gathers = custom_load_fn is not None and bool(divided_parameters(train_state.module))
+    gathers = custom_load_fn is not None and bool(sharded_parameters(train_state.module))
     call = loads.begin(wait=gathers)
     if gathers and not call.agreed:
         raise CheckpointError(
@@ -119,14 +119,14 @@ def _apply(
 
 def _load_module(train_state: TrainState, staged: Staged, strict: bool) -> None:
     """Load weights, buffers, and entries of the state dictionary that are not tensors."""
-    divided = divided_parameters(train_state.module)
+    sharded = sharded_parameters(train_state.module)
     for name in staged.pieces:
-        staged.weights.load_piece(name, divided[name].group, divided[name].member)
+        staged.weights.load_piece(name, sharded[name].group, sharded[name].member)
     make_room(train_state.module, staged.tensors)
     missing, unexpected = train_state.module.load_state_dict(staged.tensors, strict=False)
     if strict:  # names have been compared, but for those of modules that load themselves
         apart = tuple(prefixes_apart(train_state.module))
-        missing = [name for name in missing if name.startswith(apart) and name not in divided]
+        missing = [name for name in missing if name.startswith(apart) and name not in sharded]
         refuse_names(staged.directory, missing, [name for name in unexpected if name.startswith(apart)])
 
 
@@ -160,7 +160,7 @@ def _load_optimizer(train_state: TrainState, staged: Staged) -> None:
 def _load_group(
     group: FlatGroup,
     optimizer: torch.optim.Optimizer,
-    runs: Runs,
+    runs: Fragments,
     kinds: list[str],
     others: list[dict[str, Any]],
     restore_masters: bool,
@@ -177,14 +177,9 @@ def _load_group(
         if kind == contents.MASTER and not restore_masters:
             continue
         shard = torch.zeros(elements, dtype=group.masters[0].dtype)  # padding stays zero
-        for piece in group.layout.pieces(group.partition):
-            length = piece.stop - piece.start
-            runs.fill(
-                shard[piece.shard_start : piece.shard_start + length],
-                kind,
-                group.names[piece.member],
-                piece.start,
-            )
+        for member, name in enumerate(group.names):
+            if (mine := group.in_shard(member, shard)) is not None:
+                runs.fill(mine, kind, name, group.own_range(member).start)
         for master, values in zip(group.masters, group.split(shard), strict=True):
             if kind == contents.MASTER:
                 master.data.copy_(values)

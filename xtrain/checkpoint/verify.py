@@ -18,14 +18,14 @@ from torch import nn
 from xtrain.base.errors import CheckpointError
 from xtrain.base.log import log_dist
 from xtrain.checkpoint import contents
+from xtrain.checkpoint.fragments import Fragments, Weights
 from xtrain.checkpoint.optimizer_states import others_of_masters
-from xtrain.checkpoint.runs import Runs, Weights
 from xtrain.checkpoint.safe import safe_load
 from xtrain.zero.buffers import is_dense
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.home import full_shape, home_of
 from xtrain.zero.train_state import TrainState
-from xtrain.zero.weights import divided_parameters
+from xtrain.zero.weights import sharded_parameters
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Staged:
 
     directory: Path
     weights: Weights
-    runs: Runs
+    runs: Fragments
     states: dict[str, Any]
     tensors: dict[str, Any]
     pieces: list[str]
@@ -99,22 +99,22 @@ def verify(train_state: TrainState, directory: Path, wanted: Wanted) -> Staged:
         contents.read_manifest(directory), directory, model.rank, model.tensor, model.pipeline
     )
     states = _read_states(directory, manifest)
-    runs = Runs(directory, manifest)
+    runs = Fragments(directory, manifest)
     masters = _masters_wanted(train_state, manifest, wanted)
     weights = Weights(runs, masters)
-    divided = {} if wanted.custom else divided_parameters(train_state.module)
+    sharded = {} if wanted.custom else sharded_parameters(train_state.module)
     tensors = {
-        **_whole_tensors(train_state.module, weights, divided, masters),
+        **_whole_tensors(train_state.module, weights, sharded, masters),
         **states.get("module_extra", {}),
     }
     # A tied weight once, whatever its names.
-    pieces = {(divided[name].group, divided[name].member): name for name in weights.names & divided.keys()}
+    pieces = {(sharded[name].group, sharded[name].member): name for name in weights.names & sharded.keys()}
     staged = Staged(directory, weights, runs, states, tensors, sorted(pieces.values()))
     _check_shapes(train_state, manifest, directory)
     if not wanted.custom:
         _check_module(train_state, staged, wanted.strict)
         for name in staged.pieces:
-            weights.check_piece(name, divided[name].group, divided[name].member)
+            weights.check_piece(name, sharded[name].group, sharded[name].member)
         _try_extra_states(train_state.module, staged)
     if train_state.optimizer is not None and wanted.optimizer:
         _check_optimizer(train_state, staged)
@@ -126,18 +126,18 @@ def verify(train_state: TrainState, directory: Path, wanted: Wanted) -> Staged:
 
 
 def _whole_tensors(
-    module: nn.Module, weights: Weights, divided: Collection[str], masters: Callable[[str], bool]
+    module: nn.Module, weights: Weights, sharded: Collection[str], masters: Callable[[str], bool]
 ) -> dict[str, torch.Tensor]:
     """The weights and buffers that are not divided here, under the names of the module's `state_dict`."""
-    elsewhere = {weights.renamed.get(name, name) for name in divided}
-    names = weights.names - set(divided) - elsewhere - weights.aliases.keys() - weights.renamed.keys()
+    elsewhere = {weights.renamed.get(name, name) for name in sharded}
+    names = weights.names - set(sharded) - elsewhere - weights.aliases.keys() - weights.renamed.keys()
     tensors = {name: weights.whole(name) for name in names}
     for own, given in weights.renamed.items():
         better = given not in weights.names or (masters(own) and weights.has_master(own))
-        if own not in divided and own in weights.names and better:
+        if own not in sharded and own in weights.names and better:
             tensors[given] = weights.whole(own)
     # Further names only where the model has them, too: it may be tied no longer.
-    for alias in weights.aliases.keys() & module.state_dict().keys() - set(divided):
+    for alias in weights.aliases.keys() & module.state_dict().keys() - set(sharded):
         name = weights.aliases[alias]
         tensors[alias] = tensors[name] if name in tensors else weights.whole(name)
     return tensors
@@ -372,8 +372,9 @@ def _check_group(group: FlatGroup, staged: Staged, saved: dict[str, Any]) -> lis
     for kind in kinds:
         for name, shape in zip(group.names, group.shapes, strict=True):
             runs.check_listed(kind, name, shape.numel())
-        for piece in group.layout.pieces(group.partition):
-            runs.check(kind, group.names[piece.member], piece.start, piece.stop)
+        for member, name in enumerate(group.names):
+            if (own := group.own_range(member)).stop > own.start:
+                runs.check(kind, name, own.start, own.stop)
     return list(kinds)
 
 

@@ -24,7 +24,7 @@ from xtrain.zero.buffers import storable
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.home import full_shape
 from xtrain.zero.train_state import TrainState
-from xtrain.zero.weights import divided_parameters
+from xtrain.zero.weights import sharded_parameters
 
 
 def _owned_states(
@@ -35,13 +35,12 @@ def _owned_states(
     index: dict[str, list[list[Any]]] = {}
 
     def add(group: FlatGroup, kind: str, shard: torch.Tensor) -> None:
-        for piece in group.layout.pieces(group.partition):
-            name, length = group.names[piece.member], piece.stop - piece.start
-            if exclude_frozen and not group.members[piece.member].requires_grad:
+        for member, name in enumerate(group.names):
+            mine, own = group.in_shard(member, shard), group.own_range(member)
+            if mine is None or (exclude_frozen and not group.members[member].requires_grad):
                 continue
-            run = shard[piece.shard_start : piece.shard_start + length]
-            tensors[contents.run_key(kind, name, piece.start)] = run.detach().cpu().clone()
-            index.setdefault(name, []).append([kind, piece.start, piece.stop])
+            tensors[contents.run_key(kind, name, own.start)] = mine.detach().cpu().clone()
+            index.setdefault(name, []).append([kind, own.start, own.stop])
 
     for group in train_state.optimizer.groups if train_state.optimizer is not None else ():
         assert train_state.optimizer is not None
@@ -99,12 +98,12 @@ def _module_tensors(
     named = dict(train_state.module.named_parameters(remove_duplicate=False))
     first_names = {param: name for name, param in reversed(named.items())}
     frozen = {name for name, p in named.items() if not p.requires_grad} if exclude_frozen else set()
-    divided = divided_parameters(train_state.module).keys() - frozen
-    aliases = {name: first for name in divided if (first := first_names[named[name]]) != name}
+    sharded = sharded_parameters(train_state.module).keys() - frozen
+    aliases = {name: first for name in sharded if (first := first_names[named[name]]) != name}
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, torch.Size, Any], str] = {}
     state = train_state.module.state_dict(keep_vars=True)
-    elsewhere = {id(named[name]) for name in (*frozen, *divided)}
+    elsewhere = {id(named[name]) for name in (*frozen, *sharded)}
     for name, value in state.items():
         if not (torch.is_tensor(value) and storable(value)) or id(value) in elsewhere:
             continue

@@ -115,14 +115,14 @@ def zero_init(config: XtrainConfig, call: dict[str, Any]) -> Any:
     return deepspeed_for(backend).zero.Init(config_dict_or_path=config_for_deepspeed(config), **theirs)
 
 
-def _divided_there(param: nn.Parameter) -> bool:
+def _sharded_there(param: nn.Parameter) -> bool:
     """Whether DeepSpeed's stage 3 has divided it; ours gives the same attributes, with a status of its own class."""
     return hasattr(param, "ds_tensor") and not isinstance(getattr(param, "ds_status", None), ZeroParamStatus)
 
 
 def gathered(params: list[Any], modifier_rank: int | None, fwd_module: nn.Module | None) -> Any:
     """DeepSpeed's GatheredParameters for those of `params` that its ZeRO stage 3 has divided."""
-    theirs = [param for param in params if _divided_there(param)]
+    theirs = [param for param in params if _sharded_there(param)]
     if not theirs:
         return nullcontext()
     deepspeed = sys.modules["deepspeed"]  # it has made them
@@ -131,7 +131,7 @@ def gathered(params: list[Any], modifier_rank: int | None, fwd_module: nn.Module
 
 def register_external(module: nn.Module, param: nn.Parameter) -> None:
     """Tell DeepSpeed too, of a parameter that its ZeRO stage 3 has divided."""
-    if _divided_there(param):
+    if _sharded_there(param):
         sys.modules["deepspeed"].zero.register_external_parameter(module, param)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Diary:
+class EventLog:
     """Written by one process; every line is in the file when the call returns."""
 
     def __init__(self, path: Path) -> None:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from xtrain.doctor.event_log import Diary
+from xtrain.doctor.event_log import EventLog
 from xtrain.doctor.ranks import sentence
 
 SKIP_VARIABLE = "XTRAIN_DOCTOR_SKIP"
@@ -143,23 +143,23 @@ def main(arguments: list[str]) -> int:
     from xtrain.launch.processes import die_with_parent
 
     die_with_parent()
-    diary = Diary(Path(arguments[0]))
-    diary.write("versions", answer=versions())
-    diary.write("host", answer=host())
+    log = EventLog(Path(arguments[0]))
+    log.write("versions", answer=versions())
+    log.write("host", answer=host())
     from xtrain.backends import registry
     from xtrain.comm import libraries
 
     silent = os.environ.get(SKIP_VARIABLE, "").split(",")
     for name in registry.names():
         if name not in silent:
-            with diary.doing(f"backend {name}"):
-                diary.write("backend", answer=backend(name))
+            with log.doing(f"backend {name}"):
+                log.write("backend", answer=backend(name))
     for name in libraries.names():
-        with diary.doing(f"library {name}"):
-            diary.write("library", answer=library(name))
-    with diary.doing("the choice of a backend"):
-        diary.write("selected", answer=selected(arguments[1] if len(arguments) > 1 else None))
-    diary.write("done")
+        with log.doing(f"library {name}"):
+            log.write("library", answer=library(name))
+    with log.doing("the choice of a backend"):
+        log.write("selected", answer=selected(arguments[1] if len(arguments) > 1 else None))
+    log.write("done")
     return 0
 
 

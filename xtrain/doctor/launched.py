@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.base.errors import XtrainError
-from xtrain.doctor import event_log as diary
-from xtrain.doctor import local, ranks, report
-from xtrain.doctor.watch import Outcome
+from xtrain.doctor import event_log, local, ranks, report
+from xtrain.doctor.follow import Outcome
 
 _SIGNS = (
     "RANK", "WORLD_SIZE", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_STEP_ID",
@@ -33,7 +32,7 @@ def is_one_of_several() -> bool:
 
 
 class _Watchdog:
-    """Ends this process when its diary stands still: a library that hangs cannot be interrupted from Python."""
+    """Ends this process when its log stands still: a library that hangs cannot be interrupted from Python."""
 
     def __init__(self, file: Path, patience: float, give_up: Callable[[str], None]) -> None:
         self._file, self._patience, self._give_up = file, patience, give_up
@@ -47,7 +46,7 @@ class _Watchdog:
             if written != size:
                 size, moved = written, time.monotonic()
             elif time.monotonic() - moved > self._patience:
-                what = diary.doing(diary.read(self._file))
+                what = event_log.doing(event_log.read(self._file))
                 self._give_up(f"hangs: nothing has happened for {self._patience:g} s in {what}")
                 os._exit(1)
 
@@ -72,7 +71,7 @@ def examine(
         folder = Path(name)
         found = local.inventory(asked, patience, folder) if place.rank == 0 else None
         file = folder / "rank.jsonl"
-        book = diary.Diary(file)
+        book = event_log.EventLog(file)
         book.write("started", pid=os.getpid())
         backend_name, library, trouble = _choice(asked, wanted)
 
@@ -86,21 +85,21 @@ def examine(
 
         def give_up(why: str) -> None:
             if found is not None:
-                show(finished(Outcome([diary.read(file)], f"rank 0 {why}")))
+                show(finished(Outcome([event_log.read(file)], f"rank 0 {why}")))
             else:
                 print(f"xtrain: doctor, rank {place.rank}: {why}", file=sys.stderr, flush=True)
 
         # The other ranks wait for rank 0, which asks every backend first; it is the one to speak.
         waiting = patience if place.rank == 0 else 2 * patience + 30
         watchdog = _Watchdog(file, waiting, give_up)
-        lines = [diary.read(file)]
+        lines = [event_log.read(file)]
         if trouble is None and backend_name is not None and library is not None:
             try:
                 ranks.probe(ranks.Spec(backend_name, library, not quick, patience), book)
-                lines = _gathered(diary.read(file))
+                lines = _gathered(event_log.read(file))
             except Exception as error:  # a driver's or a library's
                 trouble = f"rank {place.rank}: {ranks.sentence(error)}"
-                lines = [diary.read(file)]
+                lines = [event_log.read(file)]
         watchdog.stop()
         return finished(Outcome(lines, trouble)) if found is not None else None
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.base.errors import BackendError
-from xtrain.doctor import event_log as diary
-from xtrain.doctor import report, watch
+from xtrain.doctor import event_log, follow, report
 from xtrain.doctor.ranks import Spec
 
 Tell = Callable[[str], None]
@@ -27,12 +26,12 @@ def inventory(asked: str | None, patience: float, folder: Path) -> dict[str, Any
     while True:
         file = folder / f"inventory{len(silent)}.jsonl"
         skip = {"XTRAIN_DOCTOR_SKIP": ",".join(silent)}
-        started = watch.start_inventory(file, asked, skip, folder / f"inventory{len(silent)}.log")
+        started = follow.start_inventory(file, asked, skip, folder / f"inventory{len(silent)}.log")
         outcome = started.follow(patience)
         lines = outcome.lines[0]
         if outcome.trouble is None:
             return _collected(lines, silent)
-        what = diary.doing(lines)
+        what = event_log.doing(lines)
         name = what.removeprefix("backend ")
         if not what.startswith("backend ") or name in silent:
             raise BackendError(f"the machine cannot be examined: {what}: {outcome.trouble}")
@@ -106,9 +105,9 @@ def examine(
             place = folder / f"{backend['name']}-{library['name']}"
             begun = time.monotonic()
             try:
-                outcome = watch.start_ranks(spec, ranks, library["started_by"], place).follow(patience)
+                outcome = follow.start_ranks(spec, ranks, library["started_by"], place).follow(patience)
             except BackendError as error:
-                outcome = watch.Outcome([], str(error))
+                outcome = follow.Outcome([], str(error))
             entry = report.probe_entry(backend, library["name"], ranks, outcome)
             probes.append({**entry, "seconds": time.monotonic() - begun})
     return report.finish({**found, "probes": probes})

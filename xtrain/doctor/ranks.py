@@ -1,6 +1,6 @@
 """What a rank does for the doctor: join, probe every collective, measure. `python -m xtrain.doctor.ranks FOLDER SPEC`.
 
-Writes everything into FOLDER/RANK.jsonl, for the process that watches (watch.py).
+Writes everything into FOLDER/RANK.jsonl, for the process that watches (follow.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from xtrain.doctor.event_log import Diary
+from xtrain.doctor.event_log import EventLog
 
 _RANK_VARIABLES = ("RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -45,7 +45,7 @@ def sentence(error: BaseException) -> str:
     return text if isinstance(error, XtrainError) else f"{type(error).__name__}: {text}"
 
 
-def probe(spec: Spec, diary: Diary) -> None:
+def probe(spec: Spec, log: EventLog) -> None:
     """Join the other ranks, probe and measure. What goes wrong in a collective is written down, not raised.
 
     Raises:
@@ -56,9 +56,9 @@ def probe(spec: Spec, diary: Diary) -> None:
     from xtrain.doctor import bandwidth, probes
 
     backend = registry.get(spec.backend)
-    with diary.doing(f"taking the device of backend {spec.backend}"):
+    with log.doing(f"taking the device of backend {spec.backend}"):
         backend.prepare(comm.find_local_rank())
-    with diary.doing(f"starting {spec.library}"):
+    with log.doing(f"starting {spec.library}"):
         comm.init_distributed(
             spec.library,
             verbose=False,
@@ -68,9 +68,9 @@ def probe(spec: Spec, diary: Diary) -> None:
             world_size=-1 if spec.store is None else int(os.environ["WORLD_SIZE"]),
         )
     at = probes.Place(comm.get_rank(), comm.get_world_size(), backend.runtime.device(comm.get_local_rank()))
-    diary.write("joined", rank=at.rank, ranks=at.ranks, device=str(at.device))
+    log.write("joined", rank=at.rank, ranks=at.ranks, device=str(at.device))
     for name, dtype, action in probes.run(at):
-        diary.write("begin", what=f"{name} of {dtype}" if dtype else name)
+        log.write("begin", what=f"{name} of {dtype}" if dtype else name)
         state, why = "ok", None
         try:
             action()
@@ -79,14 +79,14 @@ def probe(spec: Spec, diary: Diary) -> None:
             state, why = "wrong", str(error)
         except Exception as error:  # libraries raise what they like
             state, why = "refused", sentence(error)
-        diary.write("probe", name=name, dtype=dtype, state=state, why=why)
+        log.write("probe", name=name, dtype=dtype, state=state, why=why)
     if spec.bandwidth:
-        diary.write("begin", what="measuring bandwidth")
+        log.write("begin", what="measuring bandwidth")
         for entry in bandwidth.measure(at.device, backend.runtime.synchronize):
-            diary.write("bandwidth", **entry)
-    with diary.doing(f"ending {spec.library}"):
+            log.write("bandwidth", **entry)
+    with log.doing(f"ending {spec.library}"):
         comm.barrier()
-    diary.write("done")
+    log.write("done")
 
 
 def main(arguments: list[str]) -> int:
@@ -95,12 +95,12 @@ def main(arguments: list[str]) -> int:
     from xtrain.launch.processes import die_with_parent
 
     die_with_parent()
-    diary = Diary(folder / f"{launched_rank()}.jsonl")
-    diary.write("started", pid=os.getpid())
+    log = EventLog(folder / f"{launched_rank()}.jsonl")
+    log.write("started", pid=os.getpid())
     try:
-        probe(spec, diary)
+        probe(spec, log)
     except Exception as error:
-        diary.write("error", why=sentence(error))
+        log.write("error", why=sentence(error))
         return 1
     from xtrain import comm
 

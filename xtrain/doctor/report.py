@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from xtrain.doctor.watch import Outcome
+from xtrain.doctor.follow import Outcome
 
 SCHEMA = 1
 _WORST_FIRST = ("wrong", "refused", "ok")

@@ -22,7 +22,6 @@ from xtrain.engine.hooks import Hooks
 from xtrain.integrity.checksum import checksum
 from xtrain.integrity.recomputation import Recompute
 from xtrain.zero.flat import FlatGroup
-from xtrain.zero.shards import ShardedGroup
 from xtrain.zero.train_state import TrainState
 
 
@@ -88,19 +87,20 @@ class SdcCheck:
 
     def _shared(self, state: TrainState) -> list[tuple[str, torch.Tensor]]:
         """What every rank of the data-parallel group has whole: parameters that are not divided."""
-        divided = {param for group in state.partition.sharded for param in group.members}
-        return [(name, p) for name, p in state.module.named_parameters() if p not in divided and p.numel()]
+        sharded = {param for group in state.partition.sharded for param in group.members}
+        return [(name, p) for name, p in state.module.named_parameters() if p not in sharded and p.numel()]
 
     def _own(self, state: TrainState) -> Iterator[tuple[str, torch.Tensor]]:
         """What nobody else has: this rank's slices of parameters, of masters and of optimizer states."""
         for sharded in state.partition.sharded:
-            yield from _pieces(sharded, "parameter", sharded.shard)
+            for member, name in enumerate(sharded.names):
+                if (mine := sharded.in_shard(member, sharded.shard)) is not None:
+                    yield f"parameter {name!r}", mine
         if state.optimizer is None:
             return
         for group in state.partition.trained:
             for member, name in enumerate(group.names):
-                found = group.piece_of(member)
-                if found is None or (master := found[2]) is None:
+                if (master := group.master_of(member)) is None:
                     continue
                 yield f"the master weights of parameter {name!r}", _elements(group, member, master.data)
                 for kind, value in sorted(state.optimizer.state.get(master, {}).items()):
@@ -219,11 +219,3 @@ def _elements(group: FlatGroup, member: int, value: torch.Tensor) -> torch.Tenso
     mine = group.in_master(member, lambda _: value)
     assert mine is not None
     return mine
-
-
-def _pieces(group: ShardedGroup, what: str, shard: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """This rank's elements of each divided parameter."""
-    for member, name in enumerate(group.names):
-        if (found := group.piece_of(member)) is not None:
-            piece = found[0]
-            yield f"{what} {name!r}", shard[piece.shard_start : piece.shard_start + piece.stop - piece.start]

@@ -268,8 +268,5 @@ def _slice_of(group: ShardedGroup, param: nn.Parameter) -> tuple[int, torch.Tens
     member = next((index for index, other in enumerate(group.members) if other is param), None)
     if member is None:
         return None
-    found = group.piece_of(member)
-    if found is None:
-        return 0, group.shard[:0]
-    piece, _, _ = found
-    return piece.start, group.shard[piece.shard_start : piece.shard_start + piece.stop - piece.start]
+    mine = group.in_shard(member, group.shard)
+    return group.own_range(member).start, group.shard[:0] if mine is None else mine

@@ -12,15 +12,17 @@ import torch
 import torch.distributed as dist
 
 from xtrain import comm
-from xtrain.optim.parameterwise import Holding
+from xtrain.optim.parameterwise import ParamFragments
 
 ROUND_ELEMENTS = 2**24
 """Elements that a rank brings together at a time, which bounds the transient memory (64 MiB of float32)."""
 
 
-def rounds(items: Sequence[Holding], ranks: int, limit: int = ROUND_ELEMENTS) -> Iterator[list[Holding]]:
+def rounds(
+    items: Sequence[ParamFragments], ranks: int, limit: int = ROUND_ELEMENTS
+) -> Iterator[list[ParamFragments]]:
     """Split the parameters so that a rank gets about `limit` elements, but each rank one parameter at least."""
-    batch: list[Holding] = []
+    batch: list[ParamFragments] = []
     elements = 0
     for item in items:
         size = item.shape.numel()
@@ -51,7 +53,7 @@ class Exchange:
     """
 
     def __init__(
-        self, items: Sequence[Holding], owners: Sequence[int], group: dist.ProcessGroup | None
+        self, items: Sequence[ParamFragments], owners: Sequence[int], group: dist.ProcessGroup | None
     ) -> None:
         self.group = group
         ranks = comm.get_world_size(group)
@@ -65,13 +67,13 @@ class Exchange:
             for rank in range(ranks)
         ]
         self._incoming = [
-            [(item, run) for item in self.mine for run in item.runs if run.rank == rank]
+            [(item, run) for item in self.mine for run in item.fragments if run.rank == rank]
             for rank in range(ranks)
         ]
         self._out_sizes = [sum(item.own.length for item in part) for part in self._outgoing]
         self._in_sizes = [sum(run.length for _, run in part) for part in self._incoming]
 
-    def bring(self, source: Callable[[Holding], torch.Tensor]) -> list[torch.Tensor]:
+    def bring(self, source: Callable[[ParamFragments], torch.Tensor]) -> list[torch.Tensor]:
         """Whole copies of `mine`, from `source(parameter)`: this rank's elements, one-dimensional."""
         sent = [source(item) for part in self._outgoing for item in part]
         received = self._move(sent, self._out_sizes, self._in_sizes)
@@ -81,7 +83,9 @@ class Exchange:
             wholes[item][run.start : run.stop].copy_(piece)
         return [wholes[item].view(item.shape) for item in self.mine]
 
-    def take_back(self, wholes: Sequence[torch.Tensor], target: Callable[[Holding], torch.Tensor]) -> None:
+    def take_back(
+        self, wholes: Sequence[torch.Tensor], target: Callable[[ParamFragments], torch.Tensor]
+    ) -> None:
         """Copy every rank's elements of the results into `target(parameter)`."""
         flat = {item: whole.reshape(-1) for item, whole in zip(self.mine, wholes, strict=True)}
         sent = [flat[item][run.start : run.stop] for part in self._incoming for item, run in part]

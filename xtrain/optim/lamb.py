@@ -70,7 +70,7 @@ class Lamb(ParameterwiseOptimizer):
 
     def update(self) -> None:
         """Moments and sums of squares; their sum over ranks; the update."""
-        held = [(group, item) for group, items in self.holdings() for item in items]
+        held = [(group, item) for group, items in self.param_fragments() for item in items]
         if not held:
             return
         device = held[0][1].tensor.device

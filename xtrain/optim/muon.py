@@ -11,7 +11,7 @@ from xtrain.base.errors import ConfigError, NotImplementedYetError, unknown_name
 from xtrain.optim.adam import Adam
 from xtrain.optim.exchange import Exchange, assign, rounds
 from xtrain.optim.newton_schulz import METHODS, muon_direction
-from xtrain.optim.parameterwise import Holding, ParameterwiseOptimizer, shape_of
+from xtrain.optim.parameterwise import ParameterwiseOptimizer, ParamFragments, shape_of
 
 _MUON_DEFAULTS = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "ns_method": "gram", "ns_steps": 5}
 _ADAM_DEFAULTS = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
@@ -51,7 +51,7 @@ class Muon(ParameterwiseOptimizer):
 
     def rewrite_gradients(self) -> None:
         """Replace the gradients of the matrices by the orthogonalised momentum; collective over the group."""
-        for group, held in self.holdings():
+        for group, held in self.param_fragments():
             if not group["use_muon"]:
                 continue
             beta = group["momentum"]
@@ -64,7 +64,7 @@ class Muon(ParameterwiseOptimizer):
             for batch in rounds(held, self.ranks):
                 self._orthogonalize(batch, group)
 
-    def _orthogonalize(self, items: list[Holding], group: dict[str, Any]) -> None:
+    def _orthogonalize(self, items: list[ParamFragments], group: dict[str, Any]) -> None:
         if self.ranks == 1:
             for item in items:
                 part = _gradient(item)
@@ -80,7 +80,7 @@ class Muon(ParameterwiseOptimizer):
         ]
         exchange.take_back(results, _gradient)
 
-    def _direction(self, item: Holding, blend: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    def _direction(self, item: ParamFragments, blend: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         method = group["ns_method"]
         heads = getattr(item.parameter, "muon_num_heads", None)
         return muon_direction(blend, group["ns_steps"], method, self._dtype(method, blend.dtype), heads)
@@ -94,7 +94,7 @@ class Muon(ParameterwiseOptimizer):
 
     def update(self) -> None:
         """Apply what `rewrite_gradients` made, and Adam to the rest."""
-        for group, held in self.holdings():
+        for group, held in self.param_fragments():
             for tensor in dict.fromkeys(item.tensor for item in held):
                 grad = tensor.grad
                 assert grad is not None
@@ -109,7 +109,7 @@ class Muon(ParameterwiseOptimizer):
                         Adam.arithmetic(param, own, parts, state["step"], group)
 
 
-def _gradient(item: Holding) -> torch.Tensor:
+def _gradient(item: ParamFragments) -> torch.Tensor:
     assert item.tensor.grad is not None
     return item.part(item.tensor.grad)
 

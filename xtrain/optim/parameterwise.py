@@ -19,7 +19,7 @@ from xtrain.backends import registry
 from xtrain.backends.base import PrecisionFacet
 
 
-class Run(NamedTuple):
+class Fragment(NamedTuple):
     """Elements [start, stop) of a flattened parameter, held by a rank of the group."""
 
     rank: int
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Holding:
+class ParamFragments:
     """One parameter, as the ranks hold it.
 
     Attributes:
@@ -42,15 +42,15 @@ class Holding:
         tensor: the optimizer's tensor that this rank's elements are in.
         offset: of the first of them in it.
         own: which elements this rank holds (length 0 for none).
-        runs: all ranks' elements, in order; ranks that hold none are left out.
+        fragments: all ranks' elements, in order; ranks that hold none are left out.
     """
 
     parameter: torch.Tensor
     shape: torch.Size
     tensor: torch.Tensor
     offset: int
-    own: Run
-    runs: tuple[Run, ...]
+    own: Fragment
+    fragments: tuple[Fragment, ...]
 
     def part(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's elements of the parameter in a tensor that is laid out like `tensor`: a view, in one dimension
@@ -66,9 +66,9 @@ def shape_of(param: torch.Tensor) -> torch.Size:
     return shape
 
 
-def _alone(param: torch.Tensor) -> Holding:
-    own = Run(0, 0, param.numel())
-    return Holding(param, param.shape, param, 0, own, (own,))
+def _alone(param: torch.Tensor) -> ParamFragments:
+    own = Fragment(0, 0, param.numel())
+    return ParamFragments(param, param.shape, param, 0, own, (own,))
 
 
 class ParameterwiseOptimizer(torch.optim.Optimizer):
@@ -97,11 +97,11 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
         self.precision: PrecisionFacet = backend.precision
         self.aligned = False
         self.chunk_size = backend.zero.update_chunk
-        self._attached: list[list[Holding]] | None = None
+        self._attached: list[list[ParamFragments]] | None = None
 
     def attach(
         self,
-        holdings: list[list[Holding]],
+        param_fragments: list[list[ParamFragments]],
         process_group: dist.ProcessGroup | None,
         ranks: int,
         precision: PrecisionFacet,
@@ -113,7 +113,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
             holdings: for each parameter group; the same parameters in the same order on every rank.
             process_group, ranks: over which parameters are divided; 1 when every rank holds all.
         """
-        self._attached = holdings
+        self._attached = param_fragments
         self.process_group = process_group
         self.ranks = ranks
         self.precision = precision
@@ -124,7 +124,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
         """Whether this works on slices, for an engine."""
         return self._attached is not None
 
-    def holdings(self) -> Iterator[tuple[dict[str, Any], Sequence[Holding]]]:
+    def param_fragments(self) -> Iterator[tuple[dict[str, Any], Sequence[ParamFragments]]]:
         """(parameter group, its parameters); parameters without a gradient are left out when alone."""
         for index, group in enumerate(self.param_groups):
             if self._attached is not None:

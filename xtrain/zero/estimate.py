@@ -21,7 +21,7 @@ HOST = 4
 def model_state_bytes(total_params: int, stage: int, ranks: int) -> int:
     """Bytes of model states on each of `ranks` devices, without offload; what the stage divides is divided evenly.
 
-    Stage 3 needs two module groups on top (`estimate_zero3_model_states_mem_needs` adds them).
+    Stage 3 needs two param groups on top (`estimate_zero3_model_states_mem_needs` adds them).
     """
     divided = (
         (OPTIMIZER if stage >= 1 else 0) + (GRADIENT if stage >= 2 else 0) + (PARAMETER if stage >= 3 else 0)
@@ -63,7 +63,7 @@ def estimate_zero3_model_states_mem_needs(
     zero_init: bool = True,
     additional_buffer_factor: float = 1.5,
 ) -> tuple[int, int, int]:
-    """(bytes of host memory a node, bytes a device, bytes of two module groups) of stage 3.
+    """(bytes of host memory a node, bytes a device, bytes of two param groups) of stage 3.
 
     Args:
         largest_layer_params: of the module with most parameters of its own; two such groups are whole at a

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from xtrain import comm
 from xtrain.base.errors import ConfigError
 from xtrain.zero.home import Home, ZeroParamStatus, full_shape, set_home, whole
-from xtrain.zero.layout import Bucket, Layout, Piece, cut
+from xtrain.zero.layout import Bucket, Layout, cut
 
 Allocate = Callable[[int, torch.dtype], torch.Tensor]
 """(elements, dtype) -> zeros in some kind of memory; see offload.py."""
@@ -116,39 +116,44 @@ class FlatGroup:
         """This rank's slice of the parameters of a bucket."""
         return self.owned(self.params, bucket)
 
-    def piece_of(self, member: int) -> tuple[Piece, Bucket, torch.nn.Parameter | None] | None:
-        """What this rank owns of a parameter, with its bucket and its master; None when it owns nothing."""
+    def own_range(self, member: int) -> slice:
+        """Which elements of a flattened parameter this rank owns: an empty slice for none of them."""
         piece = self._pieces.get(member)
-        if piece is None:
+        return slice(0, 0) if piece is None else slice(piece.start, piece.stop)
+
+    def master_of(self, member: int) -> torch.nn.Parameter | None:
+        """The master that has this rank's elements of a parameter; None when there are none, or no masters."""
+        if member not in self._pieces or not self.masters:
+            return None
+        return self.masters[member if self.by_parameter else self._bucket_of[member]]
+
+    def in_shard(self, member: int, shard: torch.Tensor, start: int = 0) -> torch.Tensor | None:
+        """This rank's elements of a parameter in a shard: its slices one after the other.
+
+        Here alone it is worked out where they are. A view; None when this rank has none of them.
+
+        Args:
+            start: elements of the shard that `shard` lacks at its beginning.
+        """
+        if (piece := self._pieces.get(member)) is None:
+            return None
+        first = piece.shard_start - start
+        return shard[first : first + piece.stop - piece.start]
+
+    def in_slice(self, member: int, of: Callable[[Bucket], torch.Tensor]) -> torch.Tensor | None:
+        """`in_shard` for what `of(its bucket)` returns, which is laid out like this rank's slice of that bucket."""
+        if member not in self._pieces:
             return None
         bucket = self.layout.buckets[self._bucket_of[member]]
-        return piece, bucket, self.masters[self._master_of(member)] if self.masters else None
-
-    def _master_of(self, member: int) -> int:
-        return member if self.by_parameter else self._bucket_of[member]
+        return self.in_shard(member, of(bucket), bucket.start // self.layout.partitions)
 
     def in_master(
         self, member: int, of: Callable[[torch.nn.Parameter], torch.Tensor] = lambda master: master.data
     ) -> torch.Tensor | None:
-        """This rank's elements of a parameter in what `of(master)` returns, which is laid out like the master.
-
-        A one-dimensional view; None when this rank has none of them, or there are no masters.
-        """
-        found = self.piece_of(member)
-        if found is None or (master := found[2]) is None:
+        """The same for what `of(master)` returns, which is laid out like the master: a one-dimensional view."""
+        if (master := self.master_of(member)) is None:
             return None
         return of(master).view(-1) if self.by_parameter else self.in_slice(member, lambda _: of(master))
-
-    def in_slice(self, member: int, of: Callable[[Bucket], torch.Tensor]) -> torch.Tensor | None:
-        """This rank's elements of a parameter in what `of(its bucket)` returns: laid out like its slice of that.
-
-        A view; None when this rank has none of them.
-        """
-        if (found := self.piece_of(member)) is None:
-            return None
-        piece, bucket, _ = found
-        first = piece.shard_start - bucket.start // self.layout.partitions
-        return of(bucket)[first : first + piece.stop - piece.start]
 
     def own_piece(self, member: int) -> torch.Tensor:
         """What this rank owns of a parameter, which may be nothing: a one-dimensional view."""
@@ -281,8 +286,7 @@ class FlatGroup:
 
     def _store_master(self, member: int, data: torch.Tensor) -> None:
         if (mine := self.in_master(member)) is not None:
-            piece = self._pieces[member]
-            mine.copy_(data.reshape(-1)[piece.start : piece.stop])
+            mine.copy_(data.reshape(-1)[self.own_range(member)])
 
     def publish(self) -> list[Any]:
         """Round the masters into the parameters and start gathering every rank's slices."""
@@ -308,10 +312,10 @@ class WholeHome(Home):
         self.shape = group.shapes[member]
         self.process_group = group.process_group
 
-    def hold(self) -> None:
+    def unshard(self) -> None:
         """Nothing to do."""
 
-    def drop(self) -> None:
+    def reshard(self) -> None:
         """Nothing to do."""
 
     def store(self, whole: torch.Tensor) -> None:

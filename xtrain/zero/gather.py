@@ -1,4 +1,4 @@
-"""When the module groups of ZeRO stage 3 are whole: gathered at first use, the next ones ahead, freed after.
+"""When the param groups of ZeRO stage 3 are whole: gathered at first use, the next ones ahead, freed after.
 
 The order of uses in one iteration (forward and backward) is recorded, and predicts the next iteration's.
 Who uses a group when is found out in hooks.py; how bytes move is in shards.py.
@@ -62,18 +62,18 @@ class Watcher(Protocol):
         """Let go of the model."""
 
 
-class UnitHome(Home):
-    """A parameter that belongs to a unit."""
+class ShardedHome(Home):
+    """A parameter that belongs to a param group."""
 
-    def __init__(self, gatherer: Gatherer, unit: ParamGroup, group: ShardedGroup, member: int) -> None:
+    def __init__(self, gatherer: Gatherer, param_group: ParamGroup, group: ShardedGroup, member: int) -> None:
         self.gatherer = gatherer
-        self.unit = unit
+        self.param_group = param_group
         self.group = group
         self.member = member
         self.shape = group.shapes[member]
         self.process_group = group.process_group
         self.alone: list[bool] = []
-        """For each hold that goes on: whether it concerns this parameter alone, not its unit."""
+        """For each hold that goes on: whether it concerns this parameter alone, not its param group."""
         self._expects_gradient = False
 
     def expect_gradient(self) -> None:
@@ -91,48 +91,54 @@ class UnitHome(Home):
 
         param.register_hook(on_gradient)
 
-    def hold(self) -> None:
+    def unshard(self) -> None:
         self.gatherer.lend([self])
 
-    def drop(self) -> None:
+    def reshard(self) -> None:
         self.gatherer.take_back(self)
 
     def store(self, whole: torch.Tensor) -> None:
-        if self.unit.users == 0:
+        if self.param_group.users == 0:
             # What is being gathered ahead would arrive with the old value.
-            self.unit.release(self.gatherer.order)
+            self.param_group.free(self.gatherer.order)
         self.group.store(self.member, whole)
 
 
 class Gatherer:
-    """Gathers and frees units; every rank must make the same calls in the same order.
+    """Gathers and frees param groups; every rank must make the same calls in the same order.
 
     Args:
-        units: in order of registration.
+        param_groups: in order of registration.
         process_group: for gathering alone, so that its order is independent of that of reductions.
     """
 
     def __init__(
-        self, units: Sequence[ParamGroup], process_group: dist.ProcessGroup | None, policy: GatherPolicy
+        self,
+        param_groups: Sequence[ParamGroup],
+        process_group: dist.ProcessGroup | None,
+        policy: GatherPolicy,
     ) -> None:
-        self.units = list(units)
-        for number, unit in enumerate(self.units):
-            unit.number = number
-        self.order = GatherOrder([unit.name for unit in self.units], process_group, self.units[0].device)
+        self.param_groups = list(param_groups)
+        for number, param_group in enumerate(self.param_groups):
+            param_group.number = number
+        self.order = GatherOrder(
+            [param_group.name for param_group in self.param_groups],
+            process_group,
+            self.param_groups[0].device,
+        )
         self.process_group = process_group
         self.policy = policy
         self._hooks: weakref.ref[Watcher] | None = None
-        self._expected: dict[
-            bool, list[ParamGroup]
-        ] = {}  # the last iteration's uses, by whether it was training
+        # The last iteration's uses, by whether it was training.
+        self._expected: dict[bool, list[ParamGroup]] = {}
         self._uses: list[ParamGroup] = []
         self._kept: list[ParamGroup] = []
         self._training = True
         self._as_expected = True
-        for unit in self.units:
-            for group, bucket in unit.parts:
+        for param_group in self.param_groups:
+            for group, bucket in param_group.parts:
                 for member in bucket.members:
-                    set_home(group.members[member], UnitHome(self, unit, group, member))
+                    set_home(group.members[member], ShardedHome(self, param_group, group, member))
 
     @property
     def hooks(self) -> Watcher | None:
@@ -151,64 +157,66 @@ class Gatherer:
 
     # ---------------------------------------------------------------- uses by the model
 
-    def use(self, unit: ParamGroup) -> None:
-        """`hold` by a module that runs: recorded, and the units expected next are gathered ahead."""
-        if unit.users == 0:
-            self._record(unit)
-            unit.launch(self.process_group, self.order)
+    def fetch(self, param_group: ParamGroup) -> None:
+        """`unshard` by a module that runs: recorded, and the param groups expected next are gathered ahead."""
+        if param_group.users == 0:
+            self._record(param_group)
+            param_group.launch(self.process_group, self.order)
             self._prefetch(len(self._uses))
-        self.hold(unit)
+        self.unshard(param_group)
 
-    def done(self, unit: ParamGroup) -> None:
-        """Undo one `use`."""
-        if unit.users == 1 and self._used_again_soon(unit):
-            unit.users = 0
+    def release(self, param_group: ParamGroup) -> None:
+        """Undo one `fetch`."""
+        if param_group.users == 1 and self._used_again_soon(param_group):
+            param_group.users = 0
         else:
-            self.drop(unit)
+            self.reshard(param_group)
 
-    def keep(self, unit: ParamGroup) -> None:
-        """Undo one `use`, but at the end of the iteration only: a backward that is differentiated itself
+    def keep(self, param_group: ParamGroup) -> None:
+        """Undo one `fetch`, but at the end of the iteration only: a backward that is differentiated itself
         (a gradient penalty) has saved the weights, and where they are needed again shows nowhere."""
-        self._kept.append(unit)
+        self._kept.append(param_group)
 
-    def _drop_kept(self) -> None:
+    def _reshard_kept(self) -> None:
         while self._kept:
-            self.drop(self._kept.pop())
+            self.reshard(self._kept.pop())
 
-    def _record(self, unit: ParamGroup) -> None:
+    def _record(self, param_group: ParamGroup) -> None:
         if not self._uses:
             self._training = torch.is_grad_enabled()
             self._as_expected = self._training in self._expected
         expected = self._expected.get(self._training, [])
         position = len(self._uses)
-        self._as_expected = self._as_expected and position < len(expected) and expected[position] is unit
+        self._as_expected = (
+            self._as_expected and position < len(expected) and expected[position] is param_group
+        )
         if len(self._uses) < _MOST_USES:
-            self._uses.append(unit)
+            self._uses.append(param_group)
 
     def _prefetch(self, position: int) -> None:
         if not self._as_expected:
             return
         limit, ahead = self.policy.prefetch, 0
-        for unit in self._expected[self._training][position:]:
-            ahead += unit.elements
+        for param_group in self._expected[self._training][position:]:
+            ahead += param_group.elements
             if limit is not None and ahead > limit:
                 return
-            unit.launch(self.process_group, self.order)
+            param_group.launch(self.process_group, self.order)
             if limit is None:
                 return
 
-    def _used_again_soon(self, unit: ParamGroup) -> bool:
+    def _used_again_soon(self, param_group: ParamGroup) -> bool:
         if not self._as_expected:
             return False
         distance, expected = self.policy.reuse_distance, self._expected[self._training]
         following = expected[len(self._uses) : len(self._uses) + 1]
         if distance is None:
-            # A re-entrant checkpoint has just recomputed the unit's forward for its backward.
-            return following == [unit] and torch._C._current_graph_task_id() != -1
-        if sum(other.elements for other in self.units if other.launched) > self.policy.live:
+            # A re-entrant checkpoint has just recomputed the param group's forward for its backward.
+            return following == [param_group] and torch._C._current_graph_task_id() != -1
+        if sum(other.elements for other in self.param_groups if other.launched) > self.policy.live:
             return False
         for other in expected[len(self._uses) :]:
-            if other is unit:
+            if other is param_group:
                 return True
             distance -= other.elements
             if distance < 0:
@@ -217,18 +225,18 @@ class Gatherer:
 
     def end_iteration(self) -> None:
         """Forward and backward are over: what was recorded is expected next time; free everything unused."""
-        self._drop_kept()
+        self._reshard_kept()
         if self._uses:
             self._expected[self._training] = self._uses
             self._uses = []
-        for unit in self.units:
-            unit.backward_ended = False
-            if unit.users == 0:
-                unit.release(self.order)
+        for param_group in self.param_groups:
+            param_group.backward_ended = False
+            if param_group.users == 0:
+                param_group.free(self.order)
         self._empty_hollow()
 
     def _empty_hollow(self) -> None:
-        for group in {group for unit in self.units for group, _ in unit.parts}:
+        for group in {group for param_group in self.param_groups for group, _ in param_group.parts}:
             group.empty_hollow()  # of a backward that has raised
 
     def make_idle(self) -> None:
@@ -238,11 +246,11 @@ class Gatherer:
             ConfigError: the script is inside `GatheredParameters`.
         """
         self.order.before_update()
-        self._drop_kept()
-        for unit in self.units:
-            if unit.users or unit.lent:
+        self._reshard_kept()
+        for param_group in self.param_groups:
+            if param_group.users or param_group.lent:
                 raise ConfigError(
-                    f"step() was called while the parameters of {unit.name or 'the model'!r} are gathered: "
+                    f"step() was called while the parameters of {param_group.name or 'the model'!r} are gathered: "
                     "leave the GatheredParameters context before it"
                 )
         self.release_unused()
@@ -250,14 +258,14 @@ class Gatherer:
     def release_unused(self) -> None:
         """Free what is whole, or on its way, and not in use.
 
-        A forward pass without a backward leaves units that were gathered ahead of it; what it used is no
+        A forward pass without a backward leaves param groups that were gathered ahead of it; what it used is no
         guide to the next iteration.
         """
-        self._drop_kept()
+        self._reshard_kept()
         self._uses = []
-        for unit in self.units:
-            if unit.users == 0:
-                unit.release(self.order)
+        for param_group in self.param_groups:
+            if param_group.users == 0:
+                param_group.free(self.order)
 
     def detach(self) -> None:
         """Let go of the model. Its parameters stay divided until another engine takes them over."""
@@ -266,46 +274,46 @@ class Gatherer:
             self.hooks.detach()
             self.hooks = None
         self.end_iteration()
-        for unit in self.units:
-            for group, bucket in unit.parts:
+        for param_group in self.param_groups:
+            for group, bucket in param_group.parts:
                 group.let_go(bucket)
 
     # ---------------------------------------------------------------- anybody's uses
 
-    def lend(self, homes: Sequence[UnitHome]) -> None:
-        """Make parameters of one unit whole until each is taken back: these alone where that moves less."""
-        unit = homes[0].unit
+    def lend(self, homes: Sequence[ShardedHome]) -> None:
+        """Make parameters of one param group whole until each is taken back: these alone where that moves less."""
+        param_group = homes[0].param_group
         members: dict[ShardedGroup, list[int]] = {}
         for home in homes:
             members.setdefault(home.group, []).append(home.member)
         moved = sum(group.elements_to_gather(some) for group, some in members.items())
-        if unit.launched or 2 * moved > unit.elements:
+        if param_group.launched or 2 * moved > param_group.elements:
             for home in homes:
-                self.hold(unit)
+                self.unshard(param_group)
                 home.alone.append(False)
             return
         for group, some in members.items():
-            number = number_of(unit.number, [group.names[member] for member in some])
+            number = number_of(param_group.number, [group.names[member] for member in some])
             self.order.compare(self.order.announce(number))
             group.lend(some, self.process_group)
         for home in homes:
             home.alone.append(True)
 
-    def take_back(self, home: UnitHome) -> None:
+    def take_back(self, home: ShardedHome) -> None:
         """Undo `lend` for one parameter."""
         if home.alone.pop():
-            home.group.take_back(home.member, home.unit.whole)
+            home.group.take_back(home.member, home.param_group.whole)
         else:
-            self.drop(home.unit)
+            self.reshard(home.param_group)
 
-    def hold(self, unit: ParamGroup) -> None:
-        """Make a unit whole until `drop` was called as often."""
-        unit.users += 1
-        unit.launch(self.process_group, self.order)
-        unit.wait(self.order)
+    def unshard(self, param_group: ParamGroup) -> None:
+        """Make a param group whole until `reshard` was called as often."""
+        param_group.users += 1
+        param_group.launch(self.process_group, self.order)
+        param_group.wait(self.order)
 
-    def drop(self, unit: ParamGroup) -> None:
-        """Undo one `hold`."""
-        unit.users -= 1
-        if unit.users == 0:
-            unit.release(self.order)
+    def reshard(self, param_group: ParamGroup) -> None:
+        """Undo one `unshard`."""
+        param_group.users -= 1
+        if param_group.users == 0:
+            param_group.free(self.order)

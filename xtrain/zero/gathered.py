@@ -14,7 +14,7 @@ from torch import nn
 from xtrain import comm
 from xtrain.base.errors import ConfigError
 from xtrain.zero import foreign
-from xtrain.zero.gather import UnitHome
+from xtrain.zero.gather import ShardedHome
 from xtrain.zero.home import Home, home_of
 from xtrain.zero.hooks import external_parameters
 from xtrain.zero.param_group import ParamGroup
@@ -71,18 +71,18 @@ class GatheredParameters:
 
     def __enter__(self) -> None:
         self._theirs.__enter__()
-        units: dict[ParamGroup, list[UnitHome]] = {}
+        param_groups: dict[ParamGroup, list[ShardedHome]] = {}
         for _, home in self._homes:
-            if isinstance(home, UnitHome):
-                units.setdefault(home.unit, []).append(home)
+            if isinstance(home, ShardedHome):
+                param_groups.setdefault(home.param_group, []).append(home)
             else:
-                home.hold()
-        for homes in units.values():
+                home.unshard()
+        for homes in param_groups.values():
             homes[0].gatherer.lend(homes)
             for home in homes if torch.is_grad_enabled() else ():
                 home.expect_gradient()
         for param, home in self._homes:
-            if isinstance(home, UnitHome) and not home.alone[-1]:
+            if isinstance(home, ShardedHome) and not home.alone[-1]:
                 self._lent[param] = param.data
                 if param.device.type == "cpu":
                     # `.cpu()` copies nothing here: what a script takes out must outlive the buffer, which is emptied.
@@ -99,7 +99,7 @@ class GatheredParameters:
                 if self._modifier is not None and kind is None and lent.data_ptr() != param.data_ptr():
                     lent.copy_(param.data)  # for who holds it outside of this block
                 param.data = lent
-            home.drop()
+            home.reshard()
         self._theirs.__exit__(kind, error, trace)
 
     @staticmethod
@@ -154,8 +154,8 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
         return
     announced.append(parameter)
     home = home_of(parameter)
-    if isinstance(home, UnitHome) and home.gatherer.hooks is not None:
-        home.gatherer.hooks.hook(module, [home.unit])
+    if isinstance(home, ShardedHome) and home.gatherer.hooks is not None:
+        home.gatherer.hooks.hook(module, [home.param_group])
 
 
 def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:

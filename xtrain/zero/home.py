@@ -47,12 +47,12 @@ class Home(ABC):
         return type(None), ()
 
     @abstractmethod
-    def hold(self) -> None:
-        """Make `param.data` whole until `drop` was called as often. Collective where it is divided."""
+    def unshard(self) -> None:
+        """Make `param.data` whole until `reshard` was called as often. Collective where it is divided."""
 
     @abstractmethod
-    def drop(self) -> None:
-        """Undo one `hold`."""
+    def reshard(self) -> None:
+        """Undo one `unshard`."""
 
     @abstractmethod
     def store(self, whole: torch.Tensor) -> None:
@@ -118,11 +118,11 @@ def whole(param: torch.nn.Parameter) -> Iterator[torch.Tensor]:
     if home is None:
         yield param.data
         return
-    home.hold()
+    home.unshard()
     try:
         yield param.data
     finally:
-        home.drop()
+        home.reshard()
 
 
 class LooseShard(Home):
@@ -158,7 +158,7 @@ class LooseShard(Home):
         """Whether the parameter is whole at the moment."""
         return self._users > 0
 
-    def hold(self) -> None:
+    def unshard(self) -> None:
         self._users += 1
         if self._users > 1:
             return
@@ -170,7 +170,7 @@ class LooseShard(Home):
             comm.all_gather_into_tensor(data, self.shard, group=self.process_group)
         fill_in(self.param, data[: self.shape.numel()].view(self.shape))
 
-    def drop(self) -> None:
+    def reshard(self) -> None:
         self._users -= 1
         if self._users == 0:
             empty_out(self.param)

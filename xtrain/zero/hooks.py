@@ -1,4 +1,4 @@
-"""Finding out which module groups a running model needs, in forward and in backward.
+"""Finding out which param groups a running model needs, in forward and in backward.
 
 Forward: a group is needed from the first use of one of its modules or parameters to the end of the
 module that used it. Backward: from the moment that gradients reach the outputs of a forward call until
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from xtrain.base.errors import ConfigError
-from xtrain.zero.gather import Gatherer, UnitHome
+from xtrain.zero.gather import Gatherer, ShardedHome
 from xtrain.zero.home import home_of
 from xtrain.zero.param_group import ParamGroup
 
@@ -34,8 +34,8 @@ class _WatchedParameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
         home = None if param is None else home_of(param)
-        if isinstance(home, UnitHome) and not home.unit.users and home.gatherer.hooks is not None:
-            home.gatherer.hooks.borrow(home.unit)
+        if isinstance(home, ShardedHome) and not home.param_group.users and home.gatherer.hooks is not None:
+            home.gatherer.hooks.borrow(home.param_group)
         return param
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class _WatchedParameters(dict[str, Any]):
         """
         for name, param in self.items():
             home = home_of(param) if param is not None else None
-            if isinstance(home, UnitHome) and home.shape.numel() and not param.numel():
+            if isinstance(home, ShardedHome) and home.shape.numel() and not param.numel():
                 raise ConfigError(
                     f"copy.deepcopy() of a module whose parameter {name!r} is divided over ranks (ZeRO stage 3): copy "
                     "it inside zero.GatheredParameters(model.parameters()), which every rank enters, or copy "
@@ -58,7 +58,7 @@ class _WatchedParameters(dict[str, Any]):
         former = self.get(name)
         home = None if former is None else home_of(former)
         emptied = torch.is_tensor(value) and value is not former and not value.numel()
-        if emptied and isinstance(home, UnitHome) and home.shape.numel():
+        if emptied and isinstance(home, ShardedHome) and home.shape.numel():
             raise ConfigError(
                 f"parameter {home.group.names[home.member]!r} was replaced by an empty tensor: something was "
                 "computed from parameters while ZeRO stage 3 had them divided; compute it, and call "
@@ -91,7 +91,7 @@ def _tensors_in(outputs: Any, depth: int = 4) -> Iterator[torch.Tensor]:
 
 
 class ForwardCall:
-    """A use of a unit in forward, by a module that runs: the backward of what it computed needs the unit again.
+    """A use of a param group in forward, by a module that runs: the backward of what it computed needs it again.
 
     The autograd graph keeps it alive, and a model may keep a graph (a loss in an attribute). The garbage collector
     does not see through graphs, so it holds nothing that leads back to the model.
@@ -100,8 +100,8 @@ class ForwardCall:
         started: when the module began to use it.
     """
 
-    def __init__(self, hooks: ModelHooks, unit: ParamGroup, started: float) -> None:
-        self._hooks, self._unit = weakref.ref(hooks), weakref.ref(unit)
+    def __init__(self, hooks: ModelHooks, param_group: ParamGroup, started: float) -> None:
+        self._hooks, self._unit = weakref.ref(hooks), weakref.ref(param_group)
         self.started = started
         self.ended = math.inf
         self.entered = False
@@ -109,30 +109,30 @@ class ForwardCall:
 
     def enter(self, _: torch.Tensor) -> None:
         """A gradient has reached an output."""
-        hooks, unit = self._hooks(), self._unit()
-        if hooks is None or unit is None:
+        hooks, param_group = self._hooks(), self._unit()
+        if hooks is None or param_group is None:
             return  # the engine is gone
         hooks.leave_later_than(self.ended)
         if not self.entered:
             self.entered = True
             hooks.running.append(self)
-            hooks.gatherer.use(unit)
+            hooks.gatherer.fetch(param_group)
             self.differentiated = torch.is_grad_enabled()
             # For the calls that nothing precedes, and for re-entrant checkpoints, whose backward is nested.
             torch.autograd.Variable._execution_engine.queue_callback(self.leave)
 
     def leave(self) -> None:
         """Backward is done with it (or was given up)."""
-        hooks, unit = self._hooks(), self._unit()
-        if self.entered and hooks is not None and unit is not None:
+        hooks, param_group = self._hooks(), self._unit()
+        if self.entered and hooks is not None and param_group is not None:
             self.entered = False
             hooks.running.remove(self)
-            unit.calls.discard(self)
-            unit.backward_ended = True
+            param_group.calls.discard(self)
+            param_group.backward_ended = True
             if self.differentiated:
-                hooks.gatherer.keep(unit)
+                hooks.gatherer.keep(param_group)
             else:
-                hooks.gatherer.done(unit)
+                hooks.gatherer.release(param_group)
             hooks.on_backward_end()
 
 
@@ -141,8 +141,8 @@ class _Frame:
 
     Attributes:
         first_node: number of the first node of the autograd graph that it may make.
-        uses: units that it has made whole, to be let go of when it ends.
-        inner: uses, by outer modules, of units that hold parameters of this one. Its outputs are watched
+        uses: param groups that it has made whole, to be let go of when it ends.
+        inner: uses, by outer modules, of param groups that hold parameters of this one. Its outputs are watched
             too: gradients may come to them by a way around the outer module's (a loss kept in an attribute,
             a hidden state that a hook has seen, a class that hides the outer outputs).
     """
@@ -158,8 +158,8 @@ class ModelHooks:
 
     Args:
         module: the model.
-        gatherer: of its units.
-        on_backward_end: called when the backward of a unit has ended.
+        gatherer: of its param groups.
+        on_backward_end: called when the backward of a param group has ended.
     """
 
     def __init__(
@@ -177,23 +177,23 @@ class ModelHooks:
         self._watched: list[nn.Module] = []
         gatherer.hooks = self
         modules: dict[nn.Module | None, list[ParamGroup]] = defaultdict(list)
-        for unit in gatherer.units:
-            modules[unit.module].append(unit)
+        for param_group in gatherer.param_groups:
+            modules[param_group.module].append(param_group)
         for child in module.modules():
             owned = [*child.parameters(recurse=False), *external_parameters(child)]
-            homes = [home for home in map(home_of, owned) if isinstance(home, UnitHome)]
-            units = [*modules.get(child, []), *(home.unit for home in homes)]
+            homes = [home for home in map(home_of, owned) if isinstance(home, ShardedHome)]
+            param_groups = [*modules.get(child, []), *(home.param_group for home in homes)]
             if any(True for _ in child.parameters(recurse=False)):
                 self._watch(child)
-            if units or child is module:
-                self.hook(child, list(dict.fromkeys(units)))
+            if param_groups or child is module:
+                self.hook(child, list(dict.fromkeys(param_groups)))
 
     def _watch(self, module: nn.Module) -> None:
         module._parameters = _WatchedParameters(module._parameters)
         self._watched.append(module)
 
-    def hook(self, module: nn.Module, units: list[ParamGroup]) -> None:
-        """Make `units` whole whenever `module` runs."""
+    def hook(self, module: nn.Module, param_groups: list[ParamGroup]) -> None:
+        """Make `param groups` whole whenever `module` runs."""
 
         # copy.deepcopy copies hooks, too: the copy has its own parameters, and may run on one rank only.
         # torch.compile must not trace them: what is compiled runs between them, with whole parameters.
@@ -201,8 +201,8 @@ class ModelHooks:
         def before(running: nn.Module, _: Any) -> None:
             if running is module:
                 self._frames.append(_Frame())
-                for unit in units:
-                    self.borrow(unit)
+                for param_group in param_groups:
+                    self.borrow(param_group)
 
         @torch.compiler.disable
         def after(running: nn.Module, _: Any, outputs: Any) -> None:
@@ -214,17 +214,17 @@ class ModelHooks:
         self._handles.append(module.register_forward_hook(after, always_call=True))
 
     @torch.compiler.disable
-    def borrow(self, unit: ParamGroup) -> None:
-        """Make a unit whole until the innermost running module ends (nothing without one)."""
+    def borrow(self, param_group: ParamGroup) -> None:
+        """Make a param group whole until the innermost running module ends (nothing without one)."""
         if not self._frames:
             return
-        call = next((frame.uses[unit] for frame in self._frames if unit in frame.uses), None)
+        call = next((frame.uses[param_group] for frame in self._frames if param_group in frame.uses), None)
         if call is None:
-            self._frames[-1].uses[unit] = ForwardCall(self, unit, next(self._clock))
-            unit.ever_called = True
-            self.gatherer.use(unit)
-        elif unit not in self._frames[-1].uses:
-            self._frames[-1].inner[unit] = call
+            self._frames[-1].uses[param_group] = ForwardCall(self, param_group, next(self._clock))
+            param_group.ever_called = True
+            self.gatherer.fetch(param_group)
+        elif param_group not in self._frames[-1].uses:
+            self._frames[-1].inner[param_group] = call
 
     def _end_frame(self, outputs: Any) -> None:
         frame = self._frames.pop()
@@ -235,15 +235,15 @@ class ModelHooks:
                 if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
                     for call in (*frame.uses.values(), *frame.inner.values()):
                         tensor.register_hook(call.enter)
-                    for unit, call in frame.uses.items():
-                        unit.calls.add(call)
-        for unit, call in frame.uses.items():
-            if self._frames and any(self._belongs(tensor, unit) for tensor in tensors):
+                    for param_group, call in frame.uses.items():
+                        param_group.calls.add(call)
+        for param_group, call in frame.uses.items():
+            if self._frames and any(self._belongs(tensor, param_group) for tensor in tensors):
                 # A module that returns its parameter (a bias to be added later) lends it to the caller.
-                self._frames[-1].uses[unit] = call
+                self._frames[-1].uses[param_group] = call
                 continue
             call.ended = ended
-            self.gatherer.done(unit)
+            self.gatherer.release(param_group)
         if not (self._frames or self.running or torch.is_grad_enabled()):
             self.gatherer.end_iteration()  # an evaluation: no backward will end it
 
@@ -276,9 +276,9 @@ class ModelHooks:
             raise
 
     @staticmethod
-    def _belongs(tensor: torch.Tensor, unit: ParamGroup) -> bool:
+    def _belongs(tensor: torch.Tensor, param_group: ParamGroup) -> bool:
         home = home_of(tensor)
-        return isinstance(home, UnitHome) and home.unit is unit
+        return isinstance(home, ShardedHome) and home.param_group is param_group
 
     def leave_later_than(self, moment: float) -> None:
         """Backward has come to a call that had ended at `moment`: it is done with what started after it."""
@@ -288,8 +288,8 @@ class ModelHooks:
     def abandon(self) -> None:
         """A forward or backward has raised: nothing is running any more."""
         for frame in self._frames:
-            for unit in frame.uses:
-                self.gatherer.done(unit)
+            for param_group in frame.uses:
+                self.gatherer.release(param_group)
         self._frames.clear()
         for call in list(self.running):
             call.leave()

@@ -166,7 +166,7 @@ class Init:
     @torch.no_grad()
     def _divide(self, module: nn.Module) -> None:
         with torch._C.DisableTorchFunction():
-            self._divide_touched()
+            self._shard_touched()
             self._materialize(module)
             for param in module.parameters():
                 if home_of(param) is None:
@@ -186,14 +186,14 @@ class Init:
                     owner._parameters[name] = made[param]
 
     def _touch(self, param: nn.Parameter, home: LooseShard) -> None:
-        home.hold()
+        home.unshard()
         self._whole[param] = home
 
-    def _divide_touched(self) -> None:
+    def _shard_touched(self) -> None:
         touched, self._whole = self._whole, {}
         for param, home in touched.items():
             with GatheredParameters(param, modifier_rank=0):
-                home.drop()
+                home.reshard()
 
     # ---------------------------------------------------------------- the context
 
@@ -217,7 +217,7 @@ class Init:
             for reference in self._built:
                 if (module := reference()) is not None:
                     self._divide(module)
-            self._divide_touched()
+            self._shard_touched()
 
 
 # What help() and editors show; __new__ would hide it.

@@ -21,7 +21,7 @@ from xtrain.optim.parameterwise import ParameterwiseOptimizer
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import LossScale
 from xtrain.zero.gradients import Gradients
-from xtrain.zero.holdings import counted_parts, holdings
+from xtrain.zero.param_fragments import counted_parts, param_fragments
 from xtrain.zero.reducer import GradientReducer
 from xtrain.zero.state_memory import Memory, move_into
 
@@ -95,10 +95,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.overflow = False
         self._told = False
         self.grad_norm: float | None = None
-        self._divided = any(group.layout.partitions > 1 for group in self.groups)
+        self._sharded = any(group.layout.partitions > 1 for group in self.groups)
         if isinstance(optimizer, ParameterwiseOptimizer):
-            held = holdings(self.groups, len(optimizer.param_groups))
-            ranks = comm.get_world_size(process_group) if self._divided else 1
+            held = param_fragments(self.groups, len(optimizer.param_groups))
+            ranks = comm.get_world_size(process_group) if self._sharded else 1
             optimizer.attach(held, process_group, ranks, backend.precision, aligned=round_norm)
         for index, param_group in enumerate(optimizer.param_groups):
             param_group["params"] = self._optimized(index, param_group["params"])
@@ -239,9 +239,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         norm = math.sqrt(total.item()) * unscale
         return torch.tensor(norm, dtype=torch.float32).item() if self.round_norm else norm
 
-    def _over_ranks(self, value: torch.Tensor, op: Any, divided: bool | None = None) -> None:
+    def _over_ranks(self, value: torch.Tensor, op: Any, sharded: bool | None = None) -> None:
         """Reduce a number over the ranks that share states (if they divide them) and hold other parts of the model."""
-        if self._divided if divided is None else divided:
+        if self._sharded if sharded is None else sharded:
             comm.all_reduce(value, op, group=self.process_group)
         if self.model_parallel.size > 1:
             comm.all_reduce(value, op, group=self.model_parallel.group)
@@ -257,7 +257,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _saturated(self) -> bool:
         """Whether the device of any rank counts an overflow since the last step."""
         flag = torch.tensor(float(self.backend.precision.take_overflow()), device=self.groups[0].device)
-        self._over_ranks(flag, comm.ReduceOp.MAX, divided=comm.get_world_size(self.process_group) > 1)
+        self._over_ranks(flag, comm.ReduceOp.MAX, sharded=comm.get_world_size(self.process_group) > 1)
         return bool(flag)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -23,19 +23,19 @@ from xtrain.base.errors import BackendError, TrainingError
 
 _END = -1
 _UNITS = 24
-"""Bits of a number that say which module group; those above say which of its parameters (0: all)."""
+"""Bits of a number that say which param group; those above say which of its parameters (0: all)."""
 
 
-def number_of(unit: int, names: Sequence[str] = ()) -> int:
-    """What stands for gathering a module group, or some of its parameters."""
-    return unit | (zlib.crc32("\n".join(names).encode()) or 1) << _UNITS if names else unit
+def number_of(param_group: int, names: Sequence[str] = ()) -> int:
+    """What stands for gathering a param group, or some of its parameters."""
+    return param_group | (zlib.crc32("\n".join(names).encode()) or 1) << _UNITS if names else param_group
 
 
 class GatherOrder:
     """Compares what the ranks of a group gather.
 
     Args:
-        names: of the module groups, by number.
+        names: of the param groups, by number.
         process_group: of the gathers.
         device: of the parameters.
 

@@ -97,9 +97,7 @@ class Owner:
         dtype = torch.promote_types(self.param.dtype, torch.float32)
         whole = torch.zeros(self.shape.numel(), dtype=dtype, device=self.param.device)
         if mine is not None:
-            found = self.group.piece_of(self.member)
-            assert found is not None
-            whole[found[0].start : found[0].stop].copy_(mine)
+            whole[self.group.own_range(self.member)].copy_(mine)
         if self.group.layout.partitions > 1:
             comm.all_reduce(whole, group=self.optimizer.process_group)
         return whole.view(self.shape)
@@ -112,9 +110,7 @@ class Owner:
                 f"{tuple(self.shape)}"
             )
         if mine is not None:
-            found = self.group.piece_of(self.member)
-            assert found is not None
-            mine.copy_(value.detach().reshape(-1)[found[0].start : found[0].stop])
+            mine.copy_(value.detach().reshape(-1)[self.group.own_range(self.member)])
 
     def set_local(self, value: torch.Tensor, mine: torch.Tensor | None) -> None:
         """Copy a value of as many elements as this rank holds to where they belong."""

@@ -40,7 +40,7 @@ class ParamGroup:
         parts: the buckets that hold them.
         number: place among the gatherer's groups.
         users: how many uses are going on; the parameters are whole while there is one.
-        calls: forward calls that used the unit and whose backward has not ended.
+        calls: forward calls that used the param group and whose backward has not ended.
         ever_called: whether any forward has used it.
         backward_ended: whether the backward of some call has ended in the running backward.
     """
@@ -113,14 +113,14 @@ class ParamGroup:
                 group.attach(bucket)
             self.whole = True
 
-    def release(self, order: GatherOrder) -> None:
+    def free(self, order: GatherOrder) -> None:
         """Give the memory back."""
         if self._works is not None and order.broken is not None:
             return  # what is on its way may never come, and would be written into this memory
         self.wait(order)
         if self.whole:
             for group, bucket in self.parts:
-                group.release(bucket)
+                group.free(bucket)
             self.whole = False
 
 

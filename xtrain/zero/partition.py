@@ -1,4 +1,4 @@
-"""From a model and its optimizer to flat groups, gradients and module groups, as the ZeRO stage asks."""
+"""From a model and its optimizer to flat groups, gradients and param groups, as the ZeRO stage asks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xtrain.config.schema import ZeroConfig
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import PrecisionPolicy
 from xtrain.zero.flat import FlatGroup, FlatOptions
-from xtrain.zero.gather import Gatherer, GatherPolicy, UnitHome
+from xtrain.zero.gather import Gatherer, GatherPolicy, ShardedHome
 from xtrain.zero.gradients import Gradients, ShardedGradients, WholeGradients
 from xtrain.zero.home import describe_partitioned, full_shape, home_of, make_ordinary
 from xtrain.zero.hooks import ModelHooks
@@ -34,7 +34,7 @@ class Partition:
     Attributes:
         gradients: one for each flat group of trained parameters.
         frozen: divided parameters that are not trained (stage 3).
-        gatherer: of the module groups; None unless parameters are divided.
+        gatherer: of the param groups; None unless parameters are divided.
         state_memory: where optimizer states are kept; None: on the device.
         offloaded: kinds of states that `offload_states` has moved away.
     """
@@ -84,15 +84,16 @@ class Partitioner:
         self._shards = memory_of(params, "zero_optimization.offload_param", backend)
         self._names = {param: name for name, param in module.named_parameters()}
         self._position = {param: position for position, param in enumerate(self._names)}
-        self._units: list[ParamGroup] = []
-        self._unit_of: dict[nn.Parameter, int] = {}
+        self._param_groups: list[ParamGroup] = []
+        self._param_group_of: dict[nn.Parameter, int] = {}
 
     def run(self, optimizer: torch.optim.Optimizer | None) -> Partition:
         """Take over the parameters of the module and of the optimizer."""
         detach_former_engines(self._names)
         if self.zero.stage == 3:
-            self._units = divide(self.module, self._to_divide())
-            self._unit_of = {p: number for number, unit in enumerate(self._units) for p in unit.params}
+            self._param_groups = divide(self.module, self._to_shard())
+            numbered = enumerate(self._param_groups)
+            self._param_group_of = {param: number for number, found in numbered for param in found.params}
         result = Partition(state_memory=self._masters)
         for index, param_group in enumerate(optimizer.param_groups if optimizer else ()):
             for members in self._split(param_group["params"], index):
@@ -100,39 +101,39 @@ class Partitioner:
         taken = {param for group in result.trained for param in group.members}
         result.frozen = [
             self._sharded(members, -1, trainable=False)
-            for members in self._split((p for p in self._unit_of if p not in taken), -1)
+            for members in self._split((p for p in self._param_group_of if p not in taken), -1)
         ]
-        taken |= self._unit_of.keys()
+        taken |= self._param_group_of.keys()
         for param in self._names:
             if param not in taken:
                 make_ordinary(param)
         if self.zero.stage == 3:
             self._describe((*result.trained, *result.frozen))
-        if self._units:
+        if self._param_groups:
             result.gatherer = self._gatherer(result.sharded)
         return result
 
     def _describe(self, groups: Iterable[FlatGroup]) -> None:
         """Give the parameters that stay whole in stage 3 the attributes that those which are divided have already."""
         for param in self._names:
-            if param not in self._unit_of:
+            if param not in self._param_group_of:
                 describe_partitioned(param, param.shape)
                 param.ds_persist = True  # type: ignore[attr-defined]
                 param.ds_tensor = param.data.reshape(-1)  # type: ignore[attr-defined]
         for group in groups:
             group.show_pieces()
 
-    def _to_divide(self) -> Collection[nn.Parameter]:
+    def _to_shard(self) -> Collection[nn.Parameter]:
         """All parameters but small ones, up to a total, which stay whole on every rank."""
-        persistent, divided = 0, set()
+        persistent, sharded = 0, set()
         for param in self._names:
             size = full_shape(param).numel()
             small = size <= self.zero.param_persistence_threshold
             if small and persistent + size <= self.zero.model_persistence_threshold:
                 persistent += size
             else:
-                divided.add(param)
-        return divided
+                sharded.add(param)
+        return sharded
 
     def _split(self, params: Iterable[nn.Parameter], index: int) -> list[Members]:
         """Parameters that can share a flat group, in the order in which gradients arrive.
@@ -143,32 +144,32 @@ class Partitioner:
         last = len(self._position)
         numbered = sorted(
             enumerate(params),
-            key=lambda item: (-self._unit_of.get(item[1], last), -self._position.get(item[1], last)),
+            key=lambda item: (-self._param_group_of.get(item[1], last), -self._position.get(item[1], last)),
         )
         for position, param in numbered:
             if param.requires_grad or index < 0:
                 name = self._names.get(param, f"param_groups.{index}.{position}")
-                result[param.dtype, param in self._unit_of].append((name, param))
+                result[param.dtype, param in self._param_group_of].append((name, param))
         return list(result.values())
 
     def _options(self, members: Members, dtype: torch.dtype) -> FlatOptions:
-        divided = self.zero.stage >= 1
-        units = [self._unit_of.get(param) for _, param in members]
-        sharded = units[0] is not None
+        partitioned = self.zero.stage >= 1
+        numbers = [self._param_group_of.get(param) for _, param in members]
+        sharded = numbers[0] is not None
         accumulation = self.precision.accumulation_of(dtype)
         travelling = self.precision.communication or accumulation
         default_size = self.backend.zero.reduce_bucket_bytes // accumulation.itemsize
         return FlatOptions(
-            partitions=self.grid.size if divided else 1,
-            partition=self.grid.rank if divided else 0,
-            # In stage 3 a bucket is all that a module group has in the flat group.
+            partitions=self.grid.size if partitioned else 1,
+            partition=self.grid.rank if partitioned else 0,
+            # In stage 3 a bucket is all that a param group has in the flat group.
             bucket_size=2**63 if sharded else self.zero.reduce_bucket_size or default_size,
             align=aligned_unit(self.backend.zero.alignment_bytes, dtype, accumulation, travelling),
             masters=None if self._masters is None else self._masters.allocate,
-            breaks={i for i in range(1, len(units)) if units[i] != units[i - 1]} if sharded else (),
-            by_parameter=not divided,
+            breaks={i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1]} if sharded else (),
+            by_parameter=not partitioned,
             # As in DeepSpeed; aligned mode has the same masters in every stage.
-            narrow_masters=not divided and self.precision.module is None and not self.precision.aligned,
+            narrow_masters=not partitioned and self.precision.module is None and not self.precision.aligned,
         )
 
     def _sharded(self, members: Members, index: int, trainable: bool) -> ShardedGroup:
@@ -179,7 +180,7 @@ class Partitioner:
     def _gradients(self, members: Members, index: int) -> Gradients:
         dtype = members[0][1].dtype
         group: FlatGroup
-        if members[0][1] in self._unit_of:
+        if members[0][1] in self._param_group_of:
             group = self._sharded(members, index, trainable=True)
         else:
             group = FlatGroup(members, index, self._options(members, dtype), self.grid.group)
@@ -198,15 +199,15 @@ class Partitioner:
     def _gatherer(self, groups: list[ShardedGroup]) -> Gatherer:
         for group in groups:
             for bucket in group.layout.buckets:
-                number = self._unit_of[group.members[bucket.members[0]]]
-                self._units[number].parts.append((group, bucket))
+                number = self._param_group_of[group.members[bucket.members[0]]]
+                self._param_groups[number].parts.append((group, bucket))
         given = self.zero.model_fields_set
         policy = GatherPolicy(
             prefetch=self.zero.prefetch_bucket_size if "prefetch_bucket_size" in given else None,
             reuse_distance=self.zero.max_reuse_distance if "max_reuse_distance" in given else None,
             live=self.zero.max_live_parameters,
         )
-        gatherer = Gatherer(self._units, comm.companion(self.grid.group), policy)
+        gatherer = Gatherer(self._param_groups, comm.companion(self.grid.group), policy)
         ModelHooks(self.module, gatherer)
         return gatherer
 
@@ -214,5 +215,5 @@ class Partitioner:
 def detach_former_engines(params: Iterable[nn.Parameter]) -> None:
     """A parameter belongs to the engine that was built last."""
     for param in params:
-        if isinstance(home := home_of(param), UnitHome):
+        if isinstance(home := home_of(param), ShardedHome):
             home.gatherer.detach()

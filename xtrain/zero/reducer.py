@@ -47,12 +47,12 @@ class _Pending:
     """
 
     def __init__(
-        self, gradients: Gradients, bucket: Bucket, last_arrival: int, unit: ParamGroup | None
+        self, gradients: Gradients, bucket: Bucket, last_arrival: int, param_group: ParamGroup | None
     ) -> None:
         self.gradients = gradients
         self.bucket = bucket
         self.last_arrival = last_arrival
-        self.unit = unit
+        self.param_group = param_group
         self.position = 0
         self.arrivals: Counter[int] = Counter()
         self.expected: dict[int, int] = dict.fromkeys(bucket.members, 1)
@@ -71,11 +71,11 @@ class _Pending:
         if not missing:
             return True
         # Unused parameters of stage 3 must not hold up the queue, or whole gradients would pile up.
-        if self.unit is None:
+        if self.param_group is None:
             return False
-        if not self.unit.ever_called:
+        if not self.param_group.ever_called:
             return True
-        over = self.unit.backward_ended and not self.unit.calls
+        over = self.param_group.backward_ended and not self.param_group.calls
         return over and self.ever.isdisjoint(missing)
 
     def learn(self) -> None:
@@ -105,7 +105,7 @@ class GradientReducer:
         loss_scaler: by what losses must be multiplied.
         before_reduction: called before each bucket is reduced, the first thing that other ranks get to see.
         on_discard: called when the gradients of a window are given up.
-        gatherer: of the module groups of stage 3.
+        gatherer: of the param groups of stage 3.
 
     Attributes:
         at_boundary: whether the running micro-batch is the last of its accumulation window; the engine says so.
@@ -129,15 +129,19 @@ class GradientReducer:
         self.gatherer = gatherer
         self.loss_scaler = loss_scaler
         self._before_reduction, self._on_discard = before_reduction, on_discard
-        units: dict[tuple[FlatGroup, int], ParamGroup] = {}
+        param_groups: dict[tuple[FlatGroup, int], ParamGroup] = {}
         if gatherer is not None:
-            units = {(group, b.start): unit for unit in gatherer.units for group, b in unit.parts}
+            param_groups = {
+                (group, bucket.start): found
+                for found in gatherer.param_groups
+                for group, bucket in found.parts
+            }
             gatherer.on_backward_end(self._launch_ready)
         pending = []
         for held in gradients:
             for bucket in held.group.layout.buckets:
                 first = min(registration_order[held.group.members[member]] for member in bucket.members)
-                pending.append(_Pending(held, bucket, first, units.get((held.group, bucket.start))))
+                pending.append(_Pending(held, bucket, first, param_groups.get((held.group, bucket.start))))
         # Backward reaches the first registered parameter last.
         self.queue = sorted(pending, key=lambda item: -item.last_arrival)
         for position, item in enumerate(self.queue):
@@ -197,8 +201,8 @@ class GradientReducer:
             item.again = True
         elif item.position < self._next or self._reduced:
             raise ConfigError(self._too_late(item.name(member)))
-        if item.unit is not None and not item.arrivals:
-            self._complete_until(self._next)  # one module group's whole gradients at a time
+        if item.param_group is not None and not item.arrivals:
+            self._complete_until(self._next)  # one param group's whole gradients at a time
         item.gradients.absorb(member, item.bucket)
         item.seen.add(member)
         item.arrivals[member] += 1

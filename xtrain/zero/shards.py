@@ -1,6 +1,6 @@
 """The flat group of ZeRO stage 3: a rank keeps its slice of every bucket, whole buckets are transient.
 
-A bucket here is what one module group (units.py) has in one flat group. Its whole buffer keeps one
+A bucket here is what one param group (param groups.py) has in one flat group. Its whole buffer keeps one
 storage object for good, whose memory comes and goes: tensors that autograd has saved (a transposed
 weight, say) are views of that storage and are valid again when it has been gathered again.
 """
@@ -115,8 +115,8 @@ class ShardedGroup(FlatGroup):
 
     def _adopt_data(self, member: int) -> None:
         self._check_replaced(member)
-        if member in self._shown and (found := self.piece_of(member)) is not None:
-            self._shown[member].copy_(self.members[member].data.reshape(-1)[found[0].start : found[0].stop])
+        if member in self._shown:
+            self._shown[member].copy_(self.members[member].data.reshape(-1)[self.own_range(member)])
 
     def store(self, member: int, data: torch.Tensor) -> None:
         param = self.members[member]
@@ -129,10 +129,8 @@ class ShardedGroup(FlatGroup):
         for place in places:
             if place.data_ptr() != data.data_ptr():
                 place.copy_(data.view(self.shapes[member]))
-        if (found := self.piece_of(member)) is not None:
-            piece, _, _ = found
-            mine = data.reshape(-1)[piece.start : piece.stop]
-            self.shard[piece.shard_start : piece.shard_start + mine.numel()].copy_(mine)
+        if (mine := self.in_shard(member, self.shard)) is not None:
+            mine.copy_(data.reshape(-1)[self.own_range(member)])
         self._store_master(member, data)
 
     def publish(self) -> list[Any]:
@@ -173,7 +171,7 @@ class ShardedGroup(FlatGroup):
             if member not in self.lent:
                 fill_in(self.members[member], self._view(full, bucket, member))
 
-    def release(self, bucket: Bucket) -> None:
+    def free(self, bucket: Bucket) -> None:
         """Give the bucket's memory back.
 
         Within a backward, frozen parameters stay empty shells of their shape until it ends: when a checkpointed
@@ -311,7 +309,7 @@ class FormerHome(Home):
         self.process_group = group.process_group
         self._users = 0
 
-    def hold(self) -> None:
+    def unshard(self) -> None:
         self._users += 1
         if self._users == 1:
             fill_in(
@@ -319,7 +317,7 @@ class FormerHome(Home):
                 self.group.gather_members([self.member], self.process_group)[0],
             )
 
-    def drop(self) -> None:
+    def reshard(self) -> None:
         self._users -= 1
         if self._users == 0:
             empty_out(self.group.members[self.member])

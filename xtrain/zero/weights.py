@@ -11,16 +11,16 @@ from torch import nn
 from xtrain.base.errors import CheckpointError
 from xtrain.comm.rank_agreement import together
 from xtrain.zero.buffers import make_room
-from xtrain.zero.gather import UnitHome
+from xtrain.zero.gather import ShardedHome
 from xtrain.zero.gathered import GatheredParameters
 from xtrain.zero.home import home_of
 
 
-def divided_parameters(module: nn.Module) -> dict[str, UnitHome]:
+def sharded_parameters(module: nn.Module) -> dict[str, ShardedHome]:
     """Homes of the divided parameters by name; a tied one stands under each of its names."""
     found = {}
     for name, param in module.named_parameters(remove_duplicate=False):
-        if isinstance(home := home_of(param), UnitHome):
+        if isinstance(home := home_of(param), ShardedHome):
             found[name] = home
     return found
 
@@ -36,22 +36,22 @@ def whole_state_dict(
         exclude_frozen: leave parameters without gradient out.
         keep_vars: do not detach what is not divided.
     """
-    divided = divided_parameters(module)
+    sharded = sharded_parameters(module)
     every = module.state_dict(keep_vars=keep_vars)
-    state = {name: value for name, value in every.items() if name not in divided}
-    by_unit: dict[Any, list[str]] = {}
-    for name, home in divided.items():
-        by_unit.setdefault(home.unit, []).append(name)
+    state = {name: value for name, value in every.items() if name not in sharded}
+    by_group: dict[Any, list[str]] = {}
+    for name, home in sharded.items():
+        by_group.setdefault(home.param_group, []).append(name)
     copies: dict[nn.Parameter, torch.Tensor] = {}
-    for unit, names in by_unit.items():
-        home = divided[names[0]]
-        home.gatherer.hold(unit)
+    for param_group, names in by_group.items():
+        home = sharded[names[0]]
+        home.gatherer.unshard(param_group)
         for name in names if keep else ():
-            param = divided[name].group.members[divided[name].member]
+            param = sharded[name].group.members[sharded[name].member]
             if param not in copies:
                 copies[param] = param.detach().cpu().clone()
             state[name] = copies[param]
-        home.gatherer.drop(unit)
+        home.gatherer.reshard(param_group)
     frozen: set[str] = set()
     if exclude_frozen:
         named = module.named_parameters(remove_duplicate=False)
@@ -71,17 +71,17 @@ def load_whole_state_dict(
     Raises:
         RuntimeError: as `nn.Module.load_state_dict`, when names differ and `strict`, or shapes differ.
     """
-    divided = divided_parameters(module)
-    mine = {name: value for name, value in state.items() if name in divided}
+    sharded = sharded_parameters(module)
+    mine = {name: value for name, value in state.items() if name in sharded}
     for name, value in mine.items():
-        if value.shape != divided[name].shape:
+        if value.shape != sharded[name].shape:
             raise RuntimeError(
                 f"size mismatch for {name}: the state dictionary has {tuple(value.shape)}, "
-                f"the model {tuple(divided[name].shape)}"
+                f"the model {tuple(sharded[name].shape)}"
             )
     make_room(module, state)
     missing, unexpected = module.load_state_dict(
-        {name: value for name, value in state.items() if name not in divided}, strict=False
+        {name: value for name, value in state.items() if name not in sharded}, strict=False
     )
     missing = [name for name in missing if name not in mine and name not in may_lack]
     if strict and (missing or unexpected):
@@ -89,7 +89,7 @@ def load_whole_state_dict(
             f"the state dictionary lacks {missing} and has {unexpected}, which the model lacks"
         )
     for name, value in mine.items():
-        divided[name].store(value.to(divided[name].group.device))
+        sharded[name].store(value.to(sharded[name].group.device))
 
 
 def _all_together(action: Callable[[], Any], what: str) -> list[Any]:
@@ -112,10 +112,10 @@ def custom_load(
     Raises:
         CheckpointError: on every rank, when the function failed on one.
     """
-    divided = [home.group.members[home.member] for home in divided_parameters(module).values()]
+    sharded = [home.group.members[home.member] for home in sharded_parameters(module).values()]
 
     def run() -> None:  # without the function's result, which need not be picklable
         load(src=state, dst=module)
 
-    with GatheredParameters(divided, modifier_rank=0 if divided else None):
+    with GatheredParameters(sharded, modifier_rank=0 if sharded else None):
         run_all(run, "custom_load_fn")

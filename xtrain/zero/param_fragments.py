@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xtrain.optim.parameterwise import Holding, Run
+from xtrain.optim.parameterwise import Fragment, ParamFragments
 from xtrain.parallel.grid import ModelParallel, counted_once
 from xtrain.zero.flat import FlatGroup
 
 
-def _of_group(group: FlatGroup) -> list[Holding]:
+def _of_group(group: FlatGroup) -> list[ParamFragments]:
     if group.by_parameter:
-        wholes = [Run(0, 0, shape.numel()) for shape in group.shapes]
+        wholes = [Fragment(0, 0, shape.numel()) for shape in group.shapes]
         return [
-            Holding(parameter, shape, master, 0, run, (run,))
+            ParamFragments(parameter, shape, master, 0, run, (run,))
             for parameter, shape, master, run in zip(
                 group.members, group.shapes, group.masters, wholes, strict=True
             )
@@ -26,24 +26,24 @@ def _of_group(group: FlatGroup) -> list[Holding]:
     for bucket, master in zip(layout.buckets, group.masters, strict=True):
         low = layout.owned(bucket, mine)[0]
         for member in bucket.members:
-            runs = tuple(Run(*holder) for holder in layout.holders(bucket, member))
-            own = next((run for run in runs if run.rank == mine), Run(mine, 0, 0))
+            fragments = tuple(Fragment(*holder) for holder in layout.holders(bucket, member))
+            own = next((part for part in fragments if part.rank == mine), Fragment(mine, 0, 0))
             result.append(
-                Holding(
+                ParamFragments(
                     parameter=group.members[member],
                     shape=group.shapes[member],
                     tensor=master,
                     offset=max(0, layout.starts[member] - low) if own.length else 0,
                     own=own,
-                    runs=runs,
+                    fragments=fragments,
                 )
             )
     return result
 
 
-def holdings(groups: Sequence[FlatGroup], param_groups: int) -> list[list[Holding]]:
+def param_fragments(groups: Sequence[FlatGroup], param_groups: int) -> list[list[ParamFragments]]:
     """For each of the optimizer's parameter groups, its parameters in an order that all ranks share."""
-    result: list[list[Holding]] = [[] for _ in range(param_groups)]
+    result: list[list[ParamFragments]] = [[] for _ in range(param_groups)]
     for group in groups:
         result[group.group_index] += _of_group(group)
     return result

@@ -1,4 +1,4 @@
-"""Starts processes that may hang or die, follows their diaries, and says in a sentence what became of them.
+"""Starts processes that may hang or die, follows their event logs, and says in a sentence what became of them.
 
 Nothing waits longer than `patience` seconds for a sign of life, from when torch is imported. Imports no torch.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.base.errors import BackendError
-from xtrain.doctor import event_log as diary
+from xtrain.doctor import event_log
 from xtrain.doctor.ranks import Spec
 from xtrain.launch.processes import signal_name
 
@@ -67,11 +67,11 @@ class Watched:
                 if died is not None and now - died > _GRACE:
                     break
                 if now - moved > patience:
-                    lines = [diary.read(file) for file in self.files]
-                    if now - moved > _STARTING or all(map(diary.has_started, lines)):
+                    lines = [event_log.read(file) for file in self.files]
+                    if now - moved > _STARTING or all(map(event_log.has_started, lines)):
                         return Outcome(lines, self._hung(lines, now - moved))
                 time.sleep(0.02)
-            lines = [diary.read(file) for file in self.files]
+            lines = [event_log.read(file) for file in self.files]
             return Outcome(lines, self._ended(lines, [process.poll() for process in self.processes]))
         finally:
             self._end()
@@ -87,10 +87,10 @@ class Watched:
         """The ranks that are furthest back are the ones that the others wait for."""
         steps = [len(one) for one in lines]
         behind = [rank for rank, count in enumerate(steps) if count == min(steps)]
-        parts = [f"{_ranks(behind)} in {diary.doing(lines[behind[0]])}"]
+        parts = [f"{_ranks(behind)} in {event_log.doing(lines[behind[0]])}"]
         ahead = [rank for rank in range(len(lines)) if rank not in behind]
         if ahead:
-            parts.append(f"{_ranks(ahead)} in {diary.doing(lines[ahead[0]])}")
+            parts.append(f"{_ranks(ahead)} in {event_log.doing(lines[ahead[0]])}")
         return f"hangs: nothing has happened for {seconds:.0f} s, with " + ", ".join(parts)
 
     def _ended(self, lines: list[list[dict[str, Any]]], codes: list[int | None]) -> str | None:
@@ -106,7 +106,7 @@ class Watched:
         silent, how = self._dead(lines, codes)
         if silent is None:
             return f"its ranks ended {how}{self._last_words()}"
-        return f"rank {silent} {how} in {diary.doing(lines[silent])}{self._last_words()}"
+        return f"rank {silent} {how} in {event_log.doing(lines[silent])}{self._last_words()}"
 
     def _dead(self, lines: list[list[dict[str, Any]]], codes: list[int | None]) -> tuple[int | None, str]:
         """(the rank that died, how); the rank is None where only the launcher's status is known."""

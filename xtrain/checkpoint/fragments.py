@@ -23,7 +23,7 @@ def _open(directory: Path, manifest: dict[str, Any], name: str) -> Any:
         raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from None
 
 
-class Runs:
+class Fragments:
     """Reads runs of elements, opening and verifying each optimizer file once, when first needed."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Weights:
             the latter, runs under the former.
     """
 
-    def __init__(self, runs: Runs, masters: Callable[[str], bool] = lambda name: False) -> None:
+    def __init__(self, runs: Fragments, masters: Callable[[str], bool] = lambda name: False) -> None:
         manifest = runs.manifest
         self._runs = runs
         self._masters = masters
@@ -169,18 +169,17 @@ class Weights:
     def check_piece(self, name: str, group: ShardedGroup, member: int) -> None:
         """Raise a CheckpointError unless `load_piece` will succeed."""
         name = self.aliases.get(name, name)
-        kind, found = self._kind(name), group.piece_of(member)
-        if kind is not None and found is not None:
-            self._runs.check(kind, name, found[0].start, found[0].stop)
+        kind, own = self._kind(name), group.own_range(member)
+        if kind is not None and own.stop > own.start:
+            self._runs.check(kind, name, own.start, own.stop)
 
     def load_piece(self, name: str, group: ShardedGroup, member: int) -> None:
         """Set what this rank owns of a divided parameter."""
         name = self.aliases.get(name, name)
-        kind, found = self._kind(name), group.piece_of(member)
+        kind, mine = self._kind(name), group.in_shard(member, group.shard)
         if kind is None:
             group.store(member, self._file.get_tensor(name).to(group.device))
-        elif found is not None:
-            piece, _, _ = found
-            mine = torch.empty(piece.stop - piece.start, dtype=group.dtype)
-            self._runs.fill(mine, kind, name, piece.start)
-            group.shard[piece.shard_start : piece.shard_start + mine.numel()].copy_(mine)
+        elif mine is not None:
+            read = torch.empty(mine.numel(), dtype=group.dtype)
+            self._runs.fill(read, kind, name, group.own_range(member).start)
+            mine.copy_(read)
