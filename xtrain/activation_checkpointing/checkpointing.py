@@ -29,6 +29,7 @@ from xtrain.base.errors import ConfigError
 from xtrain.base.log import log_dist
 from xtrain.config import load_config
 from xtrain.config.schema import ActivationCheckpointingConfig
+from xtrain.parallel.mpu import Answers
 
 CudaRNGStatesTracker = RngStatesTracker
 
@@ -77,14 +78,7 @@ _state = _State()
 
 
 def _ask(mpu: Any, what: str) -> Any:
-    """`mpu.get_tensor_model_parallel_<what>()`, under the names that versions of Megatron have for it."""
-    for kind in ("tensor_model_parallel", "slice_parallel", "model_parallel"):
-        method = getattr(mpu, f"get_{kind}_{what}", None)
-        if callable(method):
-            return method()
-    raise ConfigError(
-        f"the mpu object has no method get_model_parallel_{what}(): activation checkpointing needs it"
-    )
+    return Answers(mpu).ask("tensor", what, "the ranks that compute the same activations")
 
 
 def _grid() -> ModelParallelGrid:

@@ -27,7 +27,8 @@ from xtrain.engine.hooks import Hooks
 from xtrain.engine.loss_guard import LossGuard, check_unused
 from xtrain.engine.untrained import Untrained
 from xtrain.optim.schedules import build_scheduler
-from xtrain.parallel import DataParallelGrid, grid
+from xtrain.parallel import DataParallelGrid
+from xtrain.parallel import mpu as mpus
 from xtrain.precision import PrecisionPolicy, autocast_region, direct_backward, for_backend, make_policy
 from xtrain.reproducible.aligned_random import AlignedRandom
 from xtrain.reproducible.perturbation import perturb_if_asked
@@ -50,7 +51,7 @@ class Engine(nn.Module):
         module: nn.Module,
         config: XtrainConfig,
         backend: Backend,
-        ranks: DataParallelGrid,
+        grid: DataParallelGrid,
         optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | None = None,
         model_parameters: Any = None,
         lr_scheduler: Any = None,
@@ -58,33 +59,33 @@ class Engine(nn.Module):
     ) -> None:
         super().__init__()
         values = config.values
-        self.xtrain_config, self.backend, self.grid = config, backend, ranks
+        self.xtrain_config, self.backend, self.grid = config, backend, grid
         self.mpu = mpu
-        grid.remember(mpu)
+        mpus.remember(mpu)
         self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
         batch_sizes = solve_batch_sizes(
             values.train_batch_size,
             values.train_micro_batch_size_per_gpu,
             values.gradient_accumulation_steps,
-            ranks.replicas,
+            grid.replicas,
         )
         self.local_rank = comm.get_local_rank()
         self.global_rank = comm.get_rank()
         self.world_size = comm.get_world_size()
         self.device = backend.runtime.device(self.local_rank)
-        check_agreement(module, config, ranks)
-        self.precision = for_backend(make_policy(values, ranks.sequence > 1), values, backend)
+        check_agreement(module, config, grid)
+        self.precision = for_backend(make_policy(values, grid.sequence > 1), values, backend)
         place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
         perturb_if_asked(module)
         self.module = module
         self.hooks = Hooks()
-        self.loads = Loads(ranks)
-        self._loss_guard = LossGuard(ranks, values.xtrain.max_skipped_steps or None)
+        self.loads = Loads(grid)
+        self._loss_guard = LossGuard(grid, values.xtrain.max_skipped_steps or None)
         builder = Builder(
             module,
             config,
             backend,
-            ranks,
+            grid,
             self.precision,
             batch_sizes,
             optimizer,
@@ -93,7 +94,7 @@ class Engine(nn.Module):
         )
         partition, built, self._reducer = builder.run(self.loads.check, self._discarded)
         self.train_state = TrainState(
-            module, config, backend, self.device, ranks, batch_sizes, partition, built
+            module, config, backend, self.device, grid, batch_sizes, partition, built
         )
         self._untrained = Untrained(module, partition)
         self.train_state.lr_scheduler = self._scheduler(lr_scheduler)

@@ -6,7 +6,6 @@ mesh.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.base.errors import ConfigError, NotImplementedYetError
+from xtrain.parallel.mpu import Answers
 
 
 @dataclass(frozen=True)
@@ -86,47 +86,6 @@ class DataParallelGrid:
         return self.group if self.sequence == 1 else self.samples_group
 
 
-_NAMES = {
-    "tensor": ("tensor_model_parallel", "slice_parallel", "model_parallel"),
-    "tensor alone": ("tensor_model_parallel", "slice_parallel"),
-    "pipeline": ("pipeline_model_parallel", "pipe_parallel"),
-    "model": ("model_parallel",),
-    "data": ("data_parallel",),
-    "sequence": ("sequence_parallel",),
-    "sequence-data": ("sequence_data_parallel",),
-}
-"""Megatron's names for one dimension, newest first, and DeepSpeed's."""
-
-
-class _Answers:
-    """What an mpu says, under whichever of the names it has."""
-
-    def __init__(self, mpu: Any) -> None:
-        self._mpu = mpu
-
-    def _method(self, kind: str, what: str) -> Callable[[], Any] | None:
-        for name in _NAMES[kind]:
-            method = getattr(self._mpu, f"get_{name}_{what}", None)
-            if callable(method):
-                return method
-        return None
-
-    def has(self, kind: str, what: str) -> bool:
-        return self._method(kind, what) is not None
-
-    def ask(self, kind: str, what: str, purpose: str) -> Any:
-        method = self._method(kind, what)
-        if method is None:
-            names = " or ".join(f"get_{name}_{what}()" for name in _NAMES[kind])
-            raise ConfigError(f"the mpu object has no method {names}: xtrain needs it to find {purpose}")
-        return method()
-
-    def size(self, kind: str) -> int:
-        """Size of a dimension that an mpu need not have."""
-        method = self._method(kind, "world_size")
-        return 1 if method is None else int(method())
-
-
 def _check_size(what: str, group: dist.ProcessGroup | None, size: int) -> None:
     actual = comm.get_world_size(group)
     if actual != size:
@@ -141,7 +100,7 @@ def model_from_mpu(given: Any | None) -> ModelParallel:
     """
     if given is None:
         return ModelParallel()
-    mpu = _Answers(given)
+    mpu = Answers(given)
     purpose = "the ranks that hold other parts of the model"
     pipeline = mpu.size("pipeline")
     # With pipelines, get_model_parallel_world_size() counts both dimensions in some mpus, and one in others.
@@ -183,7 +142,7 @@ def grid_from_mpu(mpu: Any | None) -> DataParallelGrid:
             "context parallelism (mpu.get_context_parallel_world_size() > 1)",
             "offer those ranks as get_sequence_parallel_group() and get_sequence_data_parallel_group()",
         )
-    answers = _Answers(mpu)
+    answers = Answers(mpu)
     model, sequence = model_from_mpu(mpu), answers.size("sequence")
     purpose = "the data-parallel ranks"
     if sequence > 1:
@@ -215,21 +174,6 @@ def grid_from_mpu(mpu: Any | None) -> DataParallelGrid:
     return DataParallelGrid(
         group, size, rank, source, sequence, replica, samples_group, sequence_group, model
     )
-
-
-_mpu: Any = None
-"""That of the engine that was built last."""
-
-
-def remember(mpu: Any) -> None:
-    """Let `current_mpu` be this one; the engine calls it."""
-    global _mpu
-    _mpu = mpu
-
-
-def current_mpu() -> Any:
-    """The mpu of the engine that was built last; None without one."""
-    return _mpu
 
 
 def counted_once(param: torch.Tensor, model: ModelParallel) -> bool:

@@ -4,48 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from xtrain.base.errors import ConfigError
+from xtrain.parallel.mpu import Answers
 
-
-def _ask(mpu: Any, names: tuple[str, ...]) -> Any:
-    for name in names:
-        if hasattr(mpu, name):
-            return getattr(mpu, name)()
-    raise ConfigError(f"the mpu has none of the methods {', '.join(names)}")
-
-
-def _tensor_parallel(mpu: Any, what: str, alone: Any) -> Any:
-    if mpu is None:
-        return alone
-    kinds = ("tensor_model_parallel", "slice_parallel", "model_parallel")
-    return _ask(mpu, tuple(f"get_{kind}_{what}" for kind in kinds))
-
-
-def _pipeline_parallel(mpu: Any, what: str) -> Any:
-    return _ask(mpu, (f"get_pipeline_model_parallel_{what}", f"get_pipe_parallel_{what}"))
+_TENSOR = "the ranks that a layer is divided over"
 
 
 def bwc_tensor_model_parallel_rank(mpu: Any = None) -> int:
     """This process's rank in its tensor-parallel group; 0 without an mpu."""
-    return int(_tensor_parallel(mpu, "rank", 0))
+    return 0 if mpu is None else int(Answers(mpu).ask("tensor", "rank", _TENSOR))
 
 
 def bwc_tensor_model_parallel_world_size(mpu: Any = None) -> int:
     """Ranks in its tensor-parallel group; 1 without an mpu."""
-    return int(_tensor_parallel(mpu, "world_size", 1))
+    return 1 if mpu is None else int(Answers(mpu).ask("tensor", "world_size", _TENSOR))
 
 
 def bwc_tensor_model_parallel_group(mpu: Any = None) -> Any:
     """Its tensor-parallel group; None without an mpu."""
-    return _tensor_parallel(mpu, "group", None)
+    return None if mpu is None else Answers(mpu).ask("tensor", "group", _TENSOR)
 
 
 def bwc_pipeline_parallel_world_size(mpu: Any = None) -> int:
     """Stages of the pipeline; 1 without an mpu, or with one that knows of no pipeline."""
-    try:
-        return 1 if mpu is None else int(_pipeline_parallel(mpu, "world_size"))
-    except ConfigError:
-        return 1
+    return 1 if mpu is None else Answers(mpu).size("pipeline")
 
 
 def bwc_pipeline_parallel_group(mpu: Any = None) -> Any:
@@ -54,4 +35,4 @@ def bwc_pipeline_parallel_group(mpu: Any = None) -> Any:
     Raises:
         ConfigError: the mpu has none.
     """
-    return None if mpu is None else _pipeline_parallel(mpu, "group")
+    return None if mpu is None else Answers(mpu).ask("pipeline", "group", "the stages of the pipeline")

@@ -12,16 +12,16 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.parallel import DataParallelGrid, grid_from_mpu
-from xtrain.parallel.grid import current_mpu
+from xtrain.parallel.mpu import current
 
 
 def _grid() -> DataParallelGrid:
-    return grid_from_mpu(current_mpu())
+    return grid_from_mpu(current())
 
 
 def _get_data_parallel_group() -> dist.ProcessGroup | None:
     """The ranks that see different samples; None where sequences are divided and the mpu has no such group."""
-    return comm.get_world_group() if current_mpu() is None else _grid().data_group
+    return comm.get_world_group() if current() is None else _grid().data_group
 
 
 def _get_data_parallel_world_size() -> int:
@@ -110,7 +110,7 @@ def get_tensor_model_parallel_rank() -> int:
 
 def __getattr__(name: str) -> Any:
     if name == "mpu":
-        return current_mpu()
+        return current()
     if name.startswith("__"):
         raise AttributeError(f"module 'xtrain.utils.groups' has no attribute {name!r}")
     raise AttributeError(f"xtrain.utils.groups has no {name!r} yet: expert parallelism is not there")
