@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xtrain.comm.canonical import tree_sum
 from xtrain.comm.collectives import (
     Group,
     _all_gather,
@@ -21,6 +20,7 @@ from xtrain.comm.collectives import (
     count,
     reduce_scatter_tensor,
 )
+from xtrain.comm.deterministic import tree_sum
 from xtrain.comm.failures import explained
 from xtrain.comm.point_to_point import exchange
 from xtrain.comm.timing import Running, finish

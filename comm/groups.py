@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtrain.backends import registry
-from xtrain.comm import discovery, libraries, meeting, mpi, shm
+from xtrain.comm import discovery, libraries, mpi, rendezvous, shm
 from xtrain.comm.launchers import launched
 from xtrain.errors import BackendError, ConfigError, unknown_name
 from xtrain.log import log_dist
@@ -206,10 +206,10 @@ def _start(library: str, init_method: str | None, rank: int, world_size: int, ti
             store: dist.Store = dist.HashStore()
             rank = 0
         else:
-            store, rank, world_size = meeting.open_store(library, init_method, rank, world_size, timeout)
+            store, rank, world_size = rendezvous.open_store(library, init_method, rank, world_size, timeout)
             store.set_timeout(timeout)
-            together = meeting.Meeting(store, address, library, rank, world_size)
-            together.meet(timeout)
+            together = rendezvous.Rendezvous(store, address, library, rank, world_size)
+            together.join(timeout)
             store = together.group_store
         dist.init_process_group(library, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except BackendError:
@@ -217,8 +217,10 @@ def _start(library: str, init_method: str | None, rank: int, world_size: int, ti
     except (RuntimeError, ValueError, AssertionError) as error:
         who = "a lone process" if alone or rank < 0 else f"rank {rank} of {world_size}"
         where = "" if alone else f" at {address}"
-        raise BackendError(f"{who} could not start {library}{where}: {meeting.first_line(error)}") from error
-    meeting.current = None if alone else together
+        raise BackendError(
+            f"{who} could not start {library}{where}: {rendezvous.first_line(error)}"
+        ) from error
+    rendezvous.current = None if alone else together
 
 
 def _found(place: discovery.Place) -> str:
@@ -257,8 +259,8 @@ def _settle() -> None:
     it while the interpreter is shutting down, CPython ends that thread inside C++ code, which aborts the
     whole process (seen about once in forty two-rank runs on a busy machine, after a successful run).
     """
-    if meeting.current is not None:
-        meeting.current.leave()
+    if rendezvous.current is not None:
+        rendezvous.current.leave()
     time.sleep(_SETTLE_SECONDS)
 
 
@@ -267,4 +269,4 @@ def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
     if dist.is_initialized():
         dist.destroy_process_group(group)
         if not dist.is_initialized():
-            meeting.current = None
+            rendezvous.current = None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from xtrain.comm import meeting
+from xtrain.comm import rendezvous
 from xtrain.errors import PeerLostError
 
 _NAP = 0.01
@@ -118,21 +118,21 @@ class RollCall:
 
         def look() -> None:
             nonlocal next_look
-            if meeting.current is None or time.monotonic() < next_look:
+            if rendezvous.current is None or time.monotonic() < next_look:
                 return
             next_look = time.monotonic() + _LOOK_FOR_ENDED
             absent = self._absent(question)
-            if ended := [rank for rank in meeting.current.gone(absent, patience=0.0) if rank in absent]:
+            if ended := [rank for rank in rendezvous.current.gone(absent, patience=0.0) if rank in absent]:
                 raise self._late(question, ended)
 
         return look
 
     def _late(self, question: str, ended: list[int]) -> PeerLostError:
         if ended:
-            why = f"{meeting.listed(ended)} {'has' if len(ended) == 1 else 'have'} ended"
+            why = f"{rendezvous.listed(ended)} {'has' if len(ended) == 1 else 'have'} ended"
         else:
             seconds = f"{self.timeout.total_seconds():g} s"
-            why = f"nothing came from {meeting.listed(self._absent(question))} within {seconds}"
+            why = f"nothing came from {rendezvous.listed(self._absent(question))} within {seconds}"
         return PeerLostError(f"rank {self._rank} of {dist.get_world_size()}: {question} cannot finish: {why}")
 
     def _let_all_read(self, question: str) -> None:

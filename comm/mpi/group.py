@@ -329,7 +329,7 @@ class MpiProcessGroup(GroupOfRanks):
         """
         seconds = self._timeout if timeout is None else timeout.total_seconds()
         self._monitored += 1  # what came too late for an earlier one must not count for this one
-        missing = self._world.meet(self._ranks, f"barrier {self._monitored} of {self._key}", seconds)
+        missing = self._world.rendezvous(self._ranks, f"barrier {self._monitored} of {self._key}", seconds)
         if missing:
             raise BackendError(
                 f"{self._place()}: monitored_barrier in {self!r}: nothing came from rank "

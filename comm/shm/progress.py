@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from xtrain.comm.background import LONGEST_NAP, Background
-from xtrain.comm.meeting import told_absent
+from xtrain.comm.rendezvous import told_absent
 from xtrain.comm.work import Outcome
 from xtrain.errors import BackendError, PeerLostError
 

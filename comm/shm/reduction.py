@@ -1,4 +1,4 @@
-"""Sums and other reductions of a few buffers, in the order of comm/canonical.py's tree, without communication.
+"""Sums and other reductions of a few buffers, in the order of comm/deterministic.py's tree, without communication.
 
 16-bit floats are added in float32 and rounded once.
 """

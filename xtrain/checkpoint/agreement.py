@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.agree import alone, together
-from xtrain.comm.meeting import listed
+from xtrain.comm.rendezvous import listed
 from xtrain.errors import CheckpointError
 from xtrain.parallel import DataParallelGrid
 

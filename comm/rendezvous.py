@@ -29,7 +29,7 @@ _ASKED = 512
 """Ranks of a group whose end is looked for at most."""
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 _held: Counter[str] = Counter()
-"""How often this process's ranks have met at each address: torchrun's store keeps the keys of earlier meetings."""
+"""How often this process's ranks have met at each address: torchrun's store keeps the keys of earlier times."""
 
 
 def first_line(error: BaseException) -> str:
@@ -100,7 +100,7 @@ def open_store(
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     place = f"backend {library}, rank {rank} of {world_size}"
     try:
-        # Not waiting here for the others lets `meet` say who is missing.
+        # Not waiting here for the others lets `join` say who is missing.
         return (
             dist.TCPStore(
                 host, port, world_size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True
@@ -124,7 +124,7 @@ def open_store(
         raise BackendError(f"{place} cannot start at {host}:{port}: {why}") from error
 
 
-class Meeting:
+class Rendezvous:
     """All ranks of a job at a store, which they keep to tell each other of their end.
 
     Args:
@@ -141,7 +141,7 @@ class Meeting:
         self._here = _host()
         self.whereabouts = Whereabouts(self._store, rank)
 
-    def meet(self, timeout: timedelta) -> None:
+    def join(self, timeout: timedelta) -> None:
         """Wait for all ranks.
 
         Raises:
@@ -245,7 +245,7 @@ class Meeting:
         return bool(self._store.check([f"gone {rank}"]))
 
 
-current: Meeting | None = None
+current: Rendezvous | None = None
 """Of the running process group; None for one that met elsewhere or was started without xtrain."""
 
 
