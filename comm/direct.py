@@ -12,14 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xtrain.comm.collectives import (
-    Group,
-    _all_gather,
-    all_gather_into_tensor,
-    all_reduce,
-    count,
-    reduce_scatter_tensor,
-)
+from xtrain.comm.collectives import _all_gather, all_gather_into_tensor, all_reduce, reduce_scatter_tensor
+from xtrain.comm.counted import Group, count
 from xtrain.comm.deterministic import tree_sum
 from xtrain.comm.failures import explained
 from xtrain.comm.point_to_point import exchange
