@@ -74,7 +74,7 @@ def counted(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             given: dict[str, Any] = {**defaults, **dict(zip(parameters, args, strict=False)), **kwargs}
-            if given.keys() != parameters.keys():
+            if given.keys() != parameters.keys() or len(args) > len(parameters):
                 return function(*args, **kwargs)  # Python says what is wrong with them
             message = bytes_of(given[size]) if isinstance(size, str) else size(**given)
             mine = None if sent is None else sent(**given)
