@@ -1,15 +1,16 @@
-"""The process group: torch.distributed's calls as non-blocking MPI operations.
+"""The process group: torch.distributed's calls as non-blocking MPI operations, and how it is known that one is lost.
 
 Counting bytes is not done here (collectives.py does it for every library).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 from torch.distributed.distributed_c10d import (
@@ -22,17 +23,128 @@ from torch.distributed.distributed_c10d import (
     ScatterOptions,
 )
 
-from xtrain.comm.mpi.base import GroupOfRanks
 from xtrain.comm.mpi.buffers import Reduction, Transfer, check, name_of, parts, spec, told
-from xtrain.comm.mpi.work import MpiWork
-from xtrain.comm.mpi.world import current
-from xtrain.comm.transfer import as_in_memory, describe
-from xtrain.comm.work import AllWorks, op_and_timeout
+from xtrain.comm.mpi.calls import Check
+from xtrain.comm.mpi.progress import MpiWork, Operation
+from xtrain.comm.mpi.world import World, current
+from xtrain.comm.process_group import BackgroundProcessGroup
+from xtrain.comm.transfer import as_in_memory
+from xtrain.comm.work import op_and_timeout
 from xtrain.errors import BackendError
 
+_SURELY_GONE = 5.0
+"""Seconds after which a message from or to a rank that has ended will not come any more."""
 
-class MpiProcessGroup(GroupOfRanks):
-    """The calls of torch.distributed: arguments as in torch, a list of tensors holding one unless it says more."""
+
+class MpiProcessGroup(BackgroundProcessGroup):
+    """The calls of torch.distributed: arguments as in torch, a list of tensors holding one unless it says more.
+
+    Args:
+        world: all processes.
+        comm: the group's communicator.
+        key: the same for all its ranks, and different for every group that they make.
+        store, ranks, name, timeout: see `BackgroundProcessGroup`.
+    """
+
+    registered = "mpi4py"
+
+    def __init__(
+        self,
+        store: dist.Store,
+        world: World,
+        comm: Any,
+        ranks: list[int],
+        key: str,
+        name: str,
+        timeout: timedelta,
+    ) -> None:
+        super().__init__(store, comm.Get_rank(), ranks, name, timeout)
+        self._world, self._comm, self._key = world, comm, key
+        self._monitored = 0
+        self._unfinished: list[Operation] = []
+
+    def _release(self) -> None:
+        if all(operation.done for operation in self._unfinished):
+            with self._world.progress.lock:
+                self._comm.Free()
+
+    # Starting operations.
+
+    def place(self) -> str:
+        return f"backend mpi, rank {self._world.rank} of {self._world.size}"
+
+    def _submit(
+        self,
+        transfer: Transfer,
+        tensors: Sequence[Tensor],
+        start: Callable[[], list[Any]],
+        outputs: list[Tensor],
+        timeout: timedelta | None = None,
+        peer: int | None = None,
+        told: str = "",
+    ) -> MpiWork:
+        """Start MPI's part and follow it.
+
+        Args:
+            peer: the other rank (in the group) where there is only one, -1 for any.
+            told: of a collective, what must be the same on all ranks.
+        """
+        seconds = self._begin(transfer, timeout)
+        waiting = self.in_words(transfer, tensors)
+        what = f"{self.place()}: {waiting}"
+        number, check = 0, None
+        with self._world.progress.lock:
+            if peer is None:
+                self._world.begun[self._key] = number = self._world.begun.get(self._key, 0) + 1
+            try:
+                if peer is None and self._size > 1:
+                    check = Check(self._comm, told)
+                requests = start()
+            except MPI.Exception as error:
+                raise BackendError(f"{what} could not start in MPI: {error}") from error
+        operation = Operation(
+            what,
+            requests,
+            [*transfer.keep, *tensors],
+            transfer.after,
+            outputs,
+            seconds,
+            lambda waited: self._lost(number, peer, waited, waiting),
+            self._fail,
+            check,
+            lambda: self._world.calls(self._ranks, self._key, number, told),
+            lambda: self._absent(number, peer, waiting),
+        )
+        self._unfinished = [old for old in self._unfinished if not old.done]
+        self._unfinished.append(operation)
+        self._world.progress.submit(operation)
+        return self._begun(MpiWork(operation, self._world.progress))
+
+    def _fail(self, error: BaseException) -> None:
+        self._broken = self._broken or error
+
+    def _absent(self, number: int, peer: int | None, waiting: str) -> str:
+        """Who has not come, when time is up."""
+        if peer is None:
+            return self._world.absent(self._ranks, self._key, number, waiting)
+        return f"{'no rank has' if peer < 0 else f'rank {self._ranks[peer]} has not'} done its part"
+
+    def _lost(self, number: int, peer: int | None, waited: float, waiting: str) -> str | None:
+        """Why an operation can never end: a rank has ended that had not begun it."""
+        if peer is None:
+            gone = self._world.departed(self._ranks, waiting)
+            guilty = [rank for rank, begun in gone.items() if begun.get(self._key, 0) < number]
+        else:
+            asked = (
+                [rank for rank in self._ranks if rank != self._world.rank]
+                if peer < 0
+                else [self._ranks[peer]]
+            )
+            gone = self._world.departed(asked, waiting)
+            guilty = list(gone) if len(gone) == len(asked) and waited > _SURELY_GONE else []
+        if not guilty:
+            return None
+        return f"rank {', '.join(map(str, sorted(guilty)))} has ended without taking part"
 
     # Reductions.
 
@@ -66,10 +178,6 @@ class MpiProcessGroup(GroupOfRanks):
             transfer, tensors, lambda: [start() for start in starts], tensors, timeout, told=say
         )
 
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
-        """All tensors reduced over the group, in place, as one operation."""
-        return self.allreduce(tensors, opts)
-
     def reduce(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """The sum (or another operation) on the root; the other ranks' tensors stay as they are."""
         opts = opts or ReduceOptions()
@@ -97,11 +205,7 @@ class MpiProcessGroup(GroupOfRanks):
     ) -> Callable[[], Any]:
         """Prepare one reduce-scatter of a flat input whose r-th piece has counts[r] elements."""
         reduction = Reduction(op, output.dtype, self._size, transfer.what)
-        if sum(counts) != flat.numel() or counts[self._me] != output.numel() or flat.dtype != output.dtype:
-            raise BackendError(
-                f"{self._place()}: {transfer.what} of {describe([flat])} cannot leave {describe([output])} "
-                f"on each of {self._size} ranks"
-            )
+        self._check_scattered(transfer.what, flat, output, counts)
         if reduction.dtype == output.dtype:
             target = buffer = transfer.writing(output)
         else:
@@ -148,10 +252,6 @@ class MpiProcessGroup(GroupOfRanks):
             _merged(transfers), inputs, lambda: [start() for start in starts], outputs, timeout, told=say
         )
 
-    def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: Any = None) -> MpiWork:
-        """Rank r's slice of the sum of all inputs, in `output`."""
-        return self.reduce_scatter_single_coalesced([output], [source], opts)
-
     # Moving.
 
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
@@ -170,11 +270,7 @@ class MpiProcessGroup(GroupOfRanks):
         )
 
     def _gather_whole(self, transfer: Transfer, output: Tensor, source: Tensor) -> Callable[[], Any]:
-        if output.numel() != self._size * source.numel() or output.dtype != source.dtype:
-            raise BackendError(
-                f"{self._place()}: {transfer.what} of {describe([source])} from {self._size} ranks does not "
-                f"fit into {describe([output])}"
-            )
+        self._check_gathered(transfer.what, source, output)
         buffer = transfer.writing(output)
         own = buffer.data_ptr() + self._me * source.nbytes
         if as_in_memory(source) and source.data_ptr() == own:
@@ -199,10 +295,6 @@ class MpiProcessGroup(GroupOfRanks):
             transfer, outputs, lambda: [start() for start in starts], outputs, timeout, told=say
         )
 
-    def all_gather_single(self, output: Tensor, source: Tensor, opts: Any = None) -> MpiWork:
-        """Every rank's input, one after the other in `output`."""
-        return self.all_gather_single_coalesced([output], [source], opts)
-
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """Every rank's input in the tensors of a list; sizes may differ between ranks."""
         transfer, calls = Transfer("all_gather"), []
@@ -215,12 +307,6 @@ class MpiProcessGroup(GroupOfRanks):
         timeout = (opts or AllgatherOptions()).timeout
         say = told(transfer.what, flat)
         return self._submit(transfer, flat, lambda: [call() for call in calls], flat, timeout, told=say)
-
-    def allgather_coalesced(
-        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
-    ) -> MpiWork:
-        """Several inputs: the i-th tensor of the r-th list is rank r's i-th input."""
-        return self.allgather([list(pieces) for pieces in zip(*outputs, strict=True)], inputs, opts)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """Every rank's input in the root's list."""
@@ -273,8 +359,8 @@ class MpiProcessGroup(GroupOfRanks):
     ) -> MpiWork:
         """The r-th piece of `source` goes to rank r; pieces are counted in rows, equal ones by default."""
         transfer = Transfer("all_to_all")
-        received = self._rows(output, output_splits, transfer.what)
-        given = self._rows(source, input_splits, transfer.what)
+        received = self._pieces(transfer.what, output, output_splits)
+        given = self._pieces(transfer.what, source, input_splits)
         buffer = transfer.writing(output)
         sent = transfer.reading(source, apart_from=buffer)
         return self._submit(
@@ -285,18 +371,6 @@ class MpiProcessGroup(GroupOfRanks):
             (opts or AllToAllOptions()).timeout,
             told=told(transfer.what, [source], sizes=False),
         )
-
-    def _rows(self, tensor: Tensor, splits: Any, what: str) -> list[int]:
-        """Elements of each piece."""
-        rows = tensor.shape[0] if tensor.ndim else 1
-        row = tensor.numel() // rows if rows else 0
-        pieces = [int(piece) for piece in splits] if splits else [rows // self._size] * self._size
-        if sum(pieces) != rows or len(pieces) != self._size:
-            raise BackendError(
-                f"{self._place()}: {what}: pieces of {pieces} rows are not the {rows} rows of {describe([tensor])} "
-                f"over {self._size} ranks"
-            )
-        return [piece * row for piece in pieces]
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """The r-th input goes to rank r; the r-th output comes from it."""
@@ -332,7 +406,7 @@ class MpiProcessGroup(GroupOfRanks):
         missing = self._world.rendezvous(self._ranks, f"barrier {self._monitored} of {self._key}", seconds)
         if missing:
             raise BackendError(
-                f"{self._place()}: monitored_barrier in {self!r}: nothing came from rank "
+                f"{self.place()}: monitored_barrier in {self!r}: nothing came from rank "
                 f"{', '.join(map(str, missing))} within {seconds:g} s"
             )
 
@@ -361,22 +435,6 @@ class MpiProcessGroup(GroupOfRanks):
         return self._submit(
             transfer, tensors, lambda: [self._comm.Irecv(spec(buffer), src, tag)], tensors, peer=peer
         )
-
-    # Several calls as one piece of work.
-
-    def _start_coalescing(self, device: torch.device) -> None:
-        self._open = []
-
-    def _end_coalescing(self, device: torch.device) -> AllWorks:
-        works, self._open = self._open or [], None
-        return AllWorks(works)
-
-    # The names of torch before 2.13.
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    alltoall_base = all_to_all_single
 
 
 def _later(reduction: Reduction, buffer: Tensor) -> Callable[[], None]:
