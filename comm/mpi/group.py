@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from torch.distributed.distributed_c10d import (
     ScatterOptions,
 )
 
-from xtrain.comm.mpi.buffers import Reduction, Transfer, check, name_of, parts, spec, told
+from xtrain.comm.mpi.buffers import Reduction, Transfer, name_of, parts, spec, told
 from xtrain.comm.mpi.calls import Check
 from xtrain.comm.mpi.progress import MpiWork, Operation
 from xtrain.comm.mpi.world import World, current
 from xtrain.comm.process_group import BackgroundProcessGroup
+from xtrain.comm.reduce_op import op_and_timeout
 from xtrain.comm.transfer import as_in_memory
-from xtrain.comm.work import op_and_timeout
 from xtrain.errors import BackendError
 
 _SURELY_GONE = 5.0
@@ -77,7 +78,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
         self,
         transfer: Transfer,
         tensors: Sequence[Tensor],
-        start: Callable[[], list[Any]],
+        starts: Sequence[Callable[[], Any]],
         outputs: list[Tensor],
         timeout: timedelta | None = None,
         peer: int | None = None,
@@ -86,6 +87,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
         """Start MPI's part and follow it.
 
         Args:
+            starts: each starts a call of MPI and returns its request.
             peer: the other rank (in the group) where there is only one, -1 for any.
             told: of a collective, what must be the same on all ranks.
         """
@@ -99,7 +101,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
             try:
                 if peer is None and self._size > 1:
                     check = Check(self._comm, told)
-                requests = start()
+                requests = [start() for start in starts]
             except MPI.Exception as error:
                 raise BackendError(f"{what} could not start in MPI: {error}") from error
         operation = Operation(
@@ -153,14 +155,14 @@ class MpiProcessGroup(BackgroundProcessGroup):
     ) -> Callable[[], Any]:
         """Prepare an in-place reduction of one tensor; returns what starts it."""
         reduction = Reduction(op, tensor.dtype, self._size, transfer.what)
-        target = check(tensor, transfer.what)
+        target = transfer.bare(tensor)
         if reduction.dtype == target.dtype and reduction.as_it_is and as_in_memory(target):
             buffer = transfer.writing(target)
-            transfer.after.append(_later(reduction, buffer))
+            transfer.after.append(partial(reduction.complete, buffer))
         else:
             buffer = reduction.prepare(target)
             transfer.keep += [target, buffer]
-            transfer.after += [_later(reduction, buffer), lambda: target.copy_(buffer)]
+            transfer.after += [partial(reduction.complete, buffer), lambda: target.copy_(buffer)]
         return lambda: call(buffer, reduction)
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> MpiWork:
@@ -174,9 +176,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
 
         starts = [self._reduce_into(transfer, tensor, op, call) for tensor in tensors]
         say = told(transfer.what, tensors, name_of(op))
-        return self._submit(
-            transfer, tensors, lambda: [start() for start in starts], tensors, timeout, told=say
-        )
+        return self._submit(transfer, tensors, starts, tensors, timeout, told=say)
 
     def reduce(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """The sum (or another operation) on the root; the other ranks' tensors stay as they are."""
@@ -192,13 +192,13 @@ class MpiProcessGroup(BackgroundProcessGroup):
             start = self._reduce_into(transfer, tensor, opts.reduceOp, call)
         else:
             reduction = Reduction(opts.reduceOp, tensor.dtype, self._size, transfer.what)
-            sent = transfer.reading(reduction.prepare(check(tensor, transfer.what)))
+            sent = transfer.reading(reduction.prepare(transfer.bare(tensor)))
 
             def start() -> Any:
                 return self._comm.Ireduce(spec(sent, reduction.datatype), None, reduction.mpi_op, root=root)
 
         say = told(transfer.what, tensors, f"{name_of(opts.reduceOp)} on rank {self._ranks[root]}")
-        return self._submit(transfer, tensors, lambda: [start()], tensors, opts.timeout, told=say)
+        return self._submit(transfer, tensors, [start], tensors, opts.timeout, told=say)
 
     def _scatter_sum(
         self, transfer: Transfer, output: Tensor, flat: Tensor, counts: list[int], op: Any
@@ -211,9 +211,9 @@ class MpiProcessGroup(BackgroundProcessGroup):
         else:
             target = transfer.writing(output)
             buffer = torch.empty(output.numel(), dtype=reduction.dtype)
-        sent = transfer.reading(reduction.prepare(check(flat, transfer.what)), apart_from=buffer)
+        sent = transfer.reading(reduction.prepare(transfer.bare(flat)), apart_from=buffer)
         transfer.keep.append(buffer)
-        first: list[Callable[[], Any]] = [_later(reduction, buffer)]
+        first: list[Callable[[], Any]] = [partial(reduction.complete, buffer)]
         if buffer is not target:
             first.append(lambda: target.copy_(buffer.view(target.shape)))
         transfer.after[:0] = first
@@ -233,9 +233,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
             transfers.append(one)
         tensors = [piece for pieces in inputs for piece in pieces]
         say = told("reduce_scatter", tensors, name_of(op))
-        return self._submit(
-            _merged(transfers), tensors, lambda: [start() for start in starts], outputs, timeout, told=say
-        )
+        return self._submit(_merged(transfers), tensors, starts, outputs, timeout, told=say)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
@@ -248,9 +246,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
             for one, output, source in zip(transfers, outputs, inputs, strict=True)
         ]
         say = told("reduce_scatter", inputs, name_of(op))
-        return self._submit(
-            _merged(transfers), inputs, lambda: [start() for start in starts], outputs, timeout, told=say
-        )
+        return self._submit(_merged(transfers), inputs, starts, outputs, timeout, told=say)
 
     # Moving.
 
@@ -263,7 +259,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
         return self._submit(
             transfer,
             tensors,
-            lambda: [self._comm.Ibcast(spec(buffer), root=opts.rootRank)],
+            [lambda: self._comm.Ibcast(spec(buffer), root=opts.rootRank)],
             tensors,
             opts.timeout,
             told=told(transfer.what, tensors, f"from rank {self._ranks[opts.rootRank]}"),
@@ -291,9 +287,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
         ]
         timeout = opts.timeout if opts is not None else None
         say = told(transfer.what, outputs)
-        return self._submit(
-            transfer, outputs, lambda: [start() for start in starts], outputs, timeout, told=say
-        )
+        return self._submit(transfer, outputs, starts, outputs, timeout, told=say)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """Every rank's input in the tensors of a list; sizes may differ between ranks."""
@@ -306,7 +300,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
         flat = [piece for pieces in outputs for piece in pieces]
         timeout = (opts or AllgatherOptions()).timeout
         say = told(transfer.what, flat)
-        return self._submit(transfer, flat, lambda: [call() for call in calls], flat, timeout, told=say)
+        return self._submit(transfer, flat, calls, flat, timeout, told=say)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """Every rank's input in the root's list."""
@@ -323,7 +317,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
         return self._submit(
             transfer,
             pieces or inputs,
-            lambda: [self._comm.Igatherv(spec(sent), received, root=root)],
+            [lambda: self._comm.Igatherv(spec(sent), received, root=root)],
             pieces,
             opts.timeout,
             told=told(transfer.what, inputs, f"on rank {self._ranks[root]}", sizes=False),
@@ -343,7 +337,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
         return self._submit(
             transfer,
             outputs,
-            lambda: [self._comm.Iscatterv(sent, spec(buffer), root=root)],
+            [lambda: self._comm.Iscatterv(sent, spec(buffer), root=root)],
             outputs,
             opts.timeout,
             told=told(transfer.what, outputs, f"from rank {self._ranks[root]}", sizes=False),
@@ -363,14 +357,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
         given = self._pieces(transfer.what, source, input_splits)
         buffer = transfer.writing(output)
         sent = transfer.reading(source, apart_from=buffer)
-        return self._submit(
-            transfer,
-            [source],
-            lambda: [self._comm.Ialltoallv(parts(sent, given), parts(buffer, received))],
-            [output],
-            (opts or AllToAllOptions()).timeout,
-            told=told(transfer.what, [source], sizes=False),
-        )
+        return self._exchange(transfer, [source], parts(sent, given), [output], parts(buffer, received), opts)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """The r-th input goes to rank r; the r-th output comes from it."""
@@ -378,20 +365,26 @@ class MpiProcessGroup(BackgroundProcessGroup):
         buffer = transfer.writing_list(outputs)
         sent = transfer.reading(transfer.reading_list(inputs), apart_from=buffer)
         given, received = [[tensor.numel() for tensor in side] for side in (inputs, outputs)]
-        return self._submit(
-            transfer,
-            inputs,
-            lambda: [self._comm.Ialltoallv(parts(sent, given), parts(buffer, received))],
-            outputs,
-            (opts or AllToAllOptions()).timeout,
-            told=told(transfer.what, inputs, sizes=False),
-        )
+        return self._exchange(transfer, inputs, parts(sent, given), outputs, parts(buffer, received), opts)
+
+    def _exchange(
+        self,
+        transfer: Transfer,
+        inputs: list[Tensor],
+        sent: Any,
+        outputs: list[Tensor],
+        received: Any,
+        opts: Any,
+    ) -> MpiWork:
+        start = partial(self._comm.Ialltoallv, sent, received)
+        timeout, say = (opts or AllToAllOptions()).timeout, told(transfer.what, inputs, sizes=False)
+        return self._submit(transfer, inputs, [start], outputs, timeout, told=say)
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> MpiWork:
         """Done when every rank has called it."""
         timeout = timeout or (opts or BarrierOptions()).timeout
         return self._submit(
-            Transfer("barrier"), [], lambda: [self._comm.Ibarrier()], [], timeout, told="barrier"
+            Transfer("barrier"), [], [lambda: self._comm.Ibarrier()], [], timeout, told="barrier"
         )
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
@@ -418,7 +411,7 @@ class MpiProcessGroup(BackgroundProcessGroup):
         (tensor,) = tensors
         sent = transfer.reading(tensor)
         return self._submit(
-            transfer, tensors, lambda: [self._comm.Isend(spec(sent), dst, tag)], tensors, peer=dst
+            transfer, tensors, [lambda: self._comm.Isend(spec(sent), dst, tag)], tensors, peer=dst
         )
 
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> MpiWork:
@@ -433,12 +426,8 @@ class MpiProcessGroup(BackgroundProcessGroup):
         (tensor,) = tensors
         buffer = transfer.writing(tensor)
         return self._submit(
-            transfer, tensors, lambda: [self._comm.Irecv(spec(buffer), src, tag)], tensors, peer=peer
+            transfer, tensors, [lambda: self._comm.Irecv(spec(buffer), src, tag)], tensors, peer=peer
         )
-
-
-def _later(reduction: Reduction, buffer: Tensor) -> Callable[[], None]:
-    return lambda: reduction.complete(buffer)
 
 
 def _merged(transfers: list[Transfer]) -> Transfer:

@@ -113,9 +113,9 @@ class World:
 
         torch's own names differ between ranks after a `new_group(..., use_local_synchronization=True)`.
         """
-        listed = ",".join(map(str, ranks))
-        self._made[listed] = self._made.get(listed, 0) + 1
-        return f"group {self._made[listed]} of {listed}"
+        members = ",".join(map(str, ranks))
+        self._made[members] = self._made.get(members, 0) + 1
+        return f"group {self._made[members]} of {members}"
 
     def rendezvous(self, ranks: Sequence[int], name: str, timeout: float) -> list[int]:
         """Wait until all of `ranks` are here, along a tree of messages; returns those that were missed.
@@ -163,8 +163,8 @@ class World:
         if missing:
             raise BackendError(
                 f"backend mpi, rank {self.rank} of {self.size}: a group of ranks {list(ranks)} was not made "
-                f"within {timeout:g} s: nothing came from rank{'s' * (len(missing) > 1)} "
-                f"{', '.join(map(str, missing))}; every rank of a group must make it"
+                f"within {timeout:g} s: nothing came from {listed(missing)}; "
+                "every rank of a group must make it"
             )
         with self.progress.lock:
             chosen = self.comm.Get_group().Incl(list(ranks))

@@ -23,12 +23,13 @@ from torch.distributed.distributed_c10d import (
 
 from xtrain.comm import transfer as buffers
 from xtrain.comm.process_group import BackgroundProcessGroup
+from xtrain.comm.reduce_op import op_and_timeout
 from xtrain.comm.shm import arena
 from xtrain.comm.shm.exchange import Exchange
 from xtrain.comm.shm.hosts import Hosts
 from xtrain.comm.shm.progress import Lane, Operation, progress
 from xtrain.comm.shm.reduction import has
-from xtrain.comm.work import AllWorks, BackgroundWork, op_and_timeout
+from xtrain.comm.work import AllWorks, BackgroundWork
 
 
 class Transfer(buffers.Transfer):
