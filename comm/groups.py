@@ -156,33 +156,43 @@ def init_distributed(
     library = dist_backend or registry.detect().collectives.process_group_backend
     if ":" not in library and library.lower() not in {*libraries.names(), *dist.Backend.backend_list}:
         raise BackendError(unknown_name("process-group library", library, libraries.names()))
-    by_env = init_method in (None, "env://")
     place = None
     if library.lower() == "mpi":
         mpi.start(rank, world_size, timeout, init_method)
     else:
         if library.lower() == shm.NAME:
             shm.register()
-        if init_method is None or "rank" not in parse_qs(urlsplit(init_method).query):
-            place = discovery.discover(
-                os.environ,
-                rank=rank,
-                world_size=world_size,
-                port=distributed_port,
-                foreign=auto_mpi_discovery,
-                address_needed=by_env,
-            )
+        init_method = None if init_method == "env://" else init_method
+        place = _find_place(init_method, rank, world_size, distributed_port, auto_mpi_discovery)
         if place is not None:
-            os.environ.update(place.environment())
             rank, world_size = place.rank, place.world_size
-        elif by_env:
+        elif init_method is None:
             rank, world_size = 0, 1
-        _start(library, None if by_env else init_method, rank, world_size, timeout)
+        _start(library, init_method, rank, world_size, timeout)
     atexit.register(_settle)
     if verbose:
         if place is not None:
             log_dist(_found(place), ranks=[0])
         log_dist(f"torch {torch.__version__} distributed: {library}, {get_world_size()} ranks", ranks=[0])
+
+
+def _find_place(
+    init_method: str | None, rank: int, world_size: int, port: int, foreign: bool
+) -> discovery.Place | None:
+    """Who this process is, which is also put into the environment; None for a lone one, or where `init_method` says."""
+    if init_method is not None and "rank" in parse_qs(urlsplit(init_method).query):
+        return None
+    place = discovery.discover(
+        os.environ,
+        rank=rank,
+        world_size=world_size,
+        port=port,
+        foreign=foreign,
+        address_needed=init_method is None,
+    )
+    if place is not None:
+        os.environ.update(place.environment())
+    return place
 
 
 def tell_other_library(backend: str, library: str) -> None:

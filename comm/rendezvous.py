@@ -25,6 +25,7 @@ _NAMED = 16
 """Ranks that a message lists at most."""
 _TOLD = 4
 """Ranks of which a message says where they are."""
+_NAP = 0.01
 _ASKED = 512
 """Ranks of a group whose end is looked for at most."""
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
@@ -56,6 +57,15 @@ def told_absent(absent: Mapping[int, str]) -> str:
     for rank, where in sorted(elsewhere.items())[:_TOLD]:
         said += f"; rank {rank} was last seen waiting for {where}"
     return said
+
+
+def let_all_read(store: dist.Store, key: str, rank: int, size: int, patience: float) -> None:
+    """Before an error that may end rank 0, and the store with it: the others want to say the same."""
+    with suppress(RuntimeError):  # the store is gone already, and with it the reason to wait
+        read, until = store.add(key, 1), time.monotonic() + patience
+        while rank == 0 and read < size and time.monotonic() < until:
+            time.sleep(_NAP)
+            read = store.add(key, 0)
 
 
 def _host() -> str:
@@ -162,21 +172,13 @@ class Rendezvous:
             differing = int(store.add("differing", 0))
         except RuntimeError as error:
             text = self._missing(timeout, error)
-            self._all_have_read(1.0)
+            let_all_read(store, "read", self._rank, self._size, 1.0)
             raise BackendError(text) from error
         if differing:
             text = self._different(differing)
-            self._all_have_read(timeout.total_seconds())
+            let_all_read(store, "read", self._rank, self._size, timeout.total_seconds())
             raise BackendError(text)
         _held[self._address] += 1  # only together, so that ranks agree after one that failed
-
-    def _all_have_read(self, patience: float) -> None:
-        """Before an error that ends rank 0 and the store with it: the others want to say the same."""
-        with suppress(RuntimeError):  # the store is gone already, and with it the reason to wait
-            read, until = self._store.add("read", 1), time.monotonic() + patience
-            while self._rank == 0 and read < self._size and time.monotonic() < until:
-                time.sleep(0.02)
-                read = self._store.add("read", 0)
 
     def _about(self, rank: int) -> dict[str, str]:
         found: dict[str, str] = json.loads(self._store.get(f"rank {rank}"))
