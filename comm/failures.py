@@ -34,7 +34,7 @@ _LATE = re.compile(r"timed out|timeout", re.IGNORECASE)
 _SOURCE = re.compile(r"^\[\S+:\d+\]\s*")
 
 
-def describe(values: list[Any]) -> str:
+def _tensors_of(values: list[Any]) -> str:
     """The tensors of a call: "float32[1000]"; of a list the first, and how many more."""
     tensors = [
         tensor
@@ -126,7 +126,7 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
 
     def about(args: Any, kwargs: Any) -> tuple[str, Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
-        return describe(list(given.values())), given.get("group")
+        return _tensors_of(list(given.values())), given.get("group")
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
