@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain import comm
-from xtrain.comm import canonical, shm
+from xtrain.comm import deterministic, shm
 from xtrain.comm.point_to_point import exchange
 
 Calls = dict[str, Callable[[], object]]
@@ -80,7 +80,7 @@ def exchanges(elements: int, dtype: torch.dtype, gloo: dist.ProcessGroup) -> Cal
 
     def scatter() -> None:
         trade(space, rows)
-        canonical.tree_sum([rows[me] if peer == me else row for peer, row in enumerate(space)])
+        deterministic.tree_sum([rows[me] if peer == me else row for peer, row in enumerate(space)])
 
     return {
         "gloo": lambda: comm.reduce_scatter_tensor(mine, full, group=gloo),

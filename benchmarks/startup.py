@@ -6,7 +6,7 @@
 Ranks are processes that do nothing else. Over TCP they are forked from one that has imported torch; mpiexec starts
 interpreters, so there the clock starts after the import, and every time is that of the slowest rank. What is measured:
 
-    meet    finding the others: the store and xtrain's meeting (over MPI: the start of MPI's own world and its store)
+    meet    finding the others: the store and xtrain's rendezvous (over MPI: the start of MPI's own world and its store)
     group   making the first process group
     new     `new_group` of all ranks, once more
     reduce  the first all-reduce of one number
@@ -68,20 +68,20 @@ def tcp_rank(rank: int, ranks: int, port: int, begin: Any, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from xtrain.comm import meeting
+    from xtrain.comm import rendezvous
 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     timeout, times = timedelta(seconds=300), Times()
 
     # Rank 0 listens before the clock starts: who comes too early would sleep about a second before it tries again.
-    stores = [meeting.open_store("gloo", None, rank, ranks, timeout)[0]] if rank == 0 else []
+    stores = [rendezvous.open_store("gloo", None, rank, ranks, timeout)[0]] if rank == 0 else []
 
-    def meet() -> meeting.Meeting:
-        store = stores[0] if stores else meeting.open_store("gloo", None, rank, ranks, timeout)[0]
+    def meet() -> rendezvous.Rendezvous:
+        store = stores[0] if stores else rendezvous.open_store("gloo", None, rank, ranks, timeout)[0]
         store.set_timeout(timeout)
-        together = meeting.Meeting(store, "here", "gloo", rank, ranks)
-        together.meet(timeout)
+        together = rendezvous.Rendezvous(store, "here", "gloo", rank, ranks)
+        together.join(timeout)
         return together
 
     begin.wait()

@@ -5,7 +5,7 @@ Imports the backends below it and nothing above it.
 
 from torch.distributed import ProcessGroup, ReduceOp
 
-from xtrain.comm.canonical import CanonicalAllReduce, CanonicalReduceScatter, tree_sum
+from xtrain.comm.allocation import zeros
 from xtrain.comm.collectives import (
     all_gather_into_tensor,
     all_gather_object,
@@ -21,6 +21,7 @@ from xtrain.comm.collectives import (
     reduce_scatter_fn,
     reduce_scatter_tensor,
 )
+from xtrain.comm.deterministic import CanonicalAllReduce, CanonicalReduceScatter, tree_sum
 from xtrain.comm.direct import NumberGather, SliceAllReduce, SliceGather, SliceSum
 from xtrain.comm.groups import (
     TORCH_DISTRIBUTED_DEFAULT_PORT,
@@ -54,9 +55,8 @@ from xtrain.comm.ledger import (
     log_summary,
     reset_log,
 )
-from xtrain.comm.meeting import check_same
-from xtrain.comm.memory import zeros
 from xtrain.comm.point_to_point import P2POp, batch_isend_irecv, irecv, isend, recv, send
+from xtrain.comm.rendezvous import check_same
 from xtrain.comm.roll_call import RollCall
 from xtrain.comm.tensor_lists import (
     all_gather,

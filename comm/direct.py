@@ -7,26 +7,26 @@ its transport moves several messages at once and nothing is copied between. Shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from xtrain.comm.canonical import tree_sum
-from xtrain.comm.collectives import (
-    Group,
-    _all_gather,
-    all_gather_into_tensor,
-    all_reduce,
-    count,
-    reduce_scatter_tensor,
-)
+from xtrain.comm.collectives import _all_gather, all_gather_into_tensor, all_reduce, reduce_scatter_tensor
+from xtrain.comm.counted import Group, count
+from xtrain.comm.deterministic import tree_sum
 from xtrain.comm.failures import explained
 from xtrain.comm.point_to_point import exchange
 from xtrain.comm.timing import Running, finish
 
 _LIBRARIES = frozenset({"gloo"})
 """Process-group libraries whose own collectives are slower."""
+
+
+def _others(rows: Sequence[torch.Tensor], rank: int) -> list[torch.Tensor | None]:
+    """One row for every rank but this one."""
+    return [None if peer == rank else row for peer, row in enumerate(rows)]
 
 
 def is_direct(group: Group) -> bool:
@@ -56,11 +56,7 @@ class SliceSum:
         received.insert(rank, rows[rank])
         self._rows = received
         self._sent = tensor  # the transport reads from it
-        self._works = exchange(
-            [None if peer == rank else row for peer, row in enumerate(received)],
-            [None if peer == rank else row for peer, row in enumerate(rows)],
-            group,
-        )
+        self._works = exchange(_others(received, rank), _others(rows, rank), group)
 
     def wait(self) -> torch.Tensor:
         """This rank's slice, added in the order of a fixed tree over rank numbers."""
@@ -87,12 +83,7 @@ class SliceGather:
         rows = list(full.view(ranks, -1).unbind())
         if rows[rank].data_ptr() != mine.data_ptr():
             rows[rank].copy_(mine)
-        self._works = exchange(
-            [None if peer == rank else row for peer, row in enumerate(rows)],
-            [None if peer == rank else rows[rank] for peer in range(ranks)],
-            group,
-            channel,
-        )
+        self._works = exchange(_others(rows, rank), _others([rows[rank]] * ranks, rank), group, channel)
 
     def wait(self) -> None:
         """Wait until `full` is complete."""
@@ -123,8 +114,8 @@ class NumberGather:
             self._works: list[Any] = [_all_gather_number(self._numbers, mine, group)]
             return
         mine = self._numbers[rank : rank + 1]
-        received = [None if peer == rank else row for peer, row in enumerate(self._numbers.split(1))]
-        self._works = exchange(received, [None if row is None else mine for row in received], group)
+        rows = self._numbers.split(1)
+        self._works = exchange(_others(rows, rank), _others([mine] * ranks, rank), group)
 
     def wait(self) -> list[int]:
         """Every rank's number, by rank."""

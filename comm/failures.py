@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain.base.errors import PeerLostError, XtrainError
-from xtrain.comm import meeting
+from xtrain.comm import rendezvous
 from xtrain.comm.whereabouts import Place
 
 _MESSAGES = frozenset({"send", "recv", "isend", "irecv", "batch_isend_irecv"})
@@ -34,7 +34,7 @@ _LATE = re.compile(r"timed out|timeout", re.IGNORECASE)
 _SOURCE = re.compile(r"^\[\S+:\d+\]\s*")
 
 
-def describe(values: list[Any]) -> str:
+def _tensors_of(values: list[Any]) -> str:
     """The tensors of a call: "float32[1000]"; of a list the first, and how many more."""
     tensors = [
         tensor
@@ -57,17 +57,17 @@ def explain(
     Args:
         at: which collective of which group it was; None for a message.
     """
-    cause = _SOURCE.sub("", meeting.first_line(error)).split(" This is typically")[0]
+    cause = _SOURCE.sub("", rendezvous.first_line(error)).split(" This is typically")[0]
     lost = bool(_LOST.search(cause))
     if isinstance(error, XtrainError) or not (lost or _LATE.search(cause)) or not dist.is_initialized():
         return None
     ranks = dist.get_process_group_ranks(group)
     place = f"backend {dist.get_backend(group)}, rank {dist.get_rank()} of {dist.get_world_size()}"
-    gone = meeting.current.gone(ranks) if meeting.current is not None else []
+    gone = rendezvous.current.gone(ranks) if rendezvous.current is not None else []
     if gone:
-        why = f"{meeting.listed(gone)} {'has' if len(gone) == 1 else 'have'} ended"
+        why = f"{rendezvous.listed(gone)} {'has' if len(gone) == 1 else 'have'} ended"
     elif absent := _absent(at, ranks, f"{operation}{what}"):
-        why = meeting.told_absent(absent)
+        why = rendezvous.told_absent(absent)
     elif lost:
         why = "the connection to another rank is lost, which has ended or lost its network"
     else:
@@ -77,17 +77,17 @@ def explain(
 
 def _absent(at: Place | None, ranks: list[int], what: str) -> dict[int, str]:
     """Which ranks have not come to the collective, where that can be found out."""
-    if at is None or meeting.current is None:
+    if at is None or rendezvous.current is None:
         return {}
     with suppress(RuntimeError):  # the store does not answer
-        return meeting.current.whereabouts.absent(at, ranks, what)
+        return rendezvous.current.whereabouts.absent(at, ranks, what)
     return {}
 
 
 @contextmanager
 def _waiting(what: Callable[[], str]) -> Iterator[None]:
     """Around a wait for other ranks, which are told when it takes long."""
-    here = meeting.current
+    here = rendezvous.current
     if here is None:
         yield
         return
@@ -126,14 +126,14 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
 
     def about(args: Any, kwargs: Any) -> tuple[str, Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
-        return describe(list(given.values())), given.get("group")
+        return _tensors_of(list(given.values())), given.get("group")
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         at = None
-        if meeting.current is not None and place is not None:
+        if rendezvous.current is not None and place is not None:
             group = args[place] if len(args) > place else kwargs.get("group")
-            at = meeting.current.whereabouts.begin(group)
+            at = rendezvous.current.whereabouts.begin(group)
         try:
             with _waiting(lambda: f"{name}{about(args, kwargs)[0]}"):
                 result: Any = function(*args, **kwargs)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from xtrain.backends import registry
 from xtrain.base.errors import BackendError, ConfigError, unknown_name
 from xtrain.base.log import log_dist
-from xtrain.comm import discovery, libraries, meeting, mpi, shm
+from xtrain.comm import discovery, libraries, mpi, rendezvous, shm
 from xtrain.comm.launchers import launched
 
 TORCH_DISTRIBUTED_DEFAULT_PORT = discovery.DEFAULT_PORT
@@ -156,33 +156,43 @@ def init_distributed(
     library = dist_backend or registry.detect().collectives.process_group_backend
     if ":" not in library and library.lower() not in {*libraries.names(), *dist.Backend.backend_list}:
         raise BackendError(unknown_name("process-group library", library, libraries.names()))
-    by_env = init_method in (None, "env://")
     place = None
     if library.lower() == "mpi":
         mpi.start(rank, world_size, timeout, init_method)
     else:
         if library.lower() == shm.NAME:
             shm.register()
-        if init_method is None or "rank" not in parse_qs(urlsplit(init_method).query):
-            place = discovery.discover(
-                os.environ,
-                rank=rank,
-                world_size=world_size,
-                port=distributed_port,
-                foreign=auto_mpi_discovery,
-                address_needed=by_env,
-            )
+        init_method = None if init_method == "env://" else init_method
+        place = _find_place(init_method, rank, world_size, distributed_port, auto_mpi_discovery)
         if place is not None:
-            os.environ.update(place.environment())
             rank, world_size = place.rank, place.world_size
-        elif by_env:
+        elif init_method is None:
             rank, world_size = 0, 1
-        _start(library, None if by_env else init_method, rank, world_size, timeout)
+        _start(library, init_method, rank, world_size, timeout)
     atexit.register(_settle)
     if verbose:
         if place is not None:
             log_dist(_found(place), ranks=[0])
         log_dist(f"torch {torch.__version__} distributed: {library}, {get_world_size()} ranks", ranks=[0])
+
+
+def _find_place(
+    init_method: str | None, rank: int, world_size: int, port: int, foreign: bool
+) -> discovery.Place | None:
+    """Who this process is, which is also put into the environment; None for a lone one, or where `init_method` says."""
+    if init_method is not None and "rank" in parse_qs(urlsplit(init_method).query):
+        return None
+    place = discovery.discover(
+        os.environ,
+        rank=rank,
+        world_size=world_size,
+        port=port,
+        foreign=foreign,
+        address_needed=init_method is None,
+    )
+    if place is not None:
+        os.environ.update(place.environment())
+    return place
 
 
 def tell_other_library(backend: str, library: str) -> None:
@@ -206,10 +216,10 @@ def _start(library: str, init_method: str | None, rank: int, world_size: int, ti
             store: dist.Store = dist.HashStore()
             rank = 0
         else:
-            store, rank, world_size = meeting.open_store(library, init_method, rank, world_size, timeout)
+            store, rank, world_size = rendezvous.open_store(library, init_method, rank, world_size, timeout)
             store.set_timeout(timeout)
-            together = meeting.Meeting(store, address, library, rank, world_size)
-            together.meet(timeout)
+            together = rendezvous.Rendezvous(store, address, library, rank, world_size)
+            together.join(timeout)
             store = together.group_store
         dist.init_process_group(library, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except BackendError:
@@ -217,8 +227,10 @@ def _start(library: str, init_method: str | None, rank: int, world_size: int, ti
     except (RuntimeError, ValueError, AssertionError) as error:
         who = "a lone process" if alone or rank < 0 else f"rank {rank} of {world_size}"
         where = "" if alone else f" at {address}"
-        raise BackendError(f"{who} could not start {library}{where}: {meeting.first_line(error)}") from error
-    meeting.current = None if alone else together
+        raise BackendError(
+            f"{who} could not start {library}{where}: {rendezvous.first_line(error)}"
+        ) from error
+    rendezvous.current = None if alone else together
 
 
 def _found(place: discovery.Place) -> str:
@@ -257,8 +269,8 @@ def _settle() -> None:
     it while the interpreter is shutting down, CPython ends that thread inside C++ code, which aborts the
     whole process (seen about once in forty two-rank runs on a busy machine, after a successful run).
     """
-    if meeting.current is not None:
-        meeting.current.leave()
+    if rendezvous.current is not None:
+        rendezvous.current.leave()
     time.sleep(_SETTLE_SECONDS)
 
 
@@ -267,4 +279,4 @@ def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
     if dist.is_initialized():
         dist.destroy_process_group(group)
         if not dist.is_initialized():
-            meeting.current = None
+            rendezvous.current = None

@@ -2,6 +2,10 @@
 
 Names come one at a time, so that the first host of a list of thousands costs nothing. Slurm's own
 `scontrol show hostnames` is not asked: it is absent in many containers.
+
+No library does this: ClusterShell 1.10 (LGPL) sorts the names, so that the first need not be rank 0's host, reads no
+brackets inside brackets and takes `a b` and `a[1-2-3]` for names. python-hostlist 2.3 is under the GPL, and reads no
+brackets inside brackets either.
 """
 
 from __future__ import annotations

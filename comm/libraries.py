@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -22,11 +23,9 @@ _NOT_FOR_TRAINING = frozenset({"undefined", "fake", "threaded"})
 @cache
 def own() -> dict[str, ModuleType]:
     """xtrain's own libraries, by the name that `init_distributed` takes."""
-    import xtrain.comm
-
     modules = {
-        info.name: importlib.import_module(f"xtrain.comm.{info.name}")
-        for info in pkgutil.iter_modules(xtrain.comm.__path__)
+        info.name: importlib.import_module(f"{__package__}.{info.name}")
+        for info in pkgutil.iter_modules([str(Path(__file__).parent)])
         if info.ispkg
     }
     return {name: module for name, module in modules.items() if hasattr(module, "NAME")}

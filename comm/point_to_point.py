@@ -1,7 +1,4 @@
-"""Messages between two ranks, with torch.distributed's signatures, each recorded in the ledger.
-
-`prof`, `log_name` and `debug` as in collectives.py.
-"""
+"""Messages between two ranks, with torch.distributed's signatures, each recorded in the ledger."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xtrain.comm.collectives import Group, count
+from xtrain.comm.counted import Group, count, counted
 from xtrain.comm.failures import explained
 from xtrain.comm.timing import finish
 
@@ -42,7 +39,7 @@ def exchange(
     return works
 
 
-@explained
+@counted("send", "tensor")
 def send(
     tensor: torch.Tensor,
     dst: int,
@@ -53,12 +50,10 @@ def send(
     debug: str | None = None,
 ) -> None:
     """Send `tensor` to global rank `dst`."""
-    clock = count("send", tensor.nbytes, group, None, prof, log_name, debug)
     dist.send(tensor, dst, group, tag)
-    finish(clock, None)
 
 
-@explained
+@counted("recv", "tensor")
 def recv(
     tensor: torch.Tensor,
     src: int | None = None,
@@ -69,12 +64,10 @@ def recv(
     debug: str | None = None,
 ) -> int:
     """Receive into `tensor`; returns the sender's rank."""
-    clock = count("recv", tensor.nbytes, group, None, prof, log_name, debug)
-    sender: int = finish(clock, dist.recv(tensor, src, group, tag))
-    return sender
+    return dist.recv(tensor, src, group, tag)
 
 
-@explained
+@counted("send", "tensor", name="isend")
 def isend(
     tensor: torch.Tensor,
     dst: int,
@@ -85,11 +78,10 @@ def isend(
     debug: str | None = None,
 ) -> Any:
     """Start sending `tensor` to global rank `dst`; returns what to wait for."""
-    clock = count("send", tensor.nbytes, group, None, prof, log_name or "isend", debug)
-    return finish(clock, dist.isend(tensor, dst, group, tag))
+    return dist.isend(tensor, dst, group, tag)
 
 
-@explained
+@counted("recv", "tensor", name="irecv")
 def irecv(
     tensor: torch.Tensor,
     src: int | None = None,
@@ -100,8 +92,7 @@ def irecv(
     debug: str | None = None,
 ) -> Any:
     """Start receiving into `tensor`; returns what to wait for."""
-    clock = count("recv", tensor.nbytes, group, None, prof, log_name or "irecv", debug)
-    return finish(clock, dist.irecv(tensor, src, group, tag))
+    return dist.irecv(tensor, src, group, tag)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from xtrain.base.errors import PeerLostError
-from xtrain.comm import meeting
+from xtrain.comm import rendezvous
 
 _NAP = 0.01
 _LEFT = 2**32
@@ -94,7 +93,9 @@ class RollCall:
         notes: dict[str, list[int]] = {}
         for rank in self.ranks[:_MOST_NOTES]:
             notes.setdefault(self._store.get(f"{question} rank {rank}").decode(), []).append(rank)
-        self._let_all_read(question)
+        rendezvous.let_all_read(
+            self._store, f"{question} read", self._rank, len(self.ranks), _WAIT_FOR_READERS
+        )
         return notes
 
     def _wait(self, key: str, patience: float, meanwhile: Callable[[], None] = lambda: None) -> bool:
@@ -118,27 +119,19 @@ class RollCall:
 
         def look() -> None:
             nonlocal next_look
-            if meeting.current is None or time.monotonic() < next_look:
+            if rendezvous.current is None or time.monotonic() < next_look:
                 return
             next_look = time.monotonic() + _LOOK_FOR_ENDED
             absent = self._absent(question)
-            if ended := [rank for rank in meeting.current.gone(absent, patience=0.0) if rank in absent]:
+            if ended := [rank for rank in rendezvous.current.gone(absent, patience=0.0) if rank in absent]:
                 raise self._late(question, ended)
 
         return look
 
     def _late(self, question: str, ended: list[int]) -> PeerLostError:
         if ended:
-            why = f"{meeting.listed(ended)} {'has' if len(ended) == 1 else 'have'} ended"
+            why = f"{rendezvous.listed(ended)} {'has' if len(ended) == 1 else 'have'} ended"
         else:
             seconds = f"{self.timeout.total_seconds():g} s"
-            why = f"nothing came from {meeting.listed(self._absent(question))} within {seconds}"
+            why = f"nothing came from {rendezvous.listed(self._absent(question))} within {seconds}"
         return PeerLostError(f"rank {self._rank} of {dist.get_world_size()}: {question} cannot finish: {why}")
-
-    def _let_all_read(self, question: str) -> None:
-        """Before an error that may end rank 0, and the store with it: the others want to say the same."""
-        with suppress(RuntimeError):
-            read, until = self._store.add(f"{question} read", 1), time.monotonic() + _WAIT_FOR_READERS
-            while self._rank == 0 and read < len(self.ranks) and time.monotonic() < until:
-                time.sleep(_NAP)
-                read = self._store.add(f"{question} read", 0)

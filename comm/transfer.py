@@ -18,20 +18,6 @@ def describe(tensors: Sequence[torch.Tensor]) -> str:
     return f"{len(tensors)} tensors ({size} bytes)"
 
 
-def check(tensor: torch.Tensor, what: str, backend: str) -> torch.Tensor:
-    """The tensor without its history, if a library of host memory can reach it.
-
-    Raises:
-        BackendError: it is sparse or not in host memory.
-    """
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise BackendError(
-            f"backend {backend}: {what} was given a tensor of layout {tensor.layout} on {tensor.device}; "
-            "it moves dense tensors in host memory: call .cpu() or .to_dense() first"
-        )
-    return tensor.detach()
-
-
 def as_in_memory(tensor: torch.Tensor) -> bool:
     """Whether its memory holds exactly its elements in order (a conjugated view's does not)."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
@@ -58,9 +44,22 @@ class Transfer:
         self.keep: list[torch.Tensor] = []
         self.after: list[Callable[[], Any]] = []
 
+    def bare(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor without its history.
+
+        Raises:
+            BackendError: it is sparse or not in host memory, so that the library cannot reach it.
+        """
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            raise BackendError(
+                f"backend {self.backend}: {self.what} was given a tensor of layout {tensor.layout} on {tensor.device}; "
+                "it moves dense tensors in host memory: call .cpu() or .to_dense() first"
+            )
+        return tensor.detach()
+
     def reading(self, tensor: torch.Tensor, apart_from: torch.Tensor | None = None) -> torch.Tensor:
         """A contiguous tensor to read from: itself where it is contiguous and clear of `apart_from`."""
-        tensor = plain(check(tensor, self.what, self.backend))
+        tensor = plain(self.bare(tensor))
         if apart_from is not None and overlap(tensor, apart_from):
             tensor = tensor.clone()
         self.keep.append(tensor)
@@ -68,7 +67,7 @@ class Transfer:
 
     def writing(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous tensor to write into: itself, or one that is copied back afterwards."""
-        tensor = check(tensor, self.what, self.backend)
+        tensor = self.bare(tensor)
         if as_in_memory(tensor):
             self.keep.append(tensor)
             return tensor
@@ -85,7 +84,7 @@ class Transfer:
         """A flat tensor whose pieces end up in the tensors; no copy where they lie one after the other."""
         if _consecutive(tensors):
             return self.writing(_run_of(tensors))
-        bare = [check(tensor, self.what, self.backend) for tensor in tensors]
+        bare = [self.bare(tensor) for tensor in tensors]
         flat = bare[0].new_empty(sum(tensor.numel() for tensor in bare))
         self.keep += [*bare, flat]
 
@@ -101,7 +100,7 @@ class Transfer:
             raise BackendError(
                 f"backend {self.backend}: {self.what} was given tensors of different dtypes in one list"
             )
-        return torch.cat([check(tensor, self.what, self.backend).reshape(-1) for tensor in tensors])
+        return torch.cat([self.bare(tensor).reshape(-1) for tensor in tensors])
 
 
 def _consecutive(tensors: Sequence[torch.Tensor]) -> bool:

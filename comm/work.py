@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from xtrain.comm.background import Background
 
 
 class Outcome:
@@ -60,20 +62,10 @@ class Outcome:
         return future
 
 
-class Progress(Protocol):
-    """Who makes operations go on."""
-
-    def poll(self) -> bool:
-        """Let everything go on; whether something has finished."""
-
-    def wait(self, operation: Any, timeout: float) -> None:
-        """Until the operation is done; raises its error."""
-
-
 class BackgroundWork(dist.Work):
     """One operation."""
 
-    def __init__(self, operation: Outcome, progress: Progress) -> None:
+    def __init__(self, operation: Outcome, progress: Background) -> None:
         super().__init__()
         self._operation, self._progress = operation, progress
 
@@ -137,12 +129,3 @@ class AllWorks(dist.Work):
         return torch.futures.collect_all(futures).then(
             lambda done: [tensor for future in done.value() for tensor in future.value()]
         )
-
-
-def op_and_timeout(opts: Any, timeout: timedelta | None) -> tuple[Any, timedelta | None]:
-    """From torch's options, or from a bare ReduceOp, which some of torch's signatures take in their place."""
-    if opts is None:
-        return dist.ReduceOp(dist.ReduceOp.SUM), timeout
-    if hasattr(opts, "reduceOp"):
-        return opts.reduceOp, opts.timeout
-    return opts, timeout

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from mpi4py import MPI
 
 from xtrain.base.errors import BackendError
 from xtrain.comm import transfer
+from xtrain.comm.reduce_op import BITWISE, ORDERED, Kind, divide, kind_of, scaling
 from xtrain.comm.transfer import plain
 
 _MOVE = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
@@ -32,45 +32,33 @@ _ADD = {
     torch.bool: MPI.UINT8_T,
 }
 
-_Kind: Any = dist.ReduceOp.RedOpType  # torch's type stubs do not list its members
 _OPERATIONS = {
-    _Kind.SUM: MPI.SUM,
-    _Kind.AVG: MPI.SUM,
-    _Kind.PREMUL_SUM: MPI.SUM,
-    _Kind.PRODUCT: MPI.PROD,
-    _Kind.MIN: MPI.MIN,
-    _Kind.MAX: MPI.MAX,
-    _Kind.BAND: MPI.BAND,
-    _Kind.BOR: MPI.BOR,
-    _Kind.BXOR: MPI.BXOR,
+    Kind.SUM: MPI.SUM,
+    Kind.AVG: MPI.SUM,
+    Kind.PREMUL_SUM: MPI.SUM,
+    Kind.PRODUCT: MPI.PROD,
+    Kind.MIN: MPI.MIN,
+    Kind.MAX: MPI.MAX,
+    Kind.BAND: MPI.BAND,
+    Kind.BOR: MPI.BOR,
+    Kind.BXOR: MPI.BXOR,
 }
 # A truth value is a byte of 0 or 1, for which the sum is "or" and the product "and".
 _TRUTH = {
-    _Kind.SUM: MPI.BOR,
-    _Kind.MAX: MPI.BOR,
-    _Kind.BOR: MPI.BOR,
-    _Kind.PRODUCT: MPI.BAND,
-    _Kind.MIN: MPI.BAND,
-    _Kind.BAND: MPI.BAND,
-    _Kind.BXOR: MPI.BXOR,
+    Kind.SUM: MPI.BOR,
+    Kind.MAX: MPI.BOR,
+    Kind.BOR: MPI.BOR,
+    Kind.PRODUCT: MPI.BAND,
+    Kind.MIN: MPI.BAND,
+    Kind.BAND: MPI.BAND,
+    Kind.BXOR: MPI.BXOR,
 }
-_BITWISE = {_Kind.BAND, _Kind.BOR, _Kind.BXOR}
-_ORDERED = {_Kind.MIN, _Kind.MAX}
 
 
 class Transfer(transfer.Transfer):
     """The buffers of one MPI call."""
 
     backend = "mpi"
-
-
-def check(tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """The tensor without its history, if MPI can reach it.
-
-    Raises:
-        BackendError: it is sparse or not in host memory.
-    """
-    return transfer.check(tensor, what, Transfer.backend)
 
 
 def spec(tensor: torch.Tensor, datatype: Any = None) -> list[Any]:
@@ -86,12 +74,6 @@ def parts(tensor: torch.Tensor, counts: Sequence[int]) -> list[Any]:
         starts.append(starts[-1] + count)
     memory = MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
     return [memory, (list(counts), starts), _MOVE[tensor.element_size()]]
-
-
-def overlap(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two contiguous tensors share memory, which MPI forbids between a call's two buffers."""
-    a, b = first.data_ptr(), second.data_ptr()
-    return a < b + second.nbytes and b < a + first.nbytes
 
 
 def told(what: str, tensors: Sequence[torch.Tensor], detail: str = "", sizes: bool = True) -> str:
@@ -110,7 +92,7 @@ def told(what: str, tensors: Sequence[torch.Tensor], detail: str = "", sizes: bo
 
 def name_of(op: Any) -> str:
     """SUM, MAX and so on."""
-    return str(getattr(op, "op", op).name)
+    return str(kind_of(op).name)
 
 
 class Reduction:
@@ -123,21 +105,19 @@ class Reduction:
     """
 
     def __init__(self, op: Any, dtype: torch.dtype, size: int, what: str) -> None:
-        kind = getattr(op, "op", op)
+        kind = kind_of(op)
         table = _TRUTH if dtype == torch.bool else _OPERATIONS
-        no_bits = kind in _BITWISE and (dtype.is_floating_point or dtype.is_complex)
+        no_bits = kind in BITWISE and (dtype.is_floating_point or dtype.is_complex)
         narrow = dtype.is_floating_point and dtype.itemsize < 4
         unknown = kind not in table or not (narrow or dtype in _ADD)
-        if unknown or no_bits or (kind in _ORDERED and dtype.is_complex):
+        if unknown or no_bits or (kind in ORDERED and dtype.is_complex):
             raise BackendError(
                 f"backend mpi: {what} has no {kind.name} of {str(dtype).removeprefix('torch.')}"
             )
-        narrow = dtype.is_floating_point and dtype.itemsize < 4
         self.dtype = torch.float32 if narrow else dtype
         self.datatype = _ADD[self.dtype]
         self.mpi_op = table[kind]
-        self._factor = op.factor if kind == _Kind.PREMUL_SUM else None
-        self._divide = size if kind == _Kind.AVG else None
+        self._factor, self._divisor = scaling(op, size)
 
     @property
     def as_it_is(self) -> bool:
@@ -151,6 +131,4 @@ class Reduction:
 
     def complete(self, total: torch.Tensor) -> None:
         """Turn the sum into the result, in place."""
-        if self._divide is not None:
-            exact = total.is_floating_point() or total.is_complex()
-            total.div_(self._divide, rounding_mode=None if exact else "trunc")
+        divide(total, self._divisor)

@@ -1,15 +1,17 @@
-"""The process group: torch.distributed's calls as non-blocking MPI operations.
+"""The process group: torch.distributed's calls as non-blocking MPI operations, and how it is known that one is lost.
 
 Counting bytes is not done here (collectives.py does it for every library).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 from torch.distributed.distributed_c10d import (
@@ -23,16 +25,128 @@ from torch.distributed.distributed_c10d import (
 )
 
 from xtrain.base.errors import BackendError
-from xtrain.comm.mpi.base import GroupOfRanks
-from xtrain.comm.mpi.buffers import Reduction, Transfer, check, name_of, parts, spec, told
-from xtrain.comm.mpi.work import MpiWork
-from xtrain.comm.mpi.world import current
-from xtrain.comm.transfer import as_in_memory, describe
-from xtrain.comm.work import AllWorks, op_and_timeout
+from xtrain.comm.mpi.buffers import Reduction, Transfer, name_of, parts, spec, told
+from xtrain.comm.mpi.calls import Check
+from xtrain.comm.mpi.progress import MpiWork, Operation
+from xtrain.comm.mpi.world import World, current
+from xtrain.comm.process_group import BackgroundProcessGroup
+from xtrain.comm.reduce_op import op_and_timeout
+from xtrain.comm.transfer import as_in_memory
+
+_SURELY_GONE = 5.0
+"""Seconds after which a message from or to a rank that has ended will not come any more."""
 
 
-class MpiProcessGroup(GroupOfRanks):
-    """The calls of torch.distributed: arguments as in torch, a list of tensors holding one unless it says more."""
+class MpiProcessGroup(BackgroundProcessGroup):
+    """The calls of torch.distributed: arguments as in torch, a list of tensors holding one unless it says more.
+
+    Args:
+        world: all processes.
+        comm: the group's communicator.
+        key: the same for all its ranks, and different for every group that they make.
+        store, ranks, name, timeout: see `BackgroundProcessGroup`.
+    """
+
+    registered = "mpi4py"
+
+    def __init__(
+        self,
+        store: dist.Store,
+        world: World,
+        comm: Any,
+        ranks: list[int],
+        key: str,
+        name: str,
+        timeout: timedelta,
+    ) -> None:
+        super().__init__(store, comm.Get_rank(), ranks, name, timeout)
+        self._world, self._comm, self._key = world, comm, key
+        self._monitored = 0
+        self._unfinished: list[Operation] = []
+
+    def _release(self) -> None:
+        if all(operation.done for operation in self._unfinished):
+            with self._world.progress.lock:
+                self._comm.Free()
+
+    # Starting operations.
+
+    def place(self) -> str:
+        return f"backend mpi, rank {self._world.rank} of {self._world.size}"
+
+    def _submit(
+        self,
+        transfer: Transfer,
+        tensors: Sequence[Tensor],
+        starts: Sequence[Callable[[], Any]],
+        outputs: list[Tensor],
+        timeout: timedelta | None = None,
+        peer: int | None = None,
+        told: str = "",
+    ) -> MpiWork:
+        """Start MPI's part and follow it.
+
+        Args:
+            starts: each starts a call of MPI and returns its request.
+            peer: the other rank (in the group) where there is only one, -1 for any.
+            told: of a collective, what must be the same on all ranks.
+        """
+        seconds = self._begin(transfer, timeout)
+        waiting = self.in_words(transfer, tensors)
+        what = f"{self.place()}: {waiting}"
+        number, check = 0, None
+        with self._world.progress.lock:
+            if peer is None:
+                self._world.begun[self._key] = number = self._world.begun.get(self._key, 0) + 1
+            try:
+                if peer is None and self._size > 1:
+                    check = Check(self._comm, told)
+                requests = [start() for start in starts]
+            except MPI.Exception as error:
+                raise BackendError(f"{what} could not start in MPI: {error}") from error
+        operation = Operation(
+            what,
+            requests,
+            [*transfer.keep, *tensors],
+            transfer.after,
+            outputs,
+            seconds,
+            lambda waited: self._lost(number, peer, waited, waiting),
+            self._fail,
+            check,
+            lambda: self._world.calls(self._ranks, self._key, number, told),
+            lambda: self._absent(number, peer, waiting),
+        )
+        self._unfinished = [old for old in self._unfinished if not old.done]
+        self._unfinished.append(operation)
+        self._world.progress.submit(operation)
+        return self._begun(MpiWork(operation, self._world.progress))
+
+    def _fail(self, error: BaseException) -> None:
+        self._broken = self._broken or error
+
+    def _absent(self, number: int, peer: int | None, waiting: str) -> str:
+        """Who has not come, when time is up."""
+        if peer is None:
+            return self._world.absent(self._ranks, self._key, number, waiting)
+        return f"{'no rank has' if peer < 0 else f'rank {self._ranks[peer]} has not'} done its part"
+
+    def _lost(self, number: int, peer: int | None, waited: float, waiting: str) -> str | None:
+        """Why an operation can never end: a rank has ended that had not begun it."""
+        if peer is None:
+            gone = self._world.departed(self._ranks, waiting)
+            guilty = [rank for rank, begun in gone.items() if begun.get(self._key, 0) < number]
+        else:
+            asked = (
+                [rank for rank in self._ranks if rank != self._world.rank]
+                if peer < 0
+                else [self._ranks[peer]]
+            )
+            gone = self._world.departed(asked, waiting)
+            guilty = list(gone) if len(gone) == len(asked) and waited > _SURELY_GONE else []
+        if not guilty:
+            return None
+        return f"rank {', '.join(map(str, sorted(guilty)))} has ended without taking part"
 
     # Reductions.
 
@@ -41,14 +155,14 @@ class MpiProcessGroup(GroupOfRanks):
     ) -> Callable[[], Any]:
         """Prepare an in-place reduction of one tensor; returns what starts it."""
         reduction = Reduction(op, tensor.dtype, self._size, transfer.what)
-        target = check(tensor, transfer.what)
+        target = transfer.bare(tensor)
         if reduction.dtype == target.dtype and reduction.as_it_is and as_in_memory(target):
             buffer = transfer.writing(target)
-            transfer.after.append(_later(reduction, buffer))
+            transfer.after.append(partial(reduction.complete, buffer))
         else:
             buffer = reduction.prepare(target)
             transfer.keep += [target, buffer]
-            transfer.after += [_later(reduction, buffer), lambda: target.copy_(buffer)]
+            transfer.after += [partial(reduction.complete, buffer), lambda: target.copy_(buffer)]
         return lambda: call(buffer, reduction)
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> MpiWork:
@@ -62,13 +176,7 @@ class MpiProcessGroup(GroupOfRanks):
 
         starts = [self._reduce_into(transfer, tensor, op, call) for tensor in tensors]
         say = told(transfer.what, tensors, name_of(op))
-        return self._submit(
-            transfer, tensors, lambda: [start() for start in starts], tensors, timeout, told=say
-        )
-
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
-        """All tensors reduced over the group, in place, as one operation."""
-        return self.allreduce(tensors, opts)
+        return self._submit(transfer, tensors, starts, tensors, timeout, told=say)
 
     def reduce(self, tensors: list[Tensor], opts: Any = None) -> MpiWork:
         """The sum (or another operation) on the root; the other ranks' tensors stay as they are."""
@@ -84,32 +192,28 @@ class MpiProcessGroup(GroupOfRanks):
             start = self._reduce_into(transfer, tensor, opts.reduceOp, call)
         else:
             reduction = Reduction(opts.reduceOp, tensor.dtype, self._size, transfer.what)
-            sent = transfer.reading(reduction.prepare(check(tensor, transfer.what)))
+            sent = transfer.reading(reduction.prepare(transfer.bare(tensor)))
 
             def start() -> Any:
                 return self._comm.Ireduce(spec(sent, reduction.datatype), None, reduction.mpi_op, root=root)
 
         say = told(transfer.what, tensors, f"{name_of(opts.reduceOp)} on rank {self._ranks[root]}")
-        return self._submit(transfer, tensors, lambda: [start()], tensors, opts.timeout, told=say)
+        return self._submit(transfer, tensors, [start], tensors, opts.timeout, told=say)
 
     def _scatter_sum(
         self, transfer: Transfer, output: Tensor, flat: Tensor, counts: list[int], op: Any
     ) -> Callable[[], Any]:
         """Prepare one reduce-scatter of a flat input whose r-th piece has counts[r] elements."""
         reduction = Reduction(op, output.dtype, self._size, transfer.what)
-        if sum(counts) != flat.numel() or counts[self._me] != output.numel() or flat.dtype != output.dtype:
-            raise BackendError(
-                f"{self._place()}: {transfer.what} of {describe([flat])} cannot leave {describe([output])} "
-                f"on each of {self._size} ranks"
-            )
+        self._check_scattered(transfer.what, flat, output, counts)
         if reduction.dtype == output.dtype:
             target = buffer = transfer.writing(output)
         else:
             target = transfer.writing(output)
             buffer = torch.empty(output.numel(), dtype=reduction.dtype)
-        sent = transfer.reading(reduction.prepare(check(flat, transfer.what)), apart_from=buffer)
+        sent = transfer.reading(reduction.prepare(transfer.bare(flat)), apart_from=buffer)
         transfer.keep.append(buffer)
-        first: list[Callable[[], Any]] = [_later(reduction, buffer)]
+        first: list[Callable[[], Any]] = [partial(reduction.complete, buffer)]
         if buffer is not target:
             first.append(lambda: target.copy_(buffer.view(target.shape)))
         transfer.after[:0] = first
@@ -129,9 +233,7 @@ class MpiProcessGroup(GroupOfRanks):
             transfers.append(one)
         tensors = [piece for pieces in inputs for piece in pieces]
         say = told("reduce_scatter", tensors, name_of(op))
-        return self._submit(
-            _merged(transfers), tensors, lambda: [start() for start in starts], outputs, timeout, told=say
-        )
+        return self._submit(_merged(transfers), tensors, starts, outputs, timeout, told=say)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
@@ -144,13 +246,7 @@ class MpiProcessGroup(GroupOfRanks):
             for one, output, source in zip(transfers, outputs, inputs, strict=True)
         ]
         say = told("reduce_scatter", inputs, name_of(op))
-        return self._submit(
-            _merged(transfers), inputs, lambda: [start() for start in starts], outputs, timeout, told=say
-        )
-
-    def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: Any = None) -> MpiWork:
-        """Rank r's slice of the sum of all inputs, in `output`."""
-        return self.reduce_scatter_single_coalesced([output], [source], opts)
+        return self._submit(_merged(transfers), inputs, starts, outputs, timeout, told=say)
 
     # Moving.
 
@@ -163,18 +259,14 @@ class MpiProcessGroup(GroupOfRanks):
         return self._submit(
             transfer,
             tensors,
-            lambda: [self._comm.Ibcast(spec(buffer), root=opts.rootRank)],
+            [lambda: self._comm.Ibcast(spec(buffer), root=opts.rootRank)],
             tensors,
             opts.timeout,
             told=told(transfer.what, tensors, f"from rank {self._ranks[opts.rootRank]}"),
         )
 
     def _gather_whole(self, transfer: Transfer, output: Tensor, source: Tensor) -> Callable[[], Any]:
-        if output.numel() != self._size * source.numel() or output.dtype != source.dtype:
-            raise BackendError(
-                f"{self._place()}: {transfer.what} of {describe([source])} from {self._size} ranks does not "
-                f"fit into {describe([output])}"
-            )
+        self._check_gathered(transfer.what, source, output)
         buffer = transfer.writing(output)
         own = buffer.data_ptr() + self._me * source.nbytes
         if as_in_memory(source) and source.data_ptr() == own:
@@ -195,13 +287,7 @@ class MpiProcessGroup(GroupOfRanks):
         ]
         timeout = opts.timeout if opts is not None else None
         say = told(transfer.what, outputs)
-        return self._submit(
-            transfer, outputs, lambda: [start() for start in starts], outputs, timeout, told=say
-        )
-
-    def all_gather_single(self, output: Tensor, source: Tensor, opts: Any = None) -> MpiWork:
-        """Every rank's input, one after the other in `output`."""
-        return self.all_gather_single_coalesced([output], [source], opts)
+        return self._submit(transfer, outputs, starts, outputs, timeout, told=say)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """Every rank's input in the tensors of a list; sizes may differ between ranks."""
@@ -214,13 +300,7 @@ class MpiProcessGroup(GroupOfRanks):
         flat = [piece for pieces in outputs for piece in pieces]
         timeout = (opts or AllgatherOptions()).timeout
         say = told(transfer.what, flat)
-        return self._submit(transfer, flat, lambda: [call() for call in calls], flat, timeout, told=say)
-
-    def allgather_coalesced(
-        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
-    ) -> MpiWork:
-        """Several inputs: the i-th tensor of the r-th list is rank r's i-th input."""
-        return self.allgather([list(pieces) for pieces in zip(*outputs, strict=True)], inputs, opts)
+        return self._submit(transfer, flat, calls, flat, timeout, told=say)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """Every rank's input in the root's list."""
@@ -237,7 +317,7 @@ class MpiProcessGroup(GroupOfRanks):
         return self._submit(
             transfer,
             pieces or inputs,
-            lambda: [self._comm.Igatherv(spec(sent), received, root=root)],
+            [lambda: self._comm.Igatherv(spec(sent), received, root=root)],
             pieces,
             opts.timeout,
             told=told(transfer.what, inputs, f"on rank {self._ranks[root]}", sizes=False),
@@ -257,7 +337,7 @@ class MpiProcessGroup(GroupOfRanks):
         return self._submit(
             transfer,
             outputs,
-            lambda: [self._comm.Iscatterv(sent, spec(buffer), root=root)],
+            [lambda: self._comm.Iscatterv(sent, spec(buffer), root=root)],
             outputs,
             opts.timeout,
             told=told(transfer.what, outputs, f"from rank {self._ranks[root]}", sizes=False),
@@ -273,30 +353,11 @@ class MpiProcessGroup(GroupOfRanks):
     ) -> MpiWork:
         """The r-th piece of `source` goes to rank r; pieces are counted in rows, equal ones by default."""
         transfer = Transfer("all_to_all")
-        received = self._rows(output, output_splits, transfer.what)
-        given = self._rows(source, input_splits, transfer.what)
+        received = self._pieces(transfer.what, output, output_splits)
+        given = self._pieces(transfer.what, source, input_splits)
         buffer = transfer.writing(output)
         sent = transfer.reading(source, apart_from=buffer)
-        return self._submit(
-            transfer,
-            [source],
-            lambda: [self._comm.Ialltoallv(parts(sent, given), parts(buffer, received))],
-            [output],
-            (opts or AllToAllOptions()).timeout,
-            told=told(transfer.what, [source], sizes=False),
-        )
-
-    def _rows(self, tensor: Tensor, splits: Any, what: str) -> list[int]:
-        """Elements of each piece."""
-        rows = tensor.shape[0] if tensor.ndim else 1
-        row = tensor.numel() // rows if rows else 0
-        pieces = [int(piece) for piece in splits] if splits else [rows // self._size] * self._size
-        if sum(pieces) != rows or len(pieces) != self._size:
-            raise BackendError(
-                f"{self._place()}: {what}: pieces of {pieces} rows are not the {rows} rows of {describe([tensor])} "
-                f"over {self._size} ranks"
-            )
-        return [piece * row for piece in pieces]
+        return self._exchange(transfer, [source], parts(sent, given), [output], parts(buffer, received), opts)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> MpiWork:
         """The r-th input goes to rank r; the r-th output comes from it."""
@@ -304,20 +365,26 @@ class MpiProcessGroup(GroupOfRanks):
         buffer = transfer.writing_list(outputs)
         sent = transfer.reading(transfer.reading_list(inputs), apart_from=buffer)
         given, received = [[tensor.numel() for tensor in side] for side in (inputs, outputs)]
-        return self._submit(
-            transfer,
-            inputs,
-            lambda: [self._comm.Ialltoallv(parts(sent, given), parts(buffer, received))],
-            outputs,
-            (opts or AllToAllOptions()).timeout,
-            told=told(transfer.what, inputs, sizes=False),
-        )
+        return self._exchange(transfer, inputs, parts(sent, given), outputs, parts(buffer, received), opts)
+
+    def _exchange(
+        self,
+        transfer: Transfer,
+        inputs: list[Tensor],
+        sent: Any,
+        outputs: list[Tensor],
+        received: Any,
+        opts: Any,
+    ) -> MpiWork:
+        start = partial(self._comm.Ialltoallv, sent, received)
+        timeout, say = (opts or AllToAllOptions()).timeout, told(transfer.what, inputs, sizes=False)
+        return self._submit(transfer, inputs, [start], outputs, timeout, told=say)
 
     def barrier(self, opts: Any = None, timeout: timedelta | None = None) -> MpiWork:
         """Done when every rank has called it."""
         timeout = timeout or (opts or BarrierOptions()).timeout
         return self._submit(
-            Transfer("barrier"), [], lambda: [self._comm.Ibarrier()], [], timeout, told="barrier"
+            Transfer("barrier"), [], [lambda: self._comm.Ibarrier()], [], timeout, told="barrier"
         )
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
@@ -329,10 +396,10 @@ class MpiProcessGroup(GroupOfRanks):
         """
         seconds = self._timeout if timeout is None else timeout.total_seconds()
         self._monitored += 1  # what came too late for an earlier one must not count for this one
-        missing = self._world.meet(self._ranks, f"barrier {self._monitored} of {self._key}", seconds)
+        missing = self._world.rendezvous(self._ranks, f"barrier {self._monitored} of {self._key}", seconds)
         if missing:
             raise BackendError(
-                f"{self._place()}: monitored_barrier in {self!r}: nothing came from rank "
+                f"{self.place()}: monitored_barrier in {self!r}: nothing came from rank "
                 f"{', '.join(map(str, missing))} within {seconds:g} s"
             )
 
@@ -344,7 +411,7 @@ class MpiProcessGroup(GroupOfRanks):
         (tensor,) = tensors
         sent = transfer.reading(tensor)
         return self._submit(
-            transfer, tensors, lambda: [self._comm.Isend(spec(sent), dst, tag)], tensors, peer=dst
+            transfer, tensors, [lambda: self._comm.Isend(spec(sent), dst, tag)], tensors, peer=dst
         )
 
     def recv(self, tensors: list[Tensor], src: int, tag: int = 0) -> MpiWork:
@@ -359,28 +426,8 @@ class MpiProcessGroup(GroupOfRanks):
         (tensor,) = tensors
         buffer = transfer.writing(tensor)
         return self._submit(
-            transfer, tensors, lambda: [self._comm.Irecv(spec(buffer), src, tag)], tensors, peer=peer
+            transfer, tensors, [lambda: self._comm.Irecv(spec(buffer), src, tag)], tensors, peer=peer
         )
-
-    # Several calls as one piece of work.
-
-    def _start_coalescing(self, device: torch.device) -> None:
-        self._open = []
-
-    def _end_coalescing(self, device: torch.device) -> AllWorks:
-        works, self._open = self._open or [], None
-        return AllWorks(works)
-
-    # The names of torch before 2.13.
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    alltoall_base = all_to_all_single
-
-
-def _later(reduction: Reduction, buffer: Tensor) -> Callable[[], None]:
-    return lambda: reduction.complete(buffer)
 
 
 def _merged(transfers: list[Transfer]) -> Transfer:

@@ -17,7 +17,7 @@ from mpi4py import MPI
 from xtrain.base.errors import BackendError, PeerLostError
 from xtrain.comm.background import LONGEST_NAP, Background
 from xtrain.comm.mpi.calls import Check
-from xtrain.comm.work import Outcome
+from xtrain.comm.work import BackgroundWork, Outcome
 
 _SPIN = 0.010
 """Seconds that a waiter only yields before it begins to sleep between its looks."""
@@ -216,3 +216,15 @@ class Progress(Background):
         for operation in self.operations():
             if operation.has_future and now - operation.started > _LOOK:
                 self.ask(operation, now - operation.started)
+
+
+class MpiWork(BackgroundWork):
+    """What every call of the process group returns: the handle on an operation in the hands of MPI."""
+
+    _operation: Operation
+
+    def source_rank(self) -> int:
+        """Number in the group of the rank that sent what was received."""
+        return int(self._operation.source.Get_source())
+
+    _source_rank = source_rank

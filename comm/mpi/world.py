@@ -1,4 +1,4 @@
-"""This process among all MPI processes: communicators, meeting before a group is made, and leaving in order.
+"""This process among all MPI processes: communicators, rendezvous before a group is made, and leaving in order.
 
 Does not move tensors (group.py) and does not know torch's groups.
 """
@@ -18,11 +18,11 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from xtrain.base.errors import BackendError
-from xtrain.comm.meeting import listed, told_absent
 from xtrain.comm.mpi.progress import Progress
 from xtrain.comm.mpi.store import Client, Departures, MpiStore, Server
+from xtrain.comm.rendezvous import listed, told_absent
 
-_MEETING_TAGS = range(16384, 32768)
+_RENDEZVOUS_TAGS = range(16384, 32768)
 _FAN_OUT = 16
 _GRACE = 15.0
 """Seconds that a rank which must abort gives the others to say what they have seen."""
@@ -113,19 +113,19 @@ class World:
 
         torch's own names differ between ranks after a `new_group(..., use_local_synchronization=True)`.
         """
-        listed = ",".join(map(str, ranks))
-        self._made[listed] = self._made.get(listed, 0) + 1
-        return f"group {self._made[listed]} of {listed}"
+        members = ",".join(map(str, ranks))
+        self._made[members] = self._made.get(members, 0) + 1
+        return f"group {self._made[members]} of {members}"
 
-    def meet(self, ranks: Sequence[int], name: str, timeout: float) -> list[int]:
+    def rendezvous(self, ranks: Sequence[int], name: str, timeout: float) -> list[int]:
         """Wait until all of `ranks` are here, along a tree of messages; returns those that were missed.
 
         A rank misses its children in the tree, or its parent, so that "missing" may stand for ranks beyond.
 
         Args:
-            name: what they meet for; different for every meeting of the same ranks.
+            name: what they meet for; different for every rendezvous of the same ranks.
         """
-        me, tag = ranks.index(self.rank), _MEETING_TAGS[zlib.crc32(name.encode()) % len(_MEETING_TAGS)]
+        me, tag = ranks.index(self.rank), _RENDEZVOUS_TAGS[zlib.crc32(name.encode()) % len(_RENDEZVOUS_TAGS)]
         children = [ranks[i] for i in range(_FAN_OUT * me + 1, min(_FAN_OUT * me + 1 + _FAN_OUT, len(ranks)))]
         parent = ranks[(me - 1) // _FAN_OUT] if me else None
         empty = [bytearray(0), MPI.BYTE]
@@ -159,12 +159,12 @@ class World:
         Raises:
             BackendError: some of them do not make it within `timeout` seconds.
         """
-        missing = self.meet(ranks, key, timeout)
+        missing = self.rendezvous(ranks, key, timeout)
         if missing:
             raise BackendError(
                 f"backend mpi, rank {self.rank} of {self.size}: a group of ranks {list(ranks)} was not made "
-                f"within {timeout:g} s: nothing came from rank{'s' * (len(missing) > 1)} "
-                f"{', '.join(map(str, missing))}; every rank of a group must make it"
+                f"within {timeout:g} s: nothing came from {listed(missing)}; "
+                "every rank of a group must make it"
             )
         with self.progress.lock:
             chosen = self.comm.Get_group().Incl(list(ranks))

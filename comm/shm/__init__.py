@@ -22,7 +22,7 @@ def register() -> None:
 
 
 def _create(options: Any, _: Any) -> Any:
-    from xtrain.comm.shm.meeting import create
+    from xtrain.comm.shm.rendezvous import create
 
     return create(options, _)
 

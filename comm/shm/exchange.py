@@ -86,12 +86,12 @@ class Exchange:
     def _end(self, calls: list[Call]) -> Steps:
         """Before a buffer that is read in place may change: wait until all have read."""
         if any(call.place >= 0 for call in calls):
-            yield from self.window.meet()
+            yield from self.window.barrier()
 
     def barrier(self) -> Steps:
         """Nothing but waiting."""
         self._announce("barrier", 0, _BYTES, 0)
-        yield from self.window.meet()
+        yield from self.window.barrier()
         self._announced()
 
     # Reductions.
@@ -125,13 +125,13 @@ class Exchange:
             if step > 1 and root in (-1, self.me):
                 self._collect_piece(flat, (step - 2) * per, calls, root)
             if step <= rounds:
-                yield from window.meet()
+                yield from window.barrier()
         yield from self._end(calls)
 
     def _reduce_at_once(self, flat: Tensor, reduction: Reduction, wanted: bool) -> Steps:
         window, n = self.window, len(flat)
         window.written(flat.dtype)[:n].copy_(flat)
-        yield from window.meet()
+        yield from window.barrier()
         self._announced()
         if wanted:
             rows = [
@@ -154,7 +154,7 @@ class Exchange:
             ]
             reduction.into(rows[self.me], rows)
             yield  # other groups may have to go on
-        yield from self.window.meet()
+        yield from self.window.barrier()
         for member in self._others:
             first, last = self._part(len(flat), dtype, member)
             for start in range(first, last, 4 * per):
@@ -244,7 +244,7 @@ class Exchange:
                 if len(piece):
                     reduction.into(piece, rows)
             if step < rounds:
-                yield from window.meet()
+                yield from window.barrier()
         yield from self._end(calls)
 
     # Moving.
@@ -305,7 +305,7 @@ class Exchange:
                         target.copy_(window.in_place(member, calls[member].place, len(target), _BYTES))
                 if step >= max(call.rounds for call in calls):
                     break
-            yield from window.meet()
+            yield from window.barrier()
         yield from self._end(calls)
 
     def deal(
@@ -359,7 +359,7 @@ class Exchange:
                         target.copy_(window.in_place(member, at, len(target), _BYTES))
                 if step >= max(call.rounds for call in calls):
                     break
-            yield from window.meet()
+            yield from window.barrier()
         yield from self._end(calls)
 
 

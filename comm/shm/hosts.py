@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xtrain.comm.reduce_op import Kind, divide, kind_of
 from xtrain.comm.shm.exchange import Exchange, Steps, as_bytes
 from xtrain.comm.shm.reduction import NARROW, Reduction
 
 _NAP = 0.0001
-
-_Kind: Any = dist.ReduceOp.RedOpType
 
 
 class Hosts:
@@ -76,17 +75,11 @@ class Hosts:
 
     def _parts(self, op: Any, dtype: torch.dtype) -> tuple[Any, Reduction, int | None]:
         """The operation inside a host, the one over hosts, and what the total is divided by."""
-        kind = getattr(op, "op", op)
-        if kind == _Kind.AVG:
-            return _Kind.SUM, Reduction(_Kind.SUM, dtype, len(self._hosts)), self._size
-        over = _Kind.SUM if kind == _Kind.PREMUL_SUM else kind
+        kind = kind_of(op)
+        if kind == Kind.AVG:
+            return Kind.SUM, Reduction(Kind.SUM, dtype, len(self._hosts)), self._size
+        over = Kind.SUM if kind == Kind.PREMUL_SUM else kind
         return op, Reduction(over, dtype, len(self._hosts)), None
-
-    @staticmethod
-    def _divide(total: Tensor, divisor: int | None) -> None:
-        if divisor is not None:
-            exact = total.is_floating_point() or total.is_complex()
-            total.div_(divisor, rounding_mode=None if exact else "trunc")
 
     def all_reduce(self, flat: Tensor, op: Any, root: int = -1) -> Steps:
         """Reduce in place, on every rank or (with `root`) on one."""
@@ -107,7 +100,7 @@ class Hosts:
                 yield from self._over_hosts(padded, over)
             yield from self._here.broadcast(padded, 0)
         if root in (-1, self._me):
-            self._divide(padded, divisor)
+            divide(padded, divisor)
             flat.copy_(padded[: len(flat)])
 
     def _over_hosts(self, flat: Tensor, over: Reduction) -> Steps:
@@ -132,7 +125,7 @@ class Hosts:
         yield from self._here.reduce_scatter(piece, sorted_rows, [len(piece)] * self._here.size, inside)
         total = torch.empty(len(out), dtype=dtype)
         yield from self._sum_across(total, piece, over)
-        self._divide(total, divisor)
+        divide(total, divisor)
         out.copy_(total)
 
     # Moving.

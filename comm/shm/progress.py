@@ -14,7 +14,7 @@ import torch
 
 from xtrain.base.errors import BackendError, PeerLostError
 from xtrain.comm.background import LONGEST_NAP, Background
-from xtrain.comm.meeting import told_absent
+from xtrain.comm.rendezvous import told_absent
 from xtrain.comm.work import Outcome
 
 _SPIN = 0.00002

@@ -1,4 +1,4 @@
-"""Sums and other reductions of a few buffers, in the order of comm/canonical.py's tree, without communication.
+"""Sums and other reductions of a few buffers, in the order of comm/deterministic.py's tree, without communication.
 
 16-bit floats are added in float32 and rounded once.
 """
@@ -9,21 +9,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-_Kind: Any = dist.ReduceOp.RedOpType  # torch's type stubs do not list its members
+from xtrain.comm.reduce_op import BITWISE, ORDERED, Kind, divide, kind_of, scaling
+
 _OPERATIONS: dict[Any, Callable[..., torch.Tensor]] = {
-    _Kind.SUM: torch.add,
-    _Kind.AVG: torch.add,
-    _Kind.PREMUL_SUM: torch.add,
-    _Kind.PRODUCT: torch.mul,
-    _Kind.MIN: torch.minimum,
-    _Kind.MAX: torch.maximum,
-    _Kind.BAND: torch.bitwise_and,
-    _Kind.BOR: torch.bitwise_or,
-    _Kind.BXOR: torch.bitwise_xor,
+    Kind.SUM: torch.add,
+    Kind.AVG: torch.add,
+    Kind.PREMUL_SUM: torch.add,
+    Kind.PRODUCT: torch.mul,
+    Kind.MIN: torch.minimum,
+    Kind.MAX: torch.maximum,
+    Kind.BAND: torch.bitwise_and,
+    Kind.BOR: torch.bitwise_or,
+    Kind.BXOR: torch.bitwise_xor,
 }
-_BITWISE, _ORDERED = {_Kind.BAND, _Kind.BOR, _Kind.BXOR}, {_Kind.MIN, _Kind.MAX}
 
 NARROW = (torch.float16, torch.bfloat16)
 _EXACT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -40,14 +39,14 @@ _CHUNK = 2**15
 
 def has(op: Any, dtype: torch.dtype) -> bool:
     """Whether there is a way to reduce this dtype with this ReduceOp here."""
-    kind = getattr(op, "op", op)
+    kind = kind_of(op)
     if kind not in _OPERATIONS or dtype not in DTYPES:
         return False
-    if kind in _BITWISE:
+    if kind in BITWISE:
         return dtype in _EXACT or dtype == torch.bool
-    if kind in _ORDERED:
+    if kind in ORDERED:
         return dtype not in _COMPLEX
-    return not (kind in (_Kind.AVG, _Kind.PREMUL_SUM) and dtype == torch.bool)
+    return not (kind in (Kind.AVG, Kind.PREMUL_SUM) and dtype == torch.bool)
 
 
 class Reduction:
@@ -58,12 +57,10 @@ class Reduction:
     """
 
     def __init__(self, op: Any, dtype: torch.dtype, size: int) -> None:
-        kind = getattr(op, "op", op)
+        kind = kind_of(op)
         self.code = list(_OPERATIONS).index(kind)
         self._function = _OPERATIONS[kind]
-        self._factor = op.factor if kind == _Kind.PREMUL_SUM else None
-        self._divisor = size if kind == _Kind.AVG else None
-        self._truncate = "trunc" if dtype in _EXACT else None
+        self._factor, self._divisor = scaling(op, size)
         # torch adds two 16-bit floats in float32 and rounds once: a wide copy is for more than two, or for scaling.
         plain = size == 2 and self._factor is None and self._divisor is None
         self._wide = torch.float32 if dtype in NARROW and not plain else None
@@ -105,7 +102,6 @@ class Reduction:
             self._function(level[0], level[1], out=last)
         elif level[0].data_ptr() != last.data_ptr():
             last.copy_(level[0])
-        if self._divisor is not None:
-            last.div_(self._divisor, rounding_mode=self._truncate)
+        divide(last, self._divisor)
         if last is not out:
             out.copy_(last)

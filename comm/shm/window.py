@@ -147,7 +147,7 @@ class Window:
 
     # Steps.
 
-    def meet(self) -> Iterator[None]:
+    def barrier(self) -> Iterator[None]:
         """Finish a step; yields until all have."""
         self.step += 1
         if (

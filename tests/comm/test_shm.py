@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tests.comm import mpi_collectives, mpi_groups, mpi_training, shm_failures
 from tests.comm.mpi_tools import Kind, values
 from xtrain import comm
-from xtrain.comm.canonical import tree_sum
+from xtrain.comm.deterministic import tree_sum
 from xtrain.comm.shm import arena, zeros
 from xtrain.comm.shm.window import SLOT
 
@@ -148,7 +148,7 @@ CASES = st.lists(
 
 
 def _definition(rows: list[torch.Tensor], kind: Any) -> torch.Tensor:
-    """A reduction by the tree of comm/canonical.py, in float32 for 16-bit floats, rounded once."""
+    """A reduction by the tree of comm/deterministic.py, in float32 for 16-bit floats, rounded once."""
     dtype = rows[0].dtype
     wide = [row.float() if dtype in (torch.bfloat16, torch.float16) else row.clone() for row in rows]
     if kind == Kind.MAX:

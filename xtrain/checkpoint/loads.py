@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.base.errors import CheckpointError
-from xtrain.comm.meeting import listed
 from xtrain.comm.rank_agreement import alone, together
+from xtrain.comm.rendezvous import listed
 from xtrain.parallel import DataParallelGrid
 
 PATIENCE = 5.0

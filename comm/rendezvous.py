@@ -25,11 +25,12 @@ _NAMED = 16
 """Ranks that a message lists at most."""
 _TOLD = 4
 """Ranks of which a message says where they are."""
+_NAP = 0.01
 _ASKED = 512
 """Ranks of a group whose end is looked for at most."""
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 _held: Counter[str] = Counter()
-"""How often this process's ranks have met at each address: torchrun's store keeps the keys of earlier meetings."""
+"""How often this process's ranks have met at each address: torchrun's store keeps the keys of earlier times."""
 
 
 def first_line(error: BaseException) -> str:
@@ -56,6 +57,15 @@ def told_absent(absent: Mapping[int, str]) -> str:
     for rank, where in sorted(elsewhere.items())[:_TOLD]:
         said += f"; rank {rank} was last seen waiting for {where}"
     return said
+
+
+def let_all_read(store: dist.Store, key: str, rank: int, size: int, patience: float) -> None:
+    """Before an error that may end rank 0, and the store with it: the others want to say the same."""
+    with suppress(RuntimeError):  # the store is gone already, and with it the reason to wait
+        read, until = store.add(key, 1), time.monotonic() + patience
+        while rank == 0 and read < size and time.monotonic() < until:
+            time.sleep(_NAP)
+            read = store.add(key, 0)
 
 
 def _host() -> str:
@@ -100,7 +110,7 @@ def open_store(
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     place = f"backend {library}, rank {rank} of {world_size}"
     try:
-        # Not waiting here for the others lets `meet` say who is missing.
+        # Not waiting here for the others lets `join` say who is missing.
         return (
             dist.TCPStore(
                 host, port, world_size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True
@@ -124,7 +134,7 @@ def open_store(
         raise BackendError(f"{place} cannot start at {host}:{port}: {why}") from error
 
 
-class Meeting:
+class Rendezvous:
     """All ranks of a job at a store, which they keep to tell each other of their end.
 
     Args:
@@ -141,7 +151,7 @@ class Meeting:
         self._here = _host()
         self.whereabouts = Whereabouts(self._store, rank)
 
-    def meet(self, timeout: timedelta) -> None:
+    def join(self, timeout: timedelta) -> None:
         """Wait for all ranks.
 
         Raises:
@@ -162,21 +172,13 @@ class Meeting:
             differing = int(store.add("differing", 0))
         except RuntimeError as error:
             text = self._missing(timeout, error)
-            self._all_have_read(1.0)
+            let_all_read(store, "read", self._rank, self._size, 1.0)
             raise BackendError(text) from error
         if differing:
             text = self._different(differing)
-            self._all_have_read(timeout.total_seconds())
+            let_all_read(store, "read", self._rank, self._size, timeout.total_seconds())
             raise BackendError(text)
         _held[self._address] += 1  # only together, so that ranks agree after one that failed
-
-    def _all_have_read(self, patience: float) -> None:
-        """Before an error that ends rank 0 and the store with it: the others want to say the same."""
-        with suppress(RuntimeError):  # the store is gone already, and with it the reason to wait
-            read, until = self._store.add("read", 1), time.monotonic() + patience
-            while self._rank == 0 and read < self._size and time.monotonic() < until:
-                time.sleep(0.02)
-                read = self._store.add("read", 0)
 
     def _about(self, rank: int) -> dict[str, str]:
         found: dict[str, str] = json.loads(self._store.get(f"rank {rank}"))
@@ -245,7 +247,7 @@ class Meeting:
         return bool(self._store.check([f"gone {rank}"]))
 
 
-current: Meeting | None = None
+current: Rendezvous | None = None
 """Of the running process group; None for one that met elsewhere or was started without xtrain."""
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tests.comm.test_mpi import needs_mpi, start
 from xtrain import comm
 from xtrain.base.errors import BackendError, PeerLostError
-from xtrain.comm import meeting
+from xtrain.comm import rendezvous
 from xtrain.comm.whereabouts import Whereabouts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,7 +230,7 @@ def test_ranks_that_have_come_are_not_accused() -> None:
     assert places[0].absent(at[0], [0, 1, 2], "all_reduce of float32[3]") == {2: ""}
     places[1].leave(number)
     assert places[1].absent(at[1], [0, 1, 2], "all_reduce of float32[3]") == {2: ""}
-    assert meeting.told_absent({2: ""}) == "rank 2 has not come to it"
+    assert rendezvous.told_absent({2: ""}) == "rank 2 has not come to it"
 
 
 def _other_errors() -> list[str]:
@@ -254,9 +254,9 @@ def test_errors_of_other_kinds_pass_as_they_are(ranks: Any) -> None:
 
 def test_the_end_of_a_rank_on_another_host_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
-    first = meeting.Meeting(store, "here:1", "gloo", 0, 2)
-    monkeypatch.setattr(meeting, "_host", lambda: "elsewhere")
-    second = meeting.Meeting(store, "here:1", "gloo", 1, 2)
+    first = rendezvous.Rendezvous(store, "here:1", "gloo", 0, 2)
+    monkeypatch.setattr(rendezvous, "_host", lambda: "elsewhere")
+    second = rendezvous.Rendezvous(store, "here:1", "gloo", 1, 2)
     second._store.set("rank 1", '{"library": "gloo", "by": null, "host": "elsewhere", "pid": 1}')
     assert first.gone([0, 1], patience=0.1) == []
     second.leave()
@@ -275,11 +275,11 @@ def test_ranks_of_mpiexec_that_choose_differently_end_with_a_sentence() -> None:
 
 def test_a_process_that_was_killed_does_not_run() -> None:
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    assert meeting._runs(sleeper.pid)
+    assert rendezvous._runs(sleeper.pid)
     sleeper.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while meeting._runs(sleeper.pid) and time.monotonic() < deadline:
+    while rendezvous._runs(sleeper.pid) and time.monotonic() < deadline:
         time.sleep(0.01)  # it waits to be collected, and counts as ended
-    assert not meeting._runs(sleeper.pid)
+    assert not rendezvous._runs(sleeper.pid)
     sleeper.wait()
-    assert not meeting._runs(sleeper.pid)
+    assert not rendezvous._runs(sleeper.pid)

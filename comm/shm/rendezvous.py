@@ -85,7 +85,7 @@ def _finish(window: Window, timeout: timedelta, what: str) -> None:
     Raises:
         BackendError: some rank does not come, or is gone.
     """
-    steps: Iterator[None] = window.meet()
+    steps: Iterator[None] = window.barrier()
     until = time.monotonic() + timeout.total_seconds()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Where buffers are made that will be exchanged often. Communicates nothing."""
+"""Allocates buffers that will be exchanged often, where the group's library reaches them. Communicates nothing."""
 
 from __future__ import annotations
 
