@@ -49,7 +49,7 @@ parity: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt ninja py-cpuinfo psutil
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[deepspeed]'
 	$(BIN)/python -m tests.parity.record $(if $(RECORD),,--check)
-	$(BIN)/python -m tests.compat.record $(if $(RECORD),,--check)
+	$(BIN)/python -m tests.deepspeed_api.record $(if $(RECORD),,--check)
 
 # Trains glm_tiny about 80 times (half an hour) and writes the tables of docs/alignment.md; runs are kept in $(RUNS)/detection.
 detection: $(STAMP)
@@ -62,7 +62,7 @@ align-reference: $(STAMP)
 # Writes the pages that are made of code.
 docs: $(STAMP)
 	$(BIN)/python -m xtrain.config.document docs/config.md
-	$(BIN)/python -m tests.compat.document docs/compat.md
+	$(BIN)/python -m tests.deepspeed_api.document docs/compat.md
 
 # The documentation as a site; a broken link, or a page in no menu, is an error.
 site: $(VENV)/.docs

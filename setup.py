@@ -7,6 +7,10 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 
+LINKED = ("accelerator", "moe", "monitor", "ops", "pipe", "profiling", "runtime", "utils")
+"""Folders of xtrain/deepspeed_api/ that links in xtrain/ lead to."""
+
+
 def read_version() -> str:
     """The version is written once, in xtrain/version.py (imported by nothing heavy)."""
     namespace: dict[str, str] = {}
@@ -26,7 +30,14 @@ setup(
     # backends/, comm/, launch/ and conf/ are reached through the symlinks inside xtrain/, so that
     # `xtrain` is the only importable name. examples/ ships as xtrain.examples: it holds the script
     # that `xtrain launch` runs by default.
-    packages=[*find_packages(include=["xtrain", "xtrain.*"]), "xtrain.conf", "xtrain.examples"],
+    packages=[
+        # What the other links in xtrain/ lead to is there under the links' names.
+        *find_packages(
+            include=["xtrain", "xtrain.*"], exclude=[f"xtrain.deepspeed_api.{name}*" for name in LINKED]
+        ),
+        "xtrain.conf",
+        "xtrain.examples",
+    ],
     package_dir={"xtrain": "xtrain", "xtrain.examples": "examples"},
     package_data={"xtrain": ["py.typed"], "xtrain.conf": ["*.yaml", "*/*.yaml"]},
     install_requires=[

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain.backends import host
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import os
 import torch
 
 from xtrain.backends.base import MemoryStatistics, RuntimeFacet
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
 
 
 class DeviceRuntime(RuntimeFacet):

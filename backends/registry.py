@@ -12,8 +12,8 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from xtrain.backends.base import Backend
-from xtrain.errors import BackendError, unknown_name
-from xtrain.log import log_dist
+from xtrain.base.errors import BackendError, unknown_name
+from xtrain.base.log import log_dist
 
 _BUILTIN = {
     # In the order of detection; the host is what is left.

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 
 from xtrain.backends.base import Backend, CollectivesFacet, PrecisionFacet, RuntimeFacet, ZeroFacet
-from xtrain.errors import BackendError
-from xtrain.log import log_dist
+from xtrain.base.errors import BackendError
+from xtrain.base.log import log_dist
 
 CORE_GROUPS = 6
 """Of an SW26010-Pro: each has one management core, 64 compute cores and 16 GB."""

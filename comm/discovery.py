@@ -12,8 +12,8 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from xtrain.base.errors import ConfigError
 from xtrain.comm.launchers import Environment, Launched, check_rank, integer, launched, said
-from xtrain.errors import ConfigError
 
 DEFAULT_PORT = 29500
 LOOPBACK = "127.0.0.1"

@@ -15,9 +15,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
+from xtrain.base.errors import PeerLostError, XtrainError
 from xtrain.comm import meeting
 from xtrain.comm.whereabouts import Place
-from xtrain.errors import PeerLostError, XtrainError
 
 _MESSAGES = frozenset({"send", "recv", "isend", "irecv", "batch_isend_irecv"})
 """Between two ranks: the others need not make as many calls."""

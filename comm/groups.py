@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from xtrain.backends import registry
+from xtrain.base.errors import BackendError, ConfigError, unknown_name
+from xtrain.base.log import log_dist
 from xtrain.comm import discovery, libraries, meeting, mpi, shm
 from xtrain.comm.launchers import launched
-from xtrain.errors import BackendError, ConfigError, unknown_name
-from xtrain.log import log_dist
 
 TORCH_DISTRIBUTED_DEFAULT_PORT = discovery.DEFAULT_PORT
 

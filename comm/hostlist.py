@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from xtrain.base.errors import ConfigError
 from xtrain.comm import hostlist
-from xtrain.errors import ConfigError
 
 Environment = Mapping[str, str]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from xtrain.base.errors import ConfigError
+from xtrain.base.log import log_dist
 from xtrain.comm.timing import comms_logger
-from xtrain.errors import ConfigError
-from xtrain.log import log_dist
 
 _FACTOR = {
     # operation: bytes sent per rank / message bytes, as a function of the group's size n

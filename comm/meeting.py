@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from xtrain.base.errors import BackendError
 from xtrain.comm.whereabouts import Whereabouts
-from xtrain.errors import BackendError
 
 _NAMED = 16
 """Ranks that a message lists at most."""

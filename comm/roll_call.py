@@ -15,8 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from xtrain.base.errors import PeerLostError
 from xtrain.comm import meeting
-from xtrain.errors import PeerLostError
 
 _NAP = 0.01
 _LEFT = 2**32

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from xtrain.errors import ConfigError
-from xtrain.log import log_dist
+from xtrain.base.errors import ConfigError
+from xtrain.base.log import log_dist
 
 Records = dict[str, dict[int, list[Any]]]
 """log name -> message bytes -> [count, latencies in ms, algorithmic and bus bandwidths in Gbit/s]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from xtrain.errors import NotImplementedYetError
+from xtrain.base.errors import NotImplementedYetError
 
 
 def known_world_size(world_size: int) -> int | None:

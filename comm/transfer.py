@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
 
 
 def describe(tensors: Sequence[torch.Tensor]) -> str:

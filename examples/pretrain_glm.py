@@ -17,10 +17,10 @@ import sys
 import torch
 
 import xtrain as deepspeed
+from xtrain.base.errors import XtrainError
 from xtrain.data.corpus import find_files
 from xtrain.data.infilling import InfillingSampler
 from xtrain.data.tokens import prepare
-from xtrain.errors import XtrainError
 from xtrain.models.glm import GLM, GLMConfig
 
 

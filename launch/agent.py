@@ -11,9 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
-from xtrain.files import write_text
+from xtrain.base.files import write_text
+from xtrain.base.run_folder import EXIT_CODES, LAUNCHER_VARIABLE, LOGS
 from xtrain.launch.processes import die_with_parent
-from xtrain.run_folder import EXIT_CODES, LAUNCHER_VARIABLE, LOGS
 
 
 def main(argv: list[str]) -> int:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from xtrain.errors import ConfigError, nearest, unknown_name
+from xtrain.base.errors import ConfigError, nearest, unknown_name
 from xtrain.launch.schema import LaunchConfig
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from xtrain.base.run_folder import LOGS
 from xtrain.launch.processes import signal_name
-from xtrain.run_folder import LOGS
 
 _CONSEQUENCE = re.compile(
     r"closed by peer|reset by peer|Broken pipe|Connection refused|Timed out waiting|NCCL (communicator|watchdog)"

@@ -14,13 +14,22 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from xtrain.checkpoint.layout import find_tag, is_checkpoint
+from xtrain.base.errors import CheckpointError, ConfigError, DataError, NotImplementedYetError
+from xtrain.base.files import write_text
+from xtrain.base.run_folder import (
+    CHECKPOINTS,
+    LOCK,
+    LOGS,
+    METRICS,
+    OVERRIDES,
+    RUN_DIR_VARIABLE,
+    STOP,
+    STOPPED,
+)
+from xtrain.checkpoint.contents import find_tag, is_checkpoint
 from xtrain.config import load_config, solve_batch_sizes
 from xtrain.data.corpus import find_files
-from xtrain.errors import CheckpointError, ConfigError, DataError, NotImplementedYetError
-from xtrain.files import write_text
 from xtrain.launch.schema import LaunchConfig
-from xtrain.run_folder import CHECKPOINTS, LOCK, LOGS, METRICS, OVERRIDES, RUN_DIR_VARIABLE, STOP, STOPPED
 
 
 def safe_path_flag() -> list[str]:

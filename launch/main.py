@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
-from xtrain.align.plot import plot_curves
-from xtrain.align.record import read_record
+from xtrain.base.run_folder import CURVE, METRICS
 from xtrain.launch.compose import compose_config
 from xtrain.launch.job import Job, check_overrides_are_used, make_job, saved_overrides, write_run_folder
 from xtrain.launch.supervisor import Supervisor
-from xtrain.run_folder import CURVE, METRICS
+
+Draw = Callable[[Path, Path, str, str], dict[int, float]]
+"""(record, picture to write, name of the curve, title) -> its losses by step; without any, no picture."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +39,11 @@ def _title(job: Job) -> str:
     return f"{job.model} on {job.ranks} rank{'' if job.ranks == 1 else 's'}"
 
 
-def _summarise(job: Job, console: Console, seconds: float) -> None:
-    record = read_record(job.run_dir / METRICS)
-    losses = record.losses()
+def _summarise(job: Job, console: Console, seconds: float, draw: Draw) -> None:
+    losses = draw(job.run_dir / METRICS, job.run_dir / CURVE, job.model, _title(job))
     if not losses:
         return
     first, last = next(iter(losses)), next(reversed(losses))
-    plot_curves({job.model: losses}, job.run_dir / CURVE, _title(job))
     console.print(
         f"loss {losses[first]:.4f} at step {first}, {losses[last]:.4f} at step {last}; {seconds:.0f} s; "
         f"everything is in {job.run_dir}",
@@ -52,8 +53,8 @@ def _summarise(job: Job, console: Console, seconds: float) -> None:
     )
 
 
-def run(args: argparse.Namespace, script_args: list[str]) -> int:
-    """Carry out the command; returns the exit status."""
+def run(args: argparse.Namespace, script_args: list[str], draw: Draw) -> int:
+    """Carry out the command; returns the exit status. `draw` makes the picture of the loss when the run has ended."""
     console = Console()
     config, tree = compose_config(args.overrides, args.config_dir)
     # A resumed run starts from what its own command line said; what is said now comes after it and wins.
@@ -75,5 +76,5 @@ def run(args: argparse.Namespace, script_args: list[str]) -> int:
         start = time.monotonic()
         status = Supervisor(job, console, args.debug).run()
         if (job.run_dir / METRICS).exists():
-            _summarise(job, console, time.monotonic() - start)
+            _summarise(job, console, time.monotonic() - start, draw)
         return status

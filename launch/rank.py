@@ -15,10 +15,10 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from xtrain.errors import PeerLostError, RunInterrupted, XtrainError
+from xtrain.base.errors import PeerLostError, RunInterrupted, XtrainError
+from xtrain.base.run_folder import RUN_DIR_VARIABLE
 from xtrain.launch.failure import Failure, rank_log, write_failure
 from xtrain.launch.processes import die_with_parent
-from xtrain.run_folder import RUN_DIR_VARIABLE
 
 
 def _redirect_output(path: Path) -> None:

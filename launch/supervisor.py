@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
+from xtrain.base.run_folder import CHECKPOINTS, EXIT_CODES, LAUNCHER_VARIABLE, LOGS, METRICS, STOP, STOPPED
 from xtrain.launch.failure import Failure, culprit, rank_log, read_failures
 from xtrain.launch.job import Job
 from xtrain.launch.progress import ProgressDisplay, RecordTail
-from xtrain.run_folder import CHECKPOINTS, EXIT_CODES, LAUNCHER_VARIABLE, LOGS, METRICS, STOP, STOPPED
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it (128 + SIGINT)."""

@@ -64,7 +64,7 @@ def _imports(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "xtrain"}
 
 
-FOUNDATION = ("xtrain.errors", "xtrain.log", "xtrain.version")
+FOUNDATION = ("xtrain.base.errors", "xtrain.base.log", "xtrain.version")
 
 
 @pytest.mark.parametrize(

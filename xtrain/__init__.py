@@ -9,44 +9,44 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xtrain.compat import missing
+from xtrain.base import missing
 from xtrain.version import __version__
 
 if TYPE_CHECKING:
-    from xtrain import checkpoint, checkpointing, comm
+    from xtrain import checkpoint, comm
     from xtrain.accelerator import get_accelerator
-    from xtrain.aligned_draws import aligned_init
+    from xtrain.activation_checkpointing import checkpointing
     from xtrain.api import add_config_arguments, initialize
+    from xtrain.base.errors import ConfigError as DeepSpeedConfigError
+    from xtrain.base.log import log_dist, logger
     from xtrain.comm import init_distributed
-    from xtrain.dataloader import RepeatingLoader
-    from xtrain.engine import XtrainEngine
-    from xtrain.engine import XtrainEngine as DeepSpeedEngine
-    from xtrain.errors import ConfigError as DeepSpeedConfigError
-    from xtrain.log import log_dist, logger
+    from xtrain.engine.dataloader import RepeatingLoader
+    from xtrain.reproducible.aligned_draws import aligned_init
     from xtrain.runtime.config import DeepSpeedConfig
+    from xtrain.runtime.engine import XtrainEngine
+    from xtrain.runtime.engine import XtrainEngine as DeepSpeedEngine
     from xtrain.utils import OnDevice
 
 _EXPORTS = {
-    "aligned_init": "xtrain.aligned_draws",
+    "aligned_init": "xtrain.reproducible.aligned_draws",
     "initialize": "xtrain.api",
     "add_config_arguments": "xtrain.api",
     "init_distributed": "xtrain.comm",
-    "XtrainEngine": "xtrain.engine",
+    "XtrainEngine": "xtrain.runtime.engine",
     "DeepSpeedConfig": "xtrain.runtime.config",
-    "DeepSpeedConfigError": "xtrain.errors",
-    "DeepSpeedEngine": "xtrain.engine",
+    "DeepSpeedConfigError": "xtrain.base.errors",
+    "DeepSpeedEngine": "xtrain.runtime.engine",
     "OnDevice": "xtrain.utils",
-    "RepeatingLoader": "xtrain.dataloader",
+    "RepeatingLoader": "xtrain.engine.dataloader",
     "TORCH_DISTRIBUTED_DEFAULT_PORT": "xtrain.comm",
     "get_accelerator": "xtrain.accelerator",
-    "log_dist": "xtrain.log",
-    "logger": "xtrain.log",
+    "log_dist": "xtrain.base.log",
+    "logger": "xtrain.base.log",
 }
 _SUBMODULES = (
     "accelerator",
     "backends",
     "checkpoint",
-    "checkpointing",
     "comm",
     "config",
     "constants",
@@ -59,7 +59,6 @@ _SUBMODULES = (
     "pipe",
     "profiling",
     "runtime",
-    "schedulers",
     "utils",
     "zero",
 )
@@ -93,6 +92,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_EXPORTS[name]), _ALIASES.get(name, name))
     elif name in _SUBMODULES:
         value = importlib.import_module(f"xtrain.{name}")
+    elif name == "checkpointing":
+        value = importlib.import_module("xtrain.activation_checkpointing.checkpointing")
     elif name in _GIT:
         value = getattr(importlib.import_module("xtrain.git_version_info"), _GIT[name])
     elif name.startswith("_"):

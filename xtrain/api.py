@@ -12,13 +12,19 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from xtrain import checkpointing, comm, emulation, log, managed, random_states, sdc
+from xtrain import comm
+from xtrain.activation_checkpointing import checkpointing, random_states
+from xtrain.align import run_recording
+from xtrain.base import log
+from xtrain.base.errors import ConfigError, NotImplementedYetError
+from xtrain.base.log import log_dist
 from xtrain.config import load_config
-from xtrain.delegate import start as delegate
-from xtrain.engine import XtrainEngine
-from xtrain.errors import ConfigError, NotImplementedYetError
-from xtrain.log import log_dist
+from xtrain.config.backend import choose_backend
+from xtrain.deepspeed_engine import start as deepspeed_engine
+from xtrain.integrity import corruption_check
+from xtrain.integrity import fault_injection as faults
 from xtrain.parallel import grid_from_mpu
+from xtrain.runtime.engine import XtrainEngine
 from xtrain.zero.optimizer import ZeroOptimizer
 
 
@@ -87,7 +93,7 @@ def initialize(
     if mesh_param is not None and checked.values.xtrain.engine == "native":
         raise NotImplementedYetError("initialize(mesh_param=...)", "leave it out, or pass an mpu")
     log.configure(checked.values.log_level)
-    backend = emulation.choose_backend(checked)
+    backend = choose_backend(checked)
     backend.prepare(comm.find_local_rank(), checked.values.xtrain.aligned)
     comm.init_distributed(
         dist_backend=backend.collectives.process_group_backend,
@@ -102,7 +108,7 @@ def initialize(
     for warning in checked.warnings:
         log_dist(warning, ranks=[0], level=logging.WARNING)
     if checked.values.xtrain.engine == "deepspeed":
-        return delegate.initialize(
+        return deepspeed_engine.initialize(
             checked,
             backend,
             args,
@@ -133,9 +139,9 @@ def initialize(
         collate_fn=collate_fn,
         mpu=mpu,
     )
-    emulation.attach(engine)
-    sdc.attach(engine, checked.values.xtrain.sdc_check)
-    managed.attach(engine, checked, backend, {"engine": "native"}, engine.grid.model.reports_loss)
+    faults.attach(engine.train_state, engine.hooks)
+    corruption_check.attach(engine.train_state, engine.hooks, checked.values.xtrain.sdc_check)
+    run_recording.attach(engine, checked, backend, {"engine": "native"}, engine.grid.model.reports_loss)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

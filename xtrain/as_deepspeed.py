@@ -1,5 +1,5 @@
 """`import xtrain.as_deepspeed` as a script's first import: libraries that `import deepspeed` get xtrain."""
 
-from xtrain.compat import alias
+from xtrain.deepspeed_api.compat import alias
 
 alias.install()

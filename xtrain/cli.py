@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from xtrain.errors import XtrainError
+from xtrain.base.errors import XtrainError
 from xtrain.version import __version__
 
 
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Errors of the user are one sentence and status 2."""
     from xtrain.align import main as align
+    from xtrain.align.plot import draw_record
     from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(extras)}")
     try:
         if args.command == "launch":
-            return launch.run(args, script_args)
+            return launch.run(args, script_args, draw_record)
         if args.command == "align":
             return align.run(args, script_args if separator else None)
         if separator:

@@ -16,7 +16,7 @@ from xtrain.backends.base import Backend, PrecisionFacet, RuntimeFacet
 from xtrain.backends.cpu import CpuZero
 from xtrain.backends.fake.mode import mode, switch_off, switch_on, switched
 from xtrain.backends.fake.profiles import PROFILES, Chosen, Costs, Numerics, Profile, choose
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 
 __all__ = ["PROFILES", "Chosen", "Costs", "FakeBackend", "Numerics", "Profile", "choose", "switched"]
 

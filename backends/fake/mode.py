@@ -20,7 +20,7 @@ from xtrain.backends.fake.cost import Clock
 from xtrain.backends.fake.operators import FUSED, OPERATORS, Arithmetic, Operator
 from xtrain.backends.fake.profiles import Costs, Numerics
 from xtrain.backends.fake.rounding import flush_, saturate_
-from xtrain.errors import NotImplementedYetError
+from xtrain.base.errors import NotImplementedYetError
 
 _MOVES = frozenset(
     """

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from xtrain.errors import ConfigError, unknown_name
+from xtrain.base.errors import ConfigError, unknown_name
 
 
 @dataclass(frozen=True)

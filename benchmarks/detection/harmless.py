@@ -109,7 +109,7 @@ def _attention(own: Any) -> Callable[..., torch.Tensor]:
 
 def other_ulps(t: Training) -> None:
     """Weights differ in the last bit, by a seed that the envelope has not seen."""
-    from xtrain.align.perturb import perturb
+    from xtrain.reproducible.perturbation import perturb
 
     t.model_made.append(lambda model: perturb(model, 4711))
 

@@ -14,7 +14,7 @@ from benchmarks.detection.case import Case
 from benchmarks.detection.training import STEPS, perform
 from tests.pool import pool
 from xtrain.align.record import Record, read_record
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 ERROR = "error.txt"
 

@@ -12,7 +12,7 @@ from benchmarks.detection.judge import RUNS, Verdict
 from benchmarks.detection.training import LENGTH, SAMPLES, STEPS
 from xtrain.align.environment import describe
 from xtrain.align.text import markdown_table
-from xtrain.files import write_text
+from xtrain.base.files import write_text
 from xtrain.version import __version__
 
 BEGIN, END = "<!-- written by python -m benchmarks.detection -->", "<!-- end of what it writes -->"

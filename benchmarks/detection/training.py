@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 import xtrain
+from xtrain.base.run_folder import PERTURB_VARIABLE
 from xtrain.data.corpus import find_files
 from xtrain.data.infilling import InfillingSampler
 from xtrain.data.tokens import prepare
 from xtrain.models.glm import GLM, GLMConfig
-from xtrain.run_folder import PERTURB_VARIABLE
 
 STEPS, WARMUP = 200, 20
 SAMPLES, LENGTH, VOCABULARY, SEED = 4, 64, 2048, 1234

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 
 import torch.distributed as dist
 
+from xtrain.base.log import logger
 from xtrain.comm.mpi.library import load
-from xtrain.log import logger
 
 NAME = "mpi4py"
 """The backend's name in torch.distributed, whose own "mpi" is reserved for a torch that was built with MPI."""

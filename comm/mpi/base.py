@@ -10,13 +10,13 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from xtrain.base.errors import BackendError
 from xtrain.comm.mpi.buffers import Transfer
 from xtrain.comm.mpi.calls import Check
 from xtrain.comm.mpi.progress import Operation
 from xtrain.comm.mpi.work import MpiWork
 from xtrain.comm.mpi.world import World
 from xtrain.comm.transfer import describe
-from xtrain.errors import BackendError
 
 # torch declares some calls of a group in three forms, of which a subclass has to answer one.
 _ProcessGroup: Any = dist.ProcessGroup

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
+from xtrain.base.errors import BackendError
 from xtrain.comm import transfer
 from xtrain.comm.transfer import plain
-from xtrain.errors import BackendError
 
 _MOVE = {1: MPI.BYTE, 2: MPI.INT16_T, 4: MPI.INT32_T, 8: MPI.INT64_T, 16: MPI.C_DOUBLE_COMPLEX}
 """Element size in bytes: a type of that size, for moving elements whatever they are."""

@@ -22,13 +22,13 @@ from torch.distributed.distributed_c10d import (
     ScatterOptions,
 )
 
+from xtrain.base.errors import BackendError
 from xtrain.comm.mpi.base import GroupOfRanks
 from xtrain.comm.mpi.buffers import Reduction, Transfer, check, name_of, parts, spec, told
 from xtrain.comm.mpi.work import MpiWork
 from xtrain.comm.mpi.world import current
 from xtrain.comm.transfer import as_in_memory, describe
 from xtrain.comm.work import AllWorks, op_and_timeout
-from xtrain.errors import BackendError
 
 
 class MpiProcessGroup(GroupOfRanks):

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from xtrain.base.errors import BackendError, PeerLostError
 from xtrain.comm.background import LONGEST_NAP, Background
 from xtrain.comm.mpi.calls import Check
 from xtrain.comm.work import Outcome
-from xtrain.errors import BackendError, PeerLostError
 
 _SPIN = 0.010
 """Seconds that a waiter only yields before it begins to sleep between its looks."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch.distributed as dist
 from mpi4py import MPI
 
+from xtrain.base.errors import BackendError
 from xtrain.comm.mpi.progress import Progress
-from xtrain.errors import BackendError
 
 _REQUEST = 1
 _REPLIES = range(16, 16384)

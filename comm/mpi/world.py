@@ -17,10 +17,10 @@ from typing import Any
 import torch.distributed as dist
 from mpi4py import MPI
 
+from xtrain.base.errors import BackendError
 from xtrain.comm.meeting import listed, told_absent
 from xtrain.comm.mpi.progress import Progress
 from xtrain.comm.mpi.store import Client, Departures, MpiStore, Server
-from xtrain.errors import BackendError
 
 _MEETING_TAGS = range(16384, 32768)
 _FAN_OUT = 16

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
 
 PAGE = 4096
 _LEFT = struct.Struct("q")

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xtrain.base.errors import BackendError
 from xtrain.comm import transfer
 from xtrain.comm.shm import arena
 from xtrain.comm.shm.exchange import Exchange
 from xtrain.comm.shm.hosts import Hosts
 from xtrain.comm.shm.progress import Lane, Operation, progress
 from xtrain.comm.work import AllWorks, BackgroundWork
-from xtrain.errors import BackendError
 
 # torch declares some calls of a group in three forms, of which a subclass has to answer one.
 _ProcessGroup: Any = dist.ProcessGroup

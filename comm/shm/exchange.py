@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from xtrain.backends.alignment import HOST_BYTES, aligned_unit, round_up
+from xtrain.base.errors import BackendError
 from xtrain.comm.shm.reduction import DTYPES, Reduction
 from xtrain.comm.shm.window import SLOT, Call, Window
-from xtrain.errors import BackendError
 
 Steps = Iterator[None]
 

@@ -20,11 +20,11 @@ from torch.distributed.distributed_c10d import (
     ScatterOptions,
 )
 
+from xtrain.base.errors import BackendError
 from xtrain.comm.shm.base import Call, GroupOfRanks, chain
 from xtrain.comm.shm.reduction import has
 from xtrain.comm.transfer import plain
 from xtrain.comm.work import AllWorks, op_and_timeout
-from xtrain.errors import BackendError
 
 
 class ShmProcessGroup(GroupOfRanks):

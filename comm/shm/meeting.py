@@ -13,12 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from xtrain.base.errors import BackendError
 from xtrain.comm.shm import arena
 from xtrain.comm.shm.exchange import Exchange
 from xtrain.comm.shm.group import ShmProcessGroup
 from xtrain.comm.shm.hosts import Hosts, by_host, positions
 from xtrain.comm.shm.window import Block, Member, Window
-from xtrain.errors import BackendError
 
 _made: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()
 """How many groups of which ranks each world has made."""

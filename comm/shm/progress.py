@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from xtrain.base.errors import BackendError, PeerLostError
 from xtrain.comm.background import LONGEST_NAP, Background
 from xtrain.comm.meeting import told_absent
 from xtrain.comm.work import Outcome
-from xtrain.errors import BackendError, PeerLostError
 
 _SPIN = 0.00002
 """Seconds that a waiter only looks before it begins to sleep between its looks."""

@@ -14,7 +14,7 @@ import os
 import torch
 
 from xtrain.backends import Backend, PrecisionFacet, RuntimeFacet, ZeroFacet
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
 
 
 class ExampleRuntime(RuntimeFacet):

@@ -22,8 +22,8 @@ from tests.pool import close_all, pool
 from xtrain.align.alignment import align
 from xtrain.align.envelope import measure_records
 from xtrain.align.sources import read_curve
+from xtrain.base.run_folder import METRICS, PERTURB_VARIABLE
 from xtrain.models.glm import GLM, IGNORE_INDEX, GLMConfig
-from xtrain.run_folder import METRICS, PERTURB_VARIABLE
 
 REFERENCE = Path("references/small_glm.jsonl")
 ENVELOPE = Path("references/small_glm.npz")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.align.records import make, write
 from xtrain import cli
 from xtrain.align.compare import Policy, compare
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 
 def test_comparison_of_curves() -> None:

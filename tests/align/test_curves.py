@@ -16,7 +16,7 @@ import pytest
 from tests.align import small_glm
 from tests.align.small_glm import ENVELOPE, REFERENCE, STEPS
 from xtrain.align.alignment import Alignment
-from xtrain.errors import TrainingError
+from xtrain.base.errors import TrainingError
 
 STEP = 21
 """Of the faults: one of those at which the modules are measured."""

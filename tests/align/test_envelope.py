@@ -35,7 +35,7 @@ from xtrain.align.html import html
 from xtrain.align.record import Floats, Record
 from xtrain.align.student import probability, quantile
 from xtrain.align.text import junit, markdown
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 STEPS = 120
 

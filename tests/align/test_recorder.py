@@ -19,7 +19,7 @@ from xtrain.align.module_table import PHASES, STATISTICS
 from xtrain.align.record import read_record
 from xtrain.align.recorder import Recorder
 from xtrain.align.statistics import measure
-from xtrain.errors import ConfigError, RecordError
+from xtrain.base.errors import ConfigError, RecordError
 
 
 def _recorded(path: str) -> list[float]:

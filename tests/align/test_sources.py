@@ -20,7 +20,7 @@ from xtrain.align.alignment import align
 from xtrain.align.compare import Policy, compare
 from xtrain.align.sources import read_curve
 from xtrain.align.sources.common import half_digit
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 _CURVES = st.dictionaries(
     st.integers(0, 10**6), st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=30

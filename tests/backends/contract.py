@@ -27,7 +27,6 @@ from torch import nn
 import xtrain
 from tests import training
 from xtrain import comm
-from xtrain.aligned_random import random_words
 from xtrain.backends import (
     Backend,
     CollectivesFacet,
@@ -37,7 +36,8 @@ from xtrain.backends import (
     ZeroFacet,
     get,
 )
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
+from xtrain.reproducible.aligned_random import random_words
 
 STEPS = 5
 CHECKS: dict[str, Callable[[Backend], None]] = {}

@@ -15,8 +15,8 @@ import xtrain
 from tests import training
 from xtrain.backends import Backend, ascend, cuda, dcu, get, registry
 from xtrain.backends.cpu import CpuBackend, CpuPrecision
+from xtrain.base.errors import BackendError, ConfigError
 from xtrain.config.schema import Config, Fp16Config
-from xtrain.errors import BackendError, ConfigError
 from xtrain.precision import for_backend, make_loss_scale, make_policy
 
 

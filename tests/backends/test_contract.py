@@ -13,7 +13,7 @@ import pytest
 
 from tests.backends import contract
 from xtrain.backends import get
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2

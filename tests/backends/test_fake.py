@@ -19,7 +19,7 @@ from tests.backends import fake_tools
 from xtrain.backends.fake import PROFILES, Numerics, choose, switched
 from xtrain.backends.fake.mode import mode
 from xtrain.backends.fake.rounding import shorten
-from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 
 QUICK = settings(max_examples=60, deadline=None)
 FLOATS = st.floats(width=32, allow_nan=False)

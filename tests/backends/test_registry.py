@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xtrain.backends import available, base, detect, get, names, registry
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
 
 
 def test_names_and_detection() -> None:

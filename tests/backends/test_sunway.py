@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from xtrain.backends import detect, get, sunway
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,9 @@ from torch import nn
 import xtrain
 from tests import training
 from tests.zero.test_stage3 import Model, engine_of, ids_of
-from xtrain.checkpoint import find_tag, is_checkpoint, layout, write
-from xtrain.errors import CheckpointError
+from xtrain.base.errors import CheckpointError
+from xtrain.checkpoint import find_tag, is_checkpoint, write
+from xtrain.checkpoint import folder as layout
 from xtrain.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import xtrain
+from xtrain.base.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.checkpoint.export import _bytes, _shards
-from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.utils import safe_get_full_fp32_param
 from xtrain.utils.zero_to_fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,

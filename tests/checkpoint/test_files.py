@@ -14,8 +14,9 @@ import pytest
 
 import xtrain
 from tests import training
-from xtrain.checkpoint import find_tag, layout, write
-from xtrain.errors import CheckpointError, ConfigError
+from xtrain.base.errors import CheckpointError, ConfigError
+from xtrain.checkpoint import find_tag, write
+from xtrain.checkpoint import folder as layout
 
 Ranks = Callable[..., list[Any]]
 

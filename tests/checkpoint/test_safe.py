@@ -22,8 +22,8 @@ import torch
 
 import xtrain
 from tests import training
+from xtrain.base.errors import CheckpointError
 from xtrain.checkpoint.safe import safe_load, safe_save
-from xtrain.errors import CheckpointError
 
 UTC = datetime.UTC
 VALUES: dict[str, Any] = {

@@ -18,8 +18,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import xtrain
 from tests import training
-from xtrain.checkpoint import layout
-from xtrain.errors import CheckpointError
+from xtrain.base.errors import CheckpointError
+from xtrain.checkpoint import contents
 from xtrain.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 Ranks = Callable[..., list[Any]]
@@ -86,7 +86,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 def _reseal(directory: Path, *names: str, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
     """Change the manifest, and let it fit files that were changed."""
-    path = directory / layout.MANIFEST
+    path = directory / contents.MANIFEST
     manifest = json.loads(path.read_text())
     for name in names:
         content = (directory / name).read_bytes()
@@ -130,7 +130,7 @@ def _cut_first(tensors: dict[str, Any]) -> None:
     tensors[name] = tensors[name][:-1].clone()
 
 
-OPTIMIZER, RNG = (layout.optimizer_file(1, 2), layout.optimizer_file(0, 2)), layout.rng_file(1, 2)
+OPTIMIZER, RNG = (contents.optimizer_file(1, 2), contents.optimizer_file(0, 2)), contents.rng_file(1, 2)
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "optimizer": (lambda d: _flip(d, OPTIMIZER[0]), "does not match its checksum"),
     "optimizer of another rank's making": (
@@ -147,25 +147,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda d: _torch_file(d, RNG, lambda s: s["device"].zero_()),
         "'device' is no random-number state",
     ),
-    "counters": (lambda d: _torch_file(d, layout.STATE, lambda s: s.pop("global_steps")), "lacks global_steps"),
+    "counters": (lambda d: _torch_file(d, contents.STATE, lambda s: s.pop("global_steps")), "lacks global_steps"),
     "no optimizer section": (
-        lambda d: _torch_file(d, layout.STATE, lambda s: s.pop("optimizer")),
+        lambda d: _torch_file(d, contents.STATE, lambda s: s.pop("optimizer")),
         "has no optimizer states",
     ),
     "schedule": (
-        lambda d: _torch_file(d, layout.STATE, lambda s: s["lr_scheduler"].clear()),
+        lambda d: _torch_file(d, contents.STATE, lambda s: s["lr_scheduler"].clear()),
         "the scheduler does not take its state: KeyError",
     ),
     "extra state": (
-        lambda d: _torch_file(d, layout.STATE, lambda s: s["module_extra"]["_extra_state"].clear()),
+        lambda d: _torch_file(d, contents.STATE, lambda s: s["module_extra"]["_extra_state"].clear()),
         "does not take its state: KeyError",
     ),
     "buffer": (
-        lambda d: _safetensors_file(d, layout.MODEL, lambda t: t.update(scale=torch.ones(4))),
+        lambda d: _safetensors_file(d, contents.MODEL, lambda t: t.update(scale=torch.ones(4))),
         "'scale' has shape [4]",
     ),
     "buffer that is not there": (
-        lambda d: _safetensors_file(d, layout.MODEL, lambda t: t.pop("scale")),
+        lambda d: _safetensors_file(d, contents.MODEL, lambda t: t.pop("scale")),
         "lacks 'scale'",
     ),
     "manifest without runs": (

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain import comm
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
 
 Call = Callable[[Any], Any]
 MISMATCHES: dict[str, tuple[Call, Call]] = {

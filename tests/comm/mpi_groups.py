@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from tests.comm.mpi_tools import Check, Kind, listed_in, same, values
 from xtrain import comm
-from xtrain.errors import BackendError
+from xtrain.base.errors import BackendError
 
 CHECKS: dict[str, Check] = {}
 check = listed_in(CHECKS)

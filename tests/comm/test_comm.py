@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import xtrain
 from tests import training
 from xtrain import comm
-from xtrain.errors import BackendError, ConfigError
+from xtrain.base.errors import BackendError, ConfigError
 
 
 def _collectives() -> dict[str, Any]:

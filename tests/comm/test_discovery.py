@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xtrain.base.errors import ConfigError
 from xtrain.comm import discovery, launchers
 from xtrain.comm.discovery import MpiWorld, Place, discover
-from xtrain.errors import ConfigError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "4321"}
 OPEN_MPI = {

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xtrain.base.errors import ConfigError
 from xtrain.comm.hostlist import expand
-from xtrain.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from tests.comm.test_mpi import needs_mpi, start
 from xtrain import comm
+from xtrain.base.errors import BackendError, PeerLostError
 from xtrain.comm import meeting
 from xtrain.comm.whereabouts import Whereabouts
-from xtrain.errors import BackendError, PeerLostError
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 20
@@ -101,7 +101,7 @@ def _told(library: str) -> str:
     import io
     import logging
 
-    from xtrain.log import logger
+    from xtrain.base.log import logger
 
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)

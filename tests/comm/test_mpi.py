@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from tests.comm import mpi_checks, mpi_training
+from xtrain.base.errors import BackendError
 from xtrain.comm.mpi.library import load
-from xtrain.errors import BackendError
 
 ROOT = Path(__file__).parents[2]
 SIZES = (2, 4)

@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from tests.comm.test_discovery import ONE_OF_OPEN_MPI, SALLOC_SHELL, SBATCH, TORCHRUN, VARIABLES
 from xtrain import comm
+from xtrain.base.errors import BackendError, ConfigError
 from xtrain.comm import groups, launchers
-from xtrain.errors import BackendError, ConfigError
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import xtrain
 from tests import training
 from xtrain import comm
+from xtrain.base.errors import ConfigError
 from xtrain.comm.timing import CommsLogger, bandwidths, size_text
-from xtrain.errors import ConfigError
 
 OPERATIONS = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single", "broadcast",
               "reduce", "send", "recv")  # fmt: skip

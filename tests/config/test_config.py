@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.config import load_config, solve_batch_sizes
 from xtrain.config.document import descriptions, document, purpose
 from xtrain.config.rules import NoEffect, NotYet, Section
 from xtrain.config.schema import Config
 from xtrain.config.unknown import keys
-from xtrain.errors import ConfigError, NotImplementedYetError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -14,12 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtrain import schedulers
+from xtrain.base.errors import ConfigError, XtrainError
 from xtrain.config import load_config
 from xtrain.config.schema import Config
 from xtrain.config.unknown import keys, section_model
-from xtrain.errors import ConfigError, XtrainError
 from xtrain.optim import build_optimizer
+from xtrain.optim import schedules as schedulers
 
 NAN, INF = float("nan"), float("inf")
 

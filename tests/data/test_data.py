@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.parity.corpus import write_corpus
+from xtrain.base.errors import DataError
 from xtrain.data.corpus import documents, find_files, standard_library_files
 from xtrain.data.infilling import InfillingSampler, Sample, infill
 from xtrain.data.random import CounterRandom
 from xtrain.data.tokens import END, END_OF_TEXT, GMASK, MASK, START, TokenFile, prepare
-from xtrain.errors import DataError
 from xtrain.models.glm import IGNORE_INDEX
 
 

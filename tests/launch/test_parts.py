@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from xtrain.errors import BackendError, PeerLostError
+from xtrain.base.errors import BackendError, PeerLostError
 from xtrain.launch import rank
 from xtrain.launch.compose import compose_config
 from xtrain.launch.failure import Failure, culprit, killed, rank_log, read_failures, write_failure

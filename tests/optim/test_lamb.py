@@ -11,7 +11,7 @@ import torch
 import xtrain
 from tests import training
 from tests.optim import reference
-from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.ops.lamb import FusedLamb
 
 LAMB = {"type": "Lamb", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-6, "max_coeff": 0.9}}

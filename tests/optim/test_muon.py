@@ -15,8 +15,8 @@ import xtrain
 from tests import training
 from tests.live_deepspeed import live_deepspeed
 from tests.optim import reference
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.config.schema import OptimizerConfig
-from xtrain.errors import ConfigError, NotImplementedYetError
 from xtrain.ops.muon import Muon, MuonWithAuxAdam
 from xtrain.optim import build_optimizer, muon
 from xtrain.optim.exchange import assign, rounds

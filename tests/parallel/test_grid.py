@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.parallel import ModelParallel, ProcessGrid, grid_from_mpu
 from xtrain.parallel.grid import counted_once
 from xtrain.utils import groups

@@ -16,8 +16,8 @@ from tests.live_deepspeed import fresh_deepspeed, live_deepspeed
 from tests.parallel.models import CLIP, MLP, config, reference, shard, train, whole_weights
 from tests.training import FEATURES, GLOBAL_BATCH, OUTPUTS, samples
 from xtrain.align.record import read_record
-from xtrain.checkpoint import agreement
-from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
+from xtrain.base.errors import CheckpointError, ConfigError, NotImplementedYetError
+from xtrain.checkpoint import loads as agreement
 from xtrain.parallel import ProcessGrid
 
 STEPS = 5

@@ -11,7 +11,7 @@ from torch import nn
 
 import xtrain
 from tests import training
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 from xtrain.precision import autocast
 
 STEPS = 6

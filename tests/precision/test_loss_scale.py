@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xtrain.base.errors import ConfigError, TrainingError
 from xtrain.config.schema import Config, Fp16Config, TorchAutocastConfig
-from xtrain.errors import ConfigError, TrainingError
 from xtrain.precision import DynamicLossScale, make_loss_scale, make_policy
 
 

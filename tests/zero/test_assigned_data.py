@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import xtrain
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 from xtrain.zero import GatheredParameters, ZeroParamStatus
 
 Ranks = Callable[..., list[Any]]

@@ -10,7 +10,7 @@ from torch import nn
 
 import xtrain
 from tests import training
-from xtrain.errors import TrainingError
+from xtrain.base.errors import TrainingError
 from xtrain.zero.order import GatherOrder, number_of
 
 WIDTH = 6

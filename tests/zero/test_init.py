@@ -12,7 +12,7 @@ from torch import nn
 import xtrain
 from tests import training
 from tests.zero.test_stage3 import Model, engine_of, ids_of
-from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.zero.home import home_of
 
 

@@ -12,7 +12,7 @@ import torch
 import xtrain
 from tests import training
 from tests.zero.test_stage3 import Model, engine_of, ids_of
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 from xtrain.zero.flat import FlatGroup, FlatOptions
 from xtrain.zero.gradients import WholeGradients
 from xtrain.zero.offload import DiskMemory

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xtrain
 from tests import training
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 from xtrain.zero.home import ZeroParamStatus
 
 WIDTH, BLOCKS = 24, 4

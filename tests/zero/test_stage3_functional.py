@@ -12,7 +12,7 @@ from torch import nn
 import xtrain
 from tests.zero.test_stage3 import Model, engine_of, three_steps
 from tests.zero.test_stage3_corners import WIDTH, _build, _engine, _inputs, _train_and_compare
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 from xtrain.zero import GatheredParameters
 
 Ranks = Callable[..., list[Any]]

@@ -14,7 +14,7 @@ from xtrain.align.hints import hints
 from xtrain.align.modules import ModuleComparison, compare_modules
 from xtrain.align.record import Record
 from xtrain.align.sources import read_curve
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 POLICY = "relative:0.02"
 """Unless another one is asked for."""

@@ -12,8 +12,8 @@ from xtrain.align.changes import find_changes, make_settings
 from xtrain.align.compare import Policy, no_envelope
 from xtrain.align.text import escape, markdown_table
 from xtrain.align.trials import Trials, read_configurations
-from xtrain.errors import ConfigError, RecordError
-from xtrain.files import write_text
+from xtrain.base.errors import ConfigError, RecordError
+from xtrain.base.files import write_text
 
 _REFUSED = ("runs", "perturbation", "false_alarms", "loss", "plot", "html", "junit")
 

@@ -15,7 +15,7 @@ from xtrain.align.differences import header_differences
 from xtrain.align.envelope import Envelope
 from xtrain.align.record import Record
 from xtrain.align.trials import Configuration, Trial, Trials
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 _MOST_NAMES = 4
 

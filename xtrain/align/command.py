@@ -8,8 +8,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from xtrain.errors import RecordError
-from xtrain.run_folder import RUN_DIR_VARIABLE
+from xtrain.base.errors import RecordError
+from xtrain.base.run_folder import RUN_DIR_VARIABLE
 
 RUN = "{run}"
 """In a command: the folder of the run."""

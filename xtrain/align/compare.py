@@ -10,7 +10,7 @@ import numpy as np
 from xtrain.align import band
 from xtrain.align.envelope import LOSS, NORM, Envelope
 from xtrain.align.record import Floats, Record, Steps
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 KINDS = ("exact", "relative", "mean", "envelope")
 TINY = 1e-12

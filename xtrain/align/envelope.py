@@ -21,9 +21,9 @@ import numpy.typing as npt
 from xtrain.align.band import TINY, Band, Factors, floors, outside, strays
 from xtrain.align.modules import ModuleBands, measure_bands
 from xtrain.align.record import Floats, Record, Steps
-from xtrain.errors import RecordError
-from xtrain.files import atomic_path
-from xtrain.run_folder import PERTURB_VARIABLE
+from xtrain.base.errors import RecordError
+from xtrain.base.files import atomic_path
+from xtrain.base.run_folder import PERTURB_VARIABLE
 
 VERSION = 2
 FALSE_ALARMS = 0.01

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from xtrain.run_folder import PERTURB_VARIABLE
+from xtrain.base.run_folder import PERTURB_VARIABLE
 
 VARIABLES = (
     "OMP_NUM_THREADS",

@@ -10,8 +10,8 @@ from rich.console import Console
 from xtrain.align import measure
 from xtrain.align.alignment import POLICY, Alignment, align
 from xtrain.align.plot import plot_curves
-from xtrain.errors import RecordError
-from xtrain.files import write_text
+from xtrain.base.errors import RecordError
+from xtrain.base.files import write_text
 
 _USAGE = """
   xtrain align REF CAND [--policy POLICY] [--envelope FILE] [--html FILE] [--plot PNG] ...

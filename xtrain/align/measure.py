@@ -10,8 +10,8 @@ from xtrain.align.command import RUN, last_lines, run_command
 from xtrain.align.envelope import Envelope, measure_records
 from xtrain.align.record import Record
 from xtrain.align.sources import read_curve
-from xtrain.errors import RecordError
-from xtrain.run_folder import METRICS, PERTURB_VARIABLE, RUN_DIR_VARIABLE
+from xtrain.base.errors import RecordError
+from xtrain.base.run_folder import METRICS, PERTURB_VARIABLE, RUN_DIR_VARIABLE
 
 FALSE_ALARMS = 0.01
 WIDE = 20.0

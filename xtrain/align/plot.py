@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from xtrain.align.compare import Comparison
-from xtrain.files import atomic_path
+from xtrain.align.record import read_record
+from xtrain.base.files import atomic_path
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -60,3 +61,11 @@ def plot_curves(
     axes[-1].set_xlabel("step")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
+
+
+def draw_record(record: Path, path: Path, name: str, title: str) -> dict[int, float]:
+    """Draw the loss curve of one record, if it has any step; its losses by step."""
+    losses = read_record(record).losses()
+    if losses:
+        plot_curves({name: losses}, path, title)
+    return losses

@@ -62,7 +62,7 @@ def xtrain_align(request: pytest.FixtureRequest) -> Callable[..., Alignment | No
         __tracebackhide__ = True
         from xtrain.align.alignment import align
         from xtrain.align.text import markdown
-        from xtrain.errors import RecordError
+        from xtrain.base.errors import RecordError
 
         folder = request.path.parent
         stored, given = folder / reference, Path(candidate)
@@ -103,7 +103,7 @@ def _store(request: pytest.FixtureRequest, given: Path, stored: Path, loss: str 
     __tracebackhide__ = True
     from xtrain.align.record import record_file
     from xtrain.align.sources import read_curve
-    from xtrain.files import atomic_path
+    from xtrain.base.files import atomic_path
 
     by, key = request.config.stash.setdefault(_STORED, {}), stored.resolve()
     if key in by:
@@ -124,7 +124,7 @@ def _store(request: pytest.FixtureRequest, given: Path, stored: Path, loss: str 
 def _warn_if_outside(stored: Path, policy: str, envelope: Path | None, loss: str | None) -> None:
     """An envelope is not stored anew: it may be that of another training now."""
     from xtrain.align.alignment import ENVELOPE, align
-    from xtrain.errors import RecordError
+    from xtrain.base.errors import RecordError
 
     if policy != "envelope":
         return

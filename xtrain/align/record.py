@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 VERSION = 2
 READABLE = (1, 2)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from xtrain.log import logger
+from xtrain.base.log import logger
 
 Line = dict[str, Any]
 

@@ -1,8 +1,8 @@
 """Writes the run record while something trains: a DeepSpeed-like engine, or any PyTorch loop.
 
-An engine is asked for nothing but DeepSpeed's methods (xtrain's own engine or the real one): `attach` wraps its
-`backward` and `step`, or `train_batch`. A loop of one's own calls `step` itself and needs neither an engine nor
-torch.distributed.
+An engine is asked for nothing but DeepSpeed's methods (xtrain's own engine or the real one). `attach` registers at the
+hooks of xtrain's own, and wraps `backward` and `step`, or `train_batch`, of others. A loop of one's own calls `step`
+itself and needs neither an engine nor torch.distributed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from xtrain.align.environment import describe
 from xtrain.align.record import VERSION
 from xtrain.align.record_file import RecordFile
 from xtrain.align.statistics import ModuleStatistics
-from xtrain.errors import RecordError
-from xtrain.run_folder import METRICS, RUN_DIR_VARIABLE
+from xtrain.base.errors import RecordError
+from xtrain.base.run_folder import METRICS, RUN_DIR_VARIABLE
+from xtrain.engine.hooks import Hooks
 from xtrain.version import __version__
 
 MOST_RANKS = 64
@@ -124,11 +125,41 @@ class Recorder:
 
     def attach(self, engine: Any, after_step: Callable[[Any], None] | None = None) -> None:
         """Record every step of `engine` from now on; call `after_step(engine)` after each line."""
-        backward, step = engine.backward, engine.step
         if self.modules_every is not None:
             self._watch(engine.module, first_step=engine.global_steps + 1)
-            if (before_update := getattr(engine, "before_update", None)) is not None:  # DeepSpeed's has none
-                before_update.append(self._take_gradients)
+        # Instance attributes in what follows; nn.Module keeps functions apart from parameters and modules.
+        if callable(train_batch := getattr(engine, "train_batch", None)):
+            engine.train_batch = self._recorded_train_batch(engine, train_batch, after_step)
+        elif isinstance(hooks := getattr(engine, "hooks", None), Hooks):
+            self._register(engine, hooks, after_step)
+        else:
+            self._wrap(engine, after_step)
+        self._start = self._last = time.perf_counter()
+
+    def _register(self, engine: Any, hooks: Hooks, after_step: Callable[[Any], None] | None) -> None:
+        """Be called by an engine of xtrain's own."""
+        rates: tuple[list[float], float | None] = [], None
+
+        def before_update(_: Any) -> None:
+            nonlocal rates
+            rates = list(engine.get_lr()), _loss_scale(engine)
+            if self._statistics is not None:
+                self._statistics.take_gradients()
+
+        def after_update(_: Any) -> None:
+            self._record_engine(engine, *rates)
+            if after_step is not None:
+                after_step(engine)
+
+        hooks.before_backward.append(lambda _, loss: self._losses.append(loss.detach().clone()))
+        hooks.on_discard.append(lambda _: self._losses.clear())
+        hooks.before_update.append(before_update)
+        hooks.after_update.append(after_update)
+        hooks.on_destroy.append(lambda _: self.close())
+
+    def _wrap(self, engine: Any, after_step: Callable[[Any], None] | None) -> None:
+        """Replace methods of an engine that has no hooks."""
+        backward, step = engine.backward, engine.step
 
         @wraps(backward)
         def recorded_backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -145,16 +176,7 @@ class Recorder:
                     after_step(engine)
             return result
 
-        # Instance attributes; nn.Module keeps functions apart from parameters and modules.
-        if callable(train_batch := getattr(engine, "train_batch", None)):
-            engine.train_batch = self._recorded_train_batch(engine, train_batch, after_step)
-        else:
-            engine.backward, engine.step = recorded_backward, recorded_step
-        self._start = self._last = time.perf_counter()
-
-    def _take_gradients(self) -> None:
-        if self._statistics is not None:
-            self._statistics.take_gradients()
+        engine.backward, engine.step = recorded_backward, recorded_step
 
     def _recorded_train_batch(
         self, engine: Any, train_batch: Callable[..., Any], after_step: Callable[[Any], None] | None

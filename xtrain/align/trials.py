@@ -22,13 +22,13 @@ from rich.console import Console
 from xtrain.align.changes import Key, Tree, follows
 from xtrain.align.command import RUN, last_lines, run_command
 from xtrain.align.record import Record, read_record
+from xtrain.base.errors import ConfigError, RecordError, XtrainError
+from xtrain.base.files import write_text
+from xtrain.base.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE
 from xtrain.config.load import load_config, read_json
-from xtrain.errors import ConfigError, RecordError, XtrainError
-from xtrain.files import write_text
 from xtrain.launch.compose import CONF, check_tree
 from xtrain.launch.job import make_job, write_run_folder
 from xtrain.launch.supervisor import INTERRUPTED, Supervisor
-from xtrain.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE
 from xtrain.version import __version__
 
 CONFIG = "{config}"

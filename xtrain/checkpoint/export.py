@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from xtrain.buffers import storable, stored_bytes
-from xtrain.checkpoint import layout
+from xtrain.base.errors import CheckpointError, ConfigError, NotImplementedYetError
+from xtrain.base.files import atomic_path, write_text
+from xtrain.base.log import logger
+from xtrain.checkpoint import contents
 from xtrain.checkpoint.runs import Runs, Weights
 from xtrain.checkpoint.verify import read_torch
-from xtrain.errors import CheckpointError, ConfigError, NotImplementedYetError
-from xtrain.files import atomic_path, write_text
-from xtrain.log import logger
+from xtrain.zero.buffers import storable, stored_bytes
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -45,13 +45,13 @@ def get_fp32_state_dict_from_zero_checkpoint(
         raise NotImplementedYetError(
             "lazy_mode=True", "leave it out: files are mapped, and tensors are copied"
         )
-    found = layout.find_tag(Path(checkpoint_dir), tag)
+    found = contents.find_tag(Path(checkpoint_dir), tag)
     if found is None:
         raise CheckpointError(
             f"{checkpoint_dir} holds no checkpoint: pass the folder that save_checkpoint wrote to"
         )
     directory = Path(checkpoint_dir) / found
-    manifest = layout.select_part(layout.read_manifest(directory), directory, 0, tensor=1, pipeline=1)
+    manifest = contents.select_part(contents.read_manifest(directory), directory, 0, tensor=1, pipeline=1)
     weights = Weights(Runs(directory, manifest), masters=lambda _: True)
     state: dict[str, torch.Tensor] = {}
     # The order of the parameters, which loading does not need and people like; then buffers, then further names.
@@ -63,7 +63,9 @@ def get_fp32_state_dict_from_zero_checkpoint(
             continue
         state[given] = weights.whole(name)
     # What safetensors files do not hold: sparse buffers.
-    extra = read_torch(directory, manifest, layout.own_file(manifest, layout.STATE)).get("module_extra", {})
+    extra = read_torch(directory, manifest, contents.own_file(manifest, contents.STATE)).get(
+        "module_extra", {}
+    )
     state.update((name, value) for name, value in extra.items() if torch.is_tensor(value))
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     state.update({alias: state[name] for alias, name in weights.aliases.items() if name in state})

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from xtrain.checkpoint import layout
-from xtrain.errors import CheckpointError
-from xtrain.log import log_dist
+from xtrain.base.errors import CheckpointError
+from xtrain.base.log import log_dist
+from xtrain.checkpoint import contents
 from xtrain.zero.flat import FlatGroup
 
 
@@ -34,12 +34,12 @@ def kinds(group: FlatGroup, optimizer: torch.optim.Optimizer) -> list[str]:
             for state, master in zip(states, group.masters, strict=True)
         )
     ]
-    return [layout.MASTER, *every]
+    return [contents.MASTER, *every]
 
 
 def shards(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """This rank's part of each of `kinds`, in shard order."""
-    found = {layout.MASTER: group.assemble([master.data for master in group.masters])}
+    found = {contents.MASTER: group.assemble([master.data for master in group.masters])}
     for kind in kinds(group, optimizer)[1:]:
         found[kind] = group.assemble([optimizer.state[master][kind] for master in group.masters])
     return found
@@ -62,7 +62,7 @@ def others(group: FlatGroup, optimizer: torch.optim.Optimizer) -> dict[str, dict
                 level=logging.WARNING,
             )
             rest = {kind: value for kind, value in rest.items() if kind not in lost}
-            rest[layout.LOST] = lost
+            rest[contents.LOST] = lost
         result[name] = {
             kind: value.cpu() if torch.is_tensor(value) else value for kind, value in rest.items()
         }
@@ -84,7 +84,7 @@ def others_of_masters(
     default = next((saved[name] for name in group.names if name in saved), next(iter(saved.values()), {}))
     found = [saved.get(name, default) for name in group.names]
     for name, rest in zip(group.names, found, strict=True):
-        if lost := rest.get(layout.LOST):
+        if lost := rest.get(contents.LOST):
             raise CheckpointError(
                 f"checkpoint {directory} lacks the optimizer's {', '.join(lost)}, which could not be saved above ZeRO "
                 "stage 0: pass load_optimizer_states=False"

@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from xtrain import random_states
-from xtrain.buffers import make_room
-from xtrain.checkpoint import layout
-from xtrain.checkpoint.agreement import Load
+from xtrain.activation_checkpointing import random_states
+from xtrain.base.errors import CheckpointError, ConfigError
+from xtrain.base.files import sha256
+from xtrain.base.log import log_dist, logger
+from xtrain.checkpoint import contents
+from xtrain.checkpoint.loads import Load, Loads
 from xtrain.checkpoint.runs import Runs
 from xtrain.checkpoint.verify import Staged, Wanted, prefixes_apart, refuse_names, verify
-from xtrain.errors import CheckpointError, ConfigError
-from xtrain.files import sha256
-from xtrain.log import log_dist, logger
+from xtrain.zero.buffers import make_room
 from xtrain.zero.flat import FlatGroup
+from xtrain.zero.train_state import TrainState
 from xtrain.zero.weights import custom_load, divided_parameters
-
-if TYPE_CHECKING:
-    from xtrain.engine import XtrainEngine
 
 NOTHING = ("nothing", "nothing")
 
@@ -32,8 +30,8 @@ def _find(load_dir: str | Path, tag: str | None, wanted: Wanted) -> tuple[Path |
     if not isinstance(load_dir, str | os.PathLike) or not str(load_dir):
         raise ConfigError(f"load_dir must be the path of a folder, got {load_dir!r}")
     folder = Path(load_dir)
-    if tag is None and (layout.is_empty(folder) or layout.latest_tag(folder) is None):
-        newest = layout.complete_tags(folder)
+    if tag is None and (contents.is_empty(folder) or contents.latest_tag(folder) is None):
+        newest = contents.complete_tags(folder)
         hint = (
             f"; the newest checkpoint in it is {newest[-1]!r}: pass tag={newest[-1]!r} to load it"
             if newest
@@ -41,14 +39,14 @@ def _find(load_dir: str | Path, tag: str | None, wanted: Wanted) -> tuple[Path |
         )
         logger.warning(
             "no file %s: no checkpoint is loaded, training starts from the model as it is%s",
-            folder / layout.LATEST,
+            folder / contents.LATEST,
             hint,
         )
         return None, NOTHING
-    found = layout.find_tag(folder, None if tag is None else str(tag))
+    found = contents.find_tag(folder, None if tag is None else str(tag))
     assert found is not None
     directory = folder / found
-    digest = sha256(directory / layout.MANIFEST)
+    digest = sha256(directory / contents.MANIFEST)
     return directory, (
         f"{digest}{wanted.describe()}",
         f"{directory} (manifest {digest[:8]}){wanted.describe()}",
@@ -56,15 +54,16 @@ def _find(load_dir: str | Path, tag: str | None, wanted: Wanted) -> tuple[Path |
 
 
 def load(
-    engine: XtrainEngine,
+    train_state: TrainState,
+    loads: Loads,
     load_dir: str | Path,
     tag: str | None,
     wanted: Wanted,
     custom_load_fn: Callable[..., None] | None,
 ) -> tuple[str | None, dict[str, Any] | None]:
     """Load `load_dir/tag` (None: what `latest` names); see XtrainEngine.load_checkpoint."""
-    gathers = custom_load_fn is not None and bool(divided_parameters(engine.module))
-    call = engine.loads.begin(wait=gathers)
+    gathers = custom_load_fn is not None and bool(divided_parameters(train_state.module))
+    call = loads.begin(wait=gathers)
     if gathers and not call.agreed:
         raise CheckpointError(
             "load_checkpoint(custom_load_fn=...) gathers the parameters in ZeRO stage 3: all ranks must call it at "
@@ -82,15 +81,16 @@ def load(
         return None, None
     staged: list[Staged] = []
     what = f"loading checkpoint {directory}"
-    call.run(lambda: staged.append(verify(engine, directory, wanted)), what)
-    _apply(engine, call, staged[0], wanted, custom_load_fn, what)
-    engine.loads.note(compared, said, wanted.parts, wanted.complete, call.agreed)
+    call.run(lambda: staged.append(verify(train_state, directory, wanted)), what)
+    _apply(train_state, loads, call, staged[0], wanted, custom_load_fn, what)
+    loads.note(compared, said, wanted.parts, wanted.complete, call.agreed)
     log_dist(f"loaded checkpoint {directory}", ranks=[0])
     return str(directory), staged[0].states["client_state"]
 
 
 def _apply(
-    engine: XtrainEngine,
+    train_state: TrainState,
+    loads: Loads,
     call: Load,
     staged: Staged,
     wanted: Wanted,
@@ -98,18 +98,18 @@ def _apply(
     what: str,
 ) -> None:
     """Change the engine. What fails here was not foreseen, and leaves a mixture that must not be trained."""
-    if engine.partition.gatherer is not None:
-        engine.partition.gatherer.release_unused()
+    if train_state.partition.gatherer is not None:
+        train_state.partition.gatherer.release_unused()
     reached = {"module"}
     try:
         if custom_load_fn is None:
-            call.run(lambda: _load_module(engine, staged, wanted.strict), what)
+            call.run(lambda: _load_module(train_state, staged, wanted.strict), what)
         else:
-            custom_load(engine.module, staged.tensors, custom_load_fn, call.run)
+            custom_load(train_state.module, staged.tensors, custom_load_fn, call.run)
         reached = wanted.parts
-        call.run(lambda: _load_states(engine, staged, wanted), what)
+        call.run(lambda: _load_states(train_state, staged, wanted), what)
     except Exception as error:
-        engine.loads.fail(
+        loads.fail(
             f"{what} failed half way, so that the engine has a mixture of states: load a complete checkpoint, or build "
             f"a new engine, before training goes on ({error})",
             reached,
@@ -117,43 +117,43 @@ def _apply(
         raise
 
 
-def _load_module(engine: XtrainEngine, staged: Staged, strict: bool) -> None:
+def _load_module(train_state: TrainState, staged: Staged, strict: bool) -> None:
     """Load weights, buffers, and entries of the state dictionary that are not tensors."""
-    divided = divided_parameters(engine.module)
+    divided = divided_parameters(train_state.module)
     for name in staged.pieces:
         staged.weights.load_piece(name, divided[name].group, divided[name].member)
-    make_room(engine.module, staged.tensors)
-    missing, unexpected = engine.module.load_state_dict(staged.tensors, strict=False)
+    make_room(train_state.module, staged.tensors)
+    missing, unexpected = train_state.module.load_state_dict(staged.tensors, strict=False)
     if strict:  # names have been compared, but for those of modules that load themselves
-        apart = tuple(prefixes_apart(engine.module))
+        apart = tuple(prefixes_apart(train_state.module))
         missing = [name for name in missing if name.startswith(apart) and name not in divided]
         refuse_names(staged.directory, missing, [name for name in unexpected if name.startswith(apart)])
 
 
-def _load_states(engine: XtrainEngine, staged: Staged, wanted: Wanted) -> None:
-    for group in engine.partition.trained:
+def _load_states(train_state: TrainState, staged: Staged, wanted: Wanted) -> None:
+    for group in train_state.partition.trained:
         group.refresh_masters()
-    if engine.optimizer is not None and wanted.optimizer:
-        _load_optimizer(engine, staged)
-    if engine.lr_scheduler is not None and wanted.scheduler and "lr_scheduler" in staged.states:
-        engine.lr_scheduler.load_state_dict(staged.states["lr_scheduler"])
-    if engine.optimizer is not None:
-        engine.optimizer.zero_grad()  # gradients in flight belong to the weights that were replaced
+    if train_state.optimizer is not None and wanted.optimizer:
+        _load_optimizer(train_state, staged)
+    if train_state.lr_scheduler is not None and wanted.scheduler and "lr_scheduler" in staged.states:
+        train_state.lr_scheduler.load_state_dict(staged.states["lr_scheduler"])
+    if train_state.optimizer is not None:
+        train_state.optimizer.zero_grad()  # gradients in flight belong to the weights that were replaced
     if wanted.counters:
-        _load_counters(engine, staged.states)
+        _load_counters(train_state, staged.states)
     if staged.rng is not None:
-        _load_rng(engine, staged.rng)
+        _load_rng(train_state, staged.rng)
 
 
-def _load_optimizer(engine: XtrainEngine, staged: Staged) -> None:
-    assert engine.optimizer is not None
-    optimizer, saved = engine.optimizer.optimizer, staged.states["optimizer"]
+def _load_optimizer(train_state: TrainState, staged: Staged) -> None:
+    assert train_state.optimizer is not None
+    optimizer, saved = train_state.optimizer.optimizer, staged.states["optimizer"]
     for group, options in zip(optimizer.param_groups, saved["options"], strict=True):
         group.update(options)
-    engine.optimizer.loss_scaler.load_state_dict(saved["loss_scale"])
+    train_state.optimizer.loss_scaler.load_state_dict(saved["loss_scale"])
     # DeepSpeed reads the key in the ZeRO stages alone.
-    restore_masters = engine.zero_optimization_stage() == 0 or engine.zero_load_from_fp32_weights()
-    for flat, kinds, others in zip(engine.optimizer.groups, staged.kinds, staged.others, strict=True):
+    restore_masters = train_state.stage == 0 or train_state.values.zero_optimization.load_from_fp32_weights
+    for flat, kinds, others in zip(train_state.optimizer.groups, staged.kinds, staged.others, strict=True):
         _load_group(flat, optimizer, staged.runs, kinds, others, restore_masters)
 
 
@@ -174,7 +174,7 @@ def _load_group(
     for master in group.masters:
         optimizer.state.pop(master, None)  # what has come since the checkpoint is of another run
     for kind in kinds:
-        if kind == layout.MASTER and not restore_masters:
+        if kind == contents.MASTER and not restore_masters:
             continue
         shard = torch.zeros(elements, dtype=group.masters[0].dtype)  # padding stays zero
         for piece in group.layout.pieces(group.partition):
@@ -186,7 +186,7 @@ def _load_group(
                 piece.start,
             )
         for master, values in zip(group.masters, group.split(shard), strict=True):
-            if kind == layout.MASTER:
+            if kind == contents.MASTER:
                 master.data.copy_(values)
             else:
                 optimizer.state[master][kind] = values.to(master.device, copy=True).contiguous()
@@ -200,23 +200,25 @@ def _load_group(
             optimizer.state[master][kind] = value
 
 
-def _load_rng(engine: XtrainEngine, states: dict[str, Any]) -> None:
+def _load_rng(train_state: TrainState, states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     random_states.tracker.set_states({**random_states.tracker.get_states(), **states.get("named", {})})
     written_on = states.get("device_type", "cpu")
-    if written_on == engine.device.type:
-        engine.backend.runtime.set_rng_state(states["device"])
+    if written_on == train_state.device.type:
+        train_state.backend.runtime.set_rng_state(states["device"])
     else:
         log_dist(
-            f"checkpoint was written on a device of type {written_on!r}, this run's is {engine.device.type!r}: the "
-            "device's random-number state (dropout) is not restored",
+            f"checkpoint was written on a device of type {written_on!r}, this run's is {train_state.device.type!r}: "
+            "the device's random-number state (dropout) is not restored",
             ranks=[0],
         )
 
 
-def _load_counters(engine: XtrainEngine, state: dict[str, Any]) -> None:
-    engine.global_steps = state["global_steps"]
-    engine.global_samples = state["global_samples"]
-    engine.skipped_steps = state["skipped_steps"]
+def _load_counters(train_state: TrainState, state: dict[str, Any]) -> None:
+    train_state.counters.global_steps = state["global_steps"]
+    train_state.counters.global_samples = state["global_samples"]
+    train_state.counters.skipped_steps = state["skipped_steps"]
     # Counted in windows of the present size, which may differ from the one that wrote it.
-    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    train_state.counters.micro_steps = (
+        train_state.counters.global_steps * train_state.batch_sizes.accumulation
+    )

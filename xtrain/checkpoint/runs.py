@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from xtrain.checkpoint import layout
-from xtrain.errors import CheckpointError
+from xtrain.base.errors import CheckpointError
+from xtrain.checkpoint import contents
 from xtrain.zero.shards import ShardedGroup
 
 
 def _open(directory: Path, manifest: dict[str, Any], name: str) -> Any:
     """A safetensors file, after its content was compared with the manifest's checksum."""
-    path = layout.verified(directory, manifest, name)
+    path = contents.verified(directory, manifest, name)
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -42,7 +42,7 @@ class Runs:
 
     def _stored(self, name: str, kind: str, parameter: str, low: int, high: int) -> Any:
         """The slice of an opened file that holds a run."""
-        key = layout.run_key(kind, parameter, low)
+        key = contents.run_key(kind, parameter, low)
         try:
             stored = self._file(name).get_slice(key)
         except SafetensorError as error:
@@ -121,7 +121,7 @@ class Weights:
         manifest = runs.manifest
         self._runs = runs
         self._masters = masters
-        self._file = _open(runs.directory, manifest, layout.own_file(manifest, layout.MODEL))
+        self._file = _open(runs.directory, manifest, contents.own_file(manifest, contents.MODEL))
         self._in_file = set(self._file.keys())
         self._parameters = manifest["parameters"]
         stored = self._in_file | {name for name in manifest["runs"] if self._kind(name) is not None}
@@ -134,16 +134,16 @@ class Weights:
 
     def has_master(self, name: str) -> bool:
         """Whether there is a master of the parameter."""
-        return layout.MASTER in self._runs.kinds(self.aliases.get(name, name))
+        return contents.MASTER in self._runs.kinds(self.aliases.get(name, name))
 
     def _kind(self, name: str) -> str | None:
         """The kind of runs that a weight is read from; None for one that is whole in the file, or absent."""
         kinds = self._runs.kinds(name)
-        if layout.MASTER in kinds and self._masters(name):
-            return layout.MASTER
+        if contents.MASTER in kinds and self._masters(name):
+            return contents.MASTER
         if name in self._in_file or name not in self._parameters:
             return None
-        return next((kind for kind in (layout.WEIGHT, layout.MASTER) if kind in kinds), None)
+        return next((kind for kind in (contents.WEIGHT, contents.MASTER) if kind in kinds), None)
 
     def shape(self, name: str) -> list[int]:
         """Shape of a weight or buffer."""

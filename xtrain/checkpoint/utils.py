@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from xtrain.errors import NotImplementedYetError
+from xtrain.base.errors import NotImplementedYetError
 
 _HOST = torch.device("cpu")
 

@@ -10,24 +10,22 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from xtrain.buffers import is_dense
-from xtrain.checkpoint import layout
+from xtrain.base.errors import CheckpointError
+from xtrain.base.log import log_dist
+from xtrain.checkpoint import contents
 from xtrain.checkpoint.optimizer_states import others_of_masters
 from xtrain.checkpoint.runs import Runs, Weights
 from xtrain.checkpoint.safe import safe_load
-from xtrain.errors import CheckpointError
-from xtrain.log import log_dist
+from xtrain.zero.buffers import is_dense
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.home import full_shape, home_of
+from xtrain.zero.train_state import TrainState
 from xtrain.zero.weights import divided_parameters
-
-if TYPE_CHECKING:
-    from xtrain.engine import XtrainEngine
 
 
 @dataclass(frozen=True)
@@ -90,37 +88,40 @@ class Staged:
     rng: dict[str, Any] | None = None
 
 
-def verify(engine: XtrainEngine, directory: Path, wanted: Wanted) -> Staged:
+def verify(train_state: TrainState, directory: Path, wanted: Wanted) -> Staged:
     """Read and check all that loading will need; change nothing.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit the engine.
     """
-    model = engine.grid.model
-    manifest = layout.select_part(
-        layout.read_manifest(directory), directory, model.rank, model.tensor, model.pipeline
+    model = train_state.grid.model
+    manifest = contents.select_part(
+        contents.read_manifest(directory), directory, model.rank, model.tensor, model.pipeline
     )
     states = _read_states(directory, manifest)
     runs = Runs(directory, manifest)
-    masters = _masters_wanted(engine, manifest, wanted)
+    masters = _masters_wanted(train_state, manifest, wanted)
     weights = Weights(runs, masters)
-    divided = {} if wanted.custom else divided_parameters(engine.module)
-    tensors = {**_whole_tensors(engine.module, weights, divided, masters), **states.get("module_extra", {})}
+    divided = {} if wanted.custom else divided_parameters(train_state.module)
+    tensors = {
+        **_whole_tensors(train_state.module, weights, divided, masters),
+        **states.get("module_extra", {}),
+    }
     # A tied weight once, whatever its names.
     pieces = {(divided[name].group, divided[name].member): name for name in weights.names & divided.keys()}
     staged = Staged(directory, weights, runs, states, tensors, sorted(pieces.values()))
-    _check_shapes(engine, manifest, directory)
+    _check_shapes(train_state, manifest, directory)
     if not wanted.custom:
-        _check_module(engine, staged, wanted.strict)
+        _check_module(train_state, staged, wanted.strict)
         for name in staged.pieces:
             weights.check_piece(name, divided[name].group, divided[name].member)
-        _try_extra_states(engine.module, staged)
-    if engine.optimizer is not None and wanted.optimizer:
-        _check_optimizer(engine, staged)
-    if engine.lr_scheduler is not None and wanted.scheduler and "lr_scheduler" in states:
-        _try_scheduler(engine, staged)
+        _try_extra_states(train_state.module, staged)
+    if train_state.optimizer is not None and wanted.optimizer:
+        _check_optimizer(train_state, staged)
+    if train_state.lr_scheduler is not None and wanted.scheduler and "lr_scheduler" in states:
+        _try_scheduler(train_state, staged)
     if wanted.counters:
-        staged.rng = _read_rng(engine, directory, manifest)
+        staged.rng = _read_rng(train_state, directory, manifest)
     return staged
 
 
@@ -144,7 +145,7 @@ def _whole_tensors(
 
 def read_torch(directory: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
     """A file of states that is no safetensors file, verified and read without running code from it."""
-    path = layout.verified(directory, manifest, name)
+    path = contents.verified(directory, manifest, name)
     try:
         found = safe_load(path)
     except Exception as error:
@@ -155,7 +156,7 @@ def read_torch(directory: Path, manifest: dict[str, Any], name: str) -> dict[str
 
 
 def _read_states(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    name = layout.own_file(manifest, layout.STATE)
+    name = contents.own_file(manifest, contents.STATE)
     states = read_torch(directory, manifest, name)
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         if not isinstance(states.get(counter), int):
@@ -163,14 +164,16 @@ def _read_states(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return {"client_state": {}, **states}
 
 
-def _masters_wanted(engine: XtrainEngine, manifest: dict[str, Any], wanted: Wanted) -> Callable[[str], bool]:
+def _masters_wanted(
+    train_state: TrainState, manifest: dict[str, Any], wanted: Wanted
+) -> Callable[[str], bool]:
     """Where the engine trains a parameter in another dtype than it was saved in, its weight is the rounded master."""
-    if engine.optimizer is None or not wanted.optimizer or wanted.custom:
+    if train_state.optimizer is None or not wanted.optimizer or wanted.custom:
         return lambda _: False
     saved = {name: entry["dtype"] for name, entry in manifest["parameters"].items()}
     other = {
         name
-        for group in engine.partition.trained
+        for group in train_state.partition.trained
         for name in group.names
         if saved.get(name) != str(group.dtype).removeprefix("torch.")
     }
@@ -180,9 +183,9 @@ def _masters_wanted(engine: XtrainEngine, manifest: dict[str, Any], wanted: Want
 # ---------------------------------------------------------------- the module
 
 
-def _check_shapes(engine: XtrainEngine, manifest: dict[str, Any], directory: Path) -> None:
+def _check_shapes(train_state: TrainState, manifest: dict[str, Any], directory: Path) -> None:
     saved = manifest["parameters"]
-    for name, param in engine.module.named_parameters():
+    for name, param in train_state.module.named_parameters():
         shape = list(full_shape(param))
         if name in saved and saved[name]["shape"] != shape:
             raise CheckpointError(
@@ -227,9 +230,9 @@ def prefixes_apart(module: nn.Module) -> set[str]:
     }
 
 
-def _check_module(engine: XtrainEngine, staged: Staged, strict: bool) -> None:
+def _check_module(train_state: TrainState, staged: Staged, strict: bool) -> None:
     """Compare names and shapes of what is saved with the module's."""
-    module, directory = engine.module, staged.directory
+    module, directory = train_state.module, staged.directory
     state = _entries(module)
     saved = _after_hooks(module, staged.tensors, directory)
     known = {*saved, *staged.pieces}
@@ -324,9 +327,9 @@ def _try_extra_states(module: nn.Module, staged: Staged) -> None:
 # ---------------------------------------------------------------- optimizer, schedule, random numbers
 
 
-def _check_optimizer(engine: XtrainEngine, staged: Staged) -> None:
-    assert engine.optimizer is not None
-    optimizer, directory = engine.optimizer.optimizer, staged.directory
+def _check_optimizer(train_state: TrainState, staged: Staged) -> None:
+    assert train_state.optimizer is not None
+    optimizer, directory = train_state.optimizer.optimizer, staged.directory
     saved = staged.states.get("optimizer")
     if saved is None:
         raise CheckpointError(
@@ -342,8 +345,8 @@ def _check_optimizer(engine: XtrainEngine, staged: Staged) -> None:
             f"checkpoint {directory} has {len(saved['options'])} parameter groups, "
             f"this run has {len(optimizer.param_groups)}"
         )
-    copy.copy(engine.optimizer.loss_scaler).load_state_dict(saved["loss_scale"])
-    for group in engine.optimizer.groups:
+    copy.copy(train_state.optimizer.loss_scaler).load_state_dict(saved["loss_scale"])
+    for group in train_state.optimizer.groups:
         staged.kinds.append(_check_group(group, staged, saved))
         staged.others.append(others_of_masters(group, saved["scalars"], directory))
 
@@ -352,14 +355,14 @@ def _expected_kinds(group: FlatGroup, saved: dict[str, Any]) -> set[str]:
     """Kinds of state that there must be at least of what a flat group holds."""
     by_group: dict[str, list[str]] = saved.get("kinds", {})  # absent from older checkpoints
     own = [kinds for name, kinds in by_group.items() if name in group.names] or by_group.values()
-    return {layout.MASTER, *set.intersection(*map(set, own))} if by_group else {layout.MASTER}
+    return {contents.MASTER, *set.intersection(*map(set, own))} if by_group else {contents.MASTER}
 
 
 def _check_group(group: FlatGroup, staged: Staged, saved: dict[str, Any]) -> list[str]:
     """The kinds of state that are stored for what a flat group holds, after all of them were found readable."""
     runs = staged.runs
     kinds = dict.fromkeys(kind for name in group.names for kind in runs.kinds(name))
-    kinds.pop(layout.WEIGHT, None)
+    kinds.pop(contents.WEIGHT, None)
     for kind in _expected_kinds(group, saved):
         if kind not in kinds:
             raise CheckpointError(
@@ -374,9 +377,9 @@ def _check_group(group: FlatGroup, staged: Staged, saved: dict[str, Any]) -> lis
     return list(kinds)
 
 
-def _try_scheduler(engine: XtrainEngine, staged: Staged) -> None:
-    scheduler = engine.lr_scheduler
-    groups = [] if engine.optimizer is None else engine.optimizer.param_groups
+def _try_scheduler(train_state: TrainState, staged: Staged) -> None:
+    scheduler = train_state.lr_scheduler
+    groups = [] if train_state.optimizer is None else train_state.optimizer.param_groups
     options = [_options(group) for group in groups]
     before = scheduler.state_dict() if hasattr(scheduler, "state_dict") else None
     try:
@@ -406,22 +409,22 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_rng(engine: XtrainEngine, directory: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+def _read_rng(train_state: TrainState, directory: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
     """This rank's random-number states; None where the checkpoint has none for it."""
-    if manifest["ranks"] != engine.world_size:
+    if manifest["ranks"] != train_state.world_size:
         log_dist(
-            f"checkpoint was written by {manifest['ranks']} ranks, this run has {engine.world_size}: "
+            f"checkpoint was written by {manifest['ranks']} ranks, this run has {train_state.world_size}: "
             "random-number states (dropout) are not restored",
             ranks=[0],
         )
         return None
-    name = layout.rng_file(engine.global_rank, engine.world_size)
+    name = contents.rng_file(train_state.global_rank, train_state.world_size)
     states = read_torch(directory, manifest, name)
     here = {"torch": torch.get_rng_state()}
-    if states.get("device_type", "cpu") == engine.device.type:
-        here["device"] = engine.backend.runtime.get_rng_state()
+    if states.get("device_type", "cpu") == train_state.device.type:
+        here["device"] = train_state.backend.runtime.get_rng_state()
     for key, mine in here.items():
-        of_host = key == "torch" or engine.device.type == "cpu"
+        of_host = key == "torch" or train_state.device.type == "cpu"
         if not _is_rng_state(states.get(key), mine, of_host):
             raise CheckpointError(
                 f"checkpoint file {directory / name} is damaged: {key!r} is no random-number state"

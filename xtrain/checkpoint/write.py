@@ -6,30 +6,29 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from xtrain import comm, random_states
-from xtrain.agree import together
-from xtrain.buffers import storable
-from xtrain.checkpoint import layout, optimizer_states
+from xtrain import comm
+from xtrain.activation_checkpointing import random_states
+from xtrain.base.errors import CheckpointError, ConfigError
+from xtrain.base.files import atomic_path, is_there, remove, sha256, share, sync_directory, write_text
+from xtrain.base.log import log_dist
+from xtrain.checkpoint import contents, optimizer_states
 from xtrain.checkpoint.safe import safe_save
-from xtrain.errors import CheckpointError, ConfigError
-from xtrain.files import atomic_path, is_there, remove, sha256, share, sync_directory, write_text
-from xtrain.log import log_dist
+from xtrain.comm.rank_agreement import together
 from xtrain.version import __version__
+from xtrain.zero.buffers import storable
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.home import full_shape
+from xtrain.zero.train_state import TrainState
 from xtrain.zero.weights import divided_parameters
-
-if TYPE_CHECKING:
-    from xtrain.engine import XtrainEngine
 
 
 def _owned_states(
-    engine: XtrainEngine, exclude_frozen: bool
+    train_state: TrainState, exclude_frozen: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[list[Any]]]]:
     """This rank's runs by key, and for each parameter the [kind, start, stop] of its runs."""
     tensors: dict[str, torch.Tensor] = {}
@@ -41,30 +40,30 @@ def _owned_states(
             if exclude_frozen and not group.members[piece.member].requires_grad:
                 continue
             run = shard[piece.shard_start : piece.shard_start + length]
-            tensors[layout.run_key(kind, name, piece.start)] = run.detach().cpu().clone()
+            tensors[contents.run_key(kind, name, piece.start)] = run.detach().cpu().clone()
             index.setdefault(name, []).append([kind, piece.start, piece.stop])
 
-    for group in engine.optimizer.groups if engine.optimizer is not None else ():
-        assert engine.optimizer is not None
-        for kind, shard in optimizer_states.shards(group, engine.optimizer.optimizer).items():
+    for group in train_state.optimizer.groups if train_state.optimizer is not None else ():
+        assert train_state.optimizer is not None
+        for kind, shard in optimizer_states.shards(group, train_state.optimizer.optimizer).items():
             add(group, kind, shard)
-    for group in engine.partition.sharded:
+    for group in train_state.partition.sharded:
         # Where a master has the same dtype, it is the weight.
         if not group.masters or group.masters[0].dtype != group.dtype:
-            add(group, layout.WEIGHT, group.shard)
+            add(group, contents.WEIGHT, group.shard)
     return tensors, index
 
 
-def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]:
+def _state(train_state: TrainState, client_state: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {
-        "global_steps": engine.global_steps,
-        "micro_steps": engine.micro_steps,
-        "global_samples": engine.global_samples,
-        "skipped_steps": engine.skipped_steps,
+        "global_steps": train_state.counters.global_steps,
+        "micro_steps": train_state.counters.micro_steps,
+        "global_samples": train_state.counters.global_samples,
+        "skipped_steps": train_state.counters.skipped_steps,
         "client_state": client_state,
     }
-    if engine.optimizer is not None:
-        optimizer = engine.optimizer
+    if train_state.optimizer is not None:
+        optimizer = train_state.optimizer
         state["optimizer"] = {
             "type": type(optimizer.optimizer).__name__,
             "loss_scale": optimizer.loss_scaler.state_dict(),
@@ -82,29 +81,29 @@ def _state(engine: XtrainEngine, client_state: dict[str, Any]) -> dict[str, Any]
         }
     extra = {
         name: value.detach().cpu() if torch.is_tensor(value) else value
-        for name, value in engine.module.state_dict().items()
+        for name, value in train_state.module.state_dict().items()
         if not (torch.is_tensor(value) and storable(value))
     }
     if extra:
         state["module_extra"] = extra
-    if hasattr(engine.lr_scheduler, "state_dict"):
-        state["lr_scheduler"] = engine.lr_scheduler.state_dict()
+    if hasattr(train_state.lr_scheduler, "state_dict"):
+        state["lr_scheduler"] = train_state.lr_scheduler.state_dict()
     return state
 
 
 def _module_tensors(
-    engine: XtrainEngine, exclude_frozen: bool
+    train_state: TrainState, exclude_frozen: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, str]]:
     """Weights and buffers that are whole on this rank; for further names of one the name it is stored under; and for
     parameters that the module's `state_dict` gives another name than their own, that name."""
-    named = dict(engine.module.named_parameters(remove_duplicate=False))
+    named = dict(train_state.module.named_parameters(remove_duplicate=False))
     first_names = {param: name for name, param in reversed(named.items())}
     frozen = {name for name, p in named.items() if not p.requires_grad} if exclude_frozen else set()
-    divided = divided_parameters(engine.module).keys() - frozen
+    divided = divided_parameters(train_state.module).keys() - frozen
     aliases = {name: first for name in divided if (first := first_names[named[name]]) != name}
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, torch.Size, Any], str] = {}
-    state = engine.module.state_dict(keep_vars=True)
+    state = train_state.module.state_dict(keep_vars=True)
     elsewhere = {id(named[name]) for name in (*frozen, *divided)}
     for name, value in state.items():
         if not (torch.is_tensor(value) and storable(value)) or id(value) in elsewhere:
@@ -130,42 +129,42 @@ _NAMES = {
 
 
 def _write_part(
-    engine: XtrainEngine, directory: Path, client_state: dict[str, Any], exclude_frozen: bool
+    train_state: TrainState, directory: Path, client_state: dict[str, Any], exclude_frozen: bool
 ) -> dict[str, Any]:
     """Write this rank's files; return their manifest entries, the index of runs, and what parameters there are."""
-    model = engine.grid.model
+    model = train_state.grid.model
     written: list[str] = []
     index: dict[str, list[list[Any]]] = {}
     parameters: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     renamed: dict[str, str] = {}
-    if engine.grid.rank == 0:
+    if train_state.grid.rank == 0:
         weights, state = (
-            layout.part_of(name, model.rank, model.size) for name in (layout.MODEL, layout.STATE)
+            contents.part_of(name, model.rank, model.size) for name in (contents.MODEL, contents.STATE)
         )
-        tensors, aliases, renamed = _module_tensors(engine, exclude_frozen)
+        tensors, aliases, renamed = _module_tensors(train_state, exclude_frozen)
         _save_tensors(tensors, directory / weights)
-        safe_save(_state(engine, client_state), directory / state, _NAMES)
+        safe_save(_state(train_state, client_state), directory / state, _NAMES)
         written += [weights, state]
         parameters = {
             name: {"shape": list(full_shape(param)), "dtype": str(param.dtype).removeprefix("torch.")}
-            for name, param in engine.module.named_parameters()
+            for name, param in train_state.module.named_parameters()
         }
     # In stage 0 every rank owns the same states: the first data-parallel rank writes them.
-    partitioned = engine.zero_optimization()
-    has_states = engine.optimizer is not None or bool(engine.partition.sharded)
-    if has_states and (partitioned or engine.grid.rank == 0):
-        name = layout.optimizer_file(engine.grid.rank, engine.grid.size if partitioned else 1)
-        name = layout.part_of(name, model.rank, model.size)
-        tensors, index = _owned_states(engine, exclude_frozen)
+    partitioned = train_state.stage > 0
+    has_states = train_state.optimizer is not None or bool(train_state.partition.sharded)
+    if has_states and (partitioned or train_state.grid.rank == 0):
+        name = contents.optimizer_file(train_state.grid.rank, train_state.grid.size if partitioned else 1)
+        name = contents.part_of(name, model.rank, model.size)
+        tensors, index = _owned_states(train_state, exclude_frozen)
         _save_tensors(tensors, directory / name)
         index = {parameter: [[name, *run] for run in runs] for parameter, runs in index.items()}
         written.append(name)
-    rng = layout.rng_file(engine.global_rank, engine.world_size)
+    rng = contents.rng_file(train_state.global_rank, train_state.world_size)
     states = {
         "torch": torch.get_rng_state(),
-        "device": engine.backend.runtime.get_rng_state(),
-        "device_type": engine.device.type,
+        "device": train_state.backend.runtime.get_rng_state(),
+        "device_type": train_state.device.type,
         "named": random_states.tracker.get_states(),
     }
     safe_save(states, directory / rng, "the random-number state")
@@ -201,17 +200,17 @@ def _merge(parts: list[dict[str, Any]], number: int) -> dict[str, Any]:
 
 
 def _publish(
-    engine: XtrainEngine, temporary: Path, target: Path, parts: list[dict[str, Any]], latest: bool
+    train_state: TrainState, temporary: Path, target: Path, parts: list[dict[str, Any]], latest: bool
 ) -> None:
-    model = engine.grid.model
+    model = train_state.grid.model
     manifest = {
-        "format": layout.FORMAT,
-        "version": layout.VERSION,
+        "format": contents.FORMAT,
+        "version": contents.VERSION,
         "xtrain": __version__,
-        "global_steps": engine.global_steps,
-        "ranks": engine.world_size,
-        "data_parallel_ranks": engine.grid.size,
-        "zero_stage": engine.zero_optimization_stage(),
+        "global_steps": train_state.counters.global_steps,
+        "ranks": train_state.world_size,
+        "data_parallel_ranks": train_state.grid.size,
+        "zero_stage": train_state.stage,
         "files": {name: entry for part in parts for name, entry in sorted(part["files"].items())},
         **_merge(parts, 0),
     }
@@ -219,11 +218,11 @@ def _publish(
         manifest["model_parallel"] = {"tensor": model.tensor, "pipeline": model.pipeline}
         manifest["parts"] = [_merge(parts, number) for number in range(model.size)]
         manifest.update(parameters={}, aliases={}, renamed={}, runs={})  # they stand in the parts
-    write_text(temporary / layout.MANIFEST, json.dumps(manifest, indent=1))
+    write_text(temporary / contents.MANIFEST, json.dumps(manifest, indent=1))
     sync_directory(temporary)
     # rename cannot replace a folder that has files: the old one steps aside first.
     # Until the second rename, find_tag finds both under their hidden names.
-    old = target.with_name(layout.leftovers(target.name)[1])
+    old = target.with_name(contents.leftovers(target.name)[1])
     if is_there(target):
         remove(old)
         target.rename(old)
@@ -237,7 +236,7 @@ def _publish(
     sync_directory(target.parent)
     _write_converter(target.parent)
     if latest:
-        write_text(target.parent / layout.LATEST, target.name)
+        write_text(target.parent / contents.LATEST, target.name)
 
 
 _CONVERTER = '''#!/usr/bin/env python
@@ -264,17 +263,17 @@ def _write_converter(save_dir: Path) -> None:
         path.chmod(path.stat().st_mode | 0o111)
 
 
-def _check_tag(engine: XtrainEngine, tag: str) -> str:
+def _check_tag(train_state: TrainState, tag: str) -> str:
     """Rank 0's tag, after comparing it with the others as `checkpoint.tag_validation` says."""
-    tags = [""] * engine.world_size
+    tags = [""] * train_state.world_size
     comm.all_gather_object(tags, tag)
-    if not layout.is_plain_name(tags[0]):
+    if not contents.is_plain_name(tags[0]):
         raise CheckpointError(
             f"checkpoint tag {tags[0]!r} must be a plain name, without '/' and not starting with '.'"
         )
     if len(set(tags)) > 1:
         message = f"ranks gave different checkpoint tags: {', '.join(sorted(set(tags)))}"
-        mode = engine.xtrain_config.values.checkpoint.tag_validation
+        mode = train_state.values.checkpoint.tag_validation
         if mode == "Fail":
             raise ConfigError(message)
         if mode == "Warn":
@@ -283,7 +282,7 @@ def _check_tag(engine: XtrainEngine, tag: str) -> str:
 
 
 def save(
-    engine: XtrainEngine,
+    train_state: TrainState,
     save_dir: str | Path,
     tag: str,
     client_state: dict[str, Any],
@@ -295,9 +294,8 @@ def save(
     Raises:
         CheckpointError: on every rank, when any rank could not write its part; what existed stays.
     """
-    engine.loads.check()
-    tag = _check_tag(engine, tag)
-    first = engine.global_rank == 0
+    tag = _check_tag(train_state, tag)
+    first = train_state.global_rank == 0
 
     def check_place() -> None:
         if not isinstance(save_dir, str | os.PathLike) or not str(save_dir):
@@ -307,7 +305,7 @@ def save(
 
     together(check_place, f"saving checkpoint {tag!r}", ConfigError)
     target = Path(save_dir) / tag
-    temporary, stale = (target.with_name(name) for name in layout.leftovers(tag))
+    temporary, stale = (target.with_name(name) for name in contents.leftovers(tag))
     what = f"saving checkpoint {target}"
 
     def prepare() -> None:
@@ -320,10 +318,10 @@ def save(
     try:
         together(prepare, what, CheckpointError)
         parts = together(
-            lambda: _write_part(engine, temporary, client_state, exclude_frozen), what, CheckpointError
+            lambda: _write_part(train_state, temporary, client_state, exclude_frozen), what, CheckpointError
         )
         together(
-            lambda: _publish(engine, temporary, target, parts, save_latest) if first else None,
+            lambda: _publish(train_state, temporary, target, parts, save_latest) if first else None,
             what,
             CheckpointError,
         )

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from xtrain.errors import ConfigError, nearest
+from xtrain.base.errors import ConfigError, nearest
 
 T = TypeVar("T")
 

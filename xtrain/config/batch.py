@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 
 
 class BatchSizes(NamedTuple):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.config.schema import Config
-from xtrain.errors import ConfigError, NotImplementedYetError
 
 
 def _gradient_sum(config: Config) -> None:

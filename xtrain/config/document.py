@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from xtrain.base.files import write_text
 from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, OnlyNative, Section
 from xtrain.config.schema import Config
-from xtrain.files import write_text
 
 _HEAD = """# Configuration keys
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.config.arguments import shown
 from xtrain.config.combine import check_combinations
 from xtrain.config.rules import Section, apply_rules, apply_rules_of_deepspeed, drop_auto
 from xtrain.config.schema import Config
 from xtrain.config.unknown import drop_unknown, refusal, section_model
-from xtrain.errors import ConfigError, NotImplementedYetError
 
 _OLD_SPELLINGS = {"bfloat16": "bf16"}  # DeepSpeed still reads it
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from xtrain.base.errors import ConfigError, nearest
 from xtrain.config.rules import Section
 from xtrain.config.schema import Config
-from xtrain.errors import ConfigError, nearest
 
 
 def _field(model: type[BaseModel], key: str) -> FieldInfo | None:

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from xtrain.errors import DataError
+from xtrain.base.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".py")
 _SKIP = {"site-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "turtledemo"}

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from xtrain.base.errors import DataError
 from xtrain.data.random import CounterRandom
 from xtrain.data.tokens import END, GMASK, MASK, START, TokenFile
-from xtrain.errors import DataError
 from xtrain.models.glm import IGNORE_INDEX
 
 IntArray = NDArray[np.int64]

@@ -21,9 +21,9 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from xtrain.base.errors import DataError
+from xtrain.base.log import log_dist
 from xtrain.data.corpus import documents
-from xtrain.errors import DataError
-from xtrain.log import log_dist
 
 MASK, GMASK, START, END, END_OF_TEXT = "[MASK]", "[gMASK]", "[sop]", "[eop]", "[eot]"
 SPECIAL_TOKENS = (MASK, GMASK, START, END, END_OF_TEXT)

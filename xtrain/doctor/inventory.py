@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from xtrain.doctor.diary import Diary
+from xtrain.doctor.event_log import Diary
 from xtrain.doctor.ranks import sentence
 
 SKIP_VARIABLE = "XTRAIN_DOCTOR_SKIP"
@@ -127,7 +127,7 @@ def library(name: str) -> dict[str, Any]:
 def selected(asked: str | None) -> dict[str, Any]:
     """Which backend a script would get here, by whose word, or why none."""
     from xtrain.backends import registry
-    from xtrain.errors import XtrainError
+    from xtrain.base.errors import XtrainError
 
     variables = [name for name in ("XTRAIN_BACKEND", "DS_ACCELERATOR") if os.environ.get(name)]
     by = "--backend" if asked else variables[0] if variables else "detection"

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xtrain.doctor import diary, local, ranks, report
+from xtrain.base.errors import XtrainError
+from xtrain.doctor import event_log as diary
+from xtrain.doctor import local, ranks, report
 from xtrain.doctor.watch import Outcome
-from xtrain.errors import XtrainError
 
 _SIGNS = (
     "RANK", "WORLD_SIZE", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_STEP_ID",

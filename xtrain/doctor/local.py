@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xtrain.doctor import diary, report, watch
+from xtrain.base.errors import BackendError
+from xtrain.doctor import event_log as diary
+from xtrain.doctor import report, watch
 from xtrain.doctor.ranks import Spec
-from xtrain.errors import BackendError
 
 Tell = Callable[[str], None]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 
 PATIENCE = 60.0
 RANKS = 2

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from xtrain.doctor.diary import Diary
+from xtrain.doctor.event_log import Diary
 
 _RANK_VARIABLES = ("RANK", "PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -39,7 +39,7 @@ def launched_rank() -> int:
 
 def sentence(error: BaseException) -> str:
     """An error in one line; its class where that is no name for users."""
-    from xtrain.errors import XtrainError
+    from xtrain.base.errors import XtrainError
 
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return text if isinstance(error, XtrainError) else f"{type(error).__name__}: {text}"

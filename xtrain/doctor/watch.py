@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from xtrain.doctor import diary
+from xtrain.base.errors import BackendError
+from xtrain.doctor import event_log as diary
 from xtrain.doctor.ranks import Spec
-from xtrain.errors import BackendError
 from xtrain.launch.processes import signal_name
 
 _GRACE = 3.0

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from xtrain.base.errors import ConfigError, NotImplementedYetError, unknown_name
+from xtrain.base.log import log_dist
 from xtrain.config.arguments import check_value, construct
 from xtrain.config.schema import OptimizerConfig
-from xtrain.errors import ConfigError, NotImplementedYetError, unknown_name
-from xtrain.log import log_dist
 from xtrain.optim.adam import Adam
 from xtrain.optim.elementwise import ElementwiseOptimizer
 from xtrain.optim.lamb import Lamb

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xtrain.errors import ConfigError, NotImplementedYetError, unknown_name
+from xtrain.base.errors import ConfigError, NotImplementedYetError, unknown_name
 from xtrain.optim.adam import Adam
 from xtrain.optim.exchange import Exchange, assign, rounds
 from xtrain.optim.newton_schulz import METHODS, muon_direction

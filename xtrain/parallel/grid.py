@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain import comm
-from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,21 @@ def grid_from_mpu(mpu: Any | None) -> DataParallelGrid:
     return DataParallelGrid(
         group, size, rank, source, sequence, replica, samples_group, sequence_group, model
     )
+
+
+_mpu: Any = None
+"""That of the engine that was built last."""
+
+
+def remember(mpu: Any) -> None:
+    """Let `current_mpu` be this one; the engine calls it."""
+    global _mpu
+    _mpu = mpu
+
+
+def current_mpu() -> Any:
+    """The mpu of the engine that was built last; None without one."""
+    return _mpu
 
 
 def counted_once(param: torch.Tensor, model: ModelParallel) -> bool:

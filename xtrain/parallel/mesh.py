@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from xtrain import comm
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 
 DIMENSIONS = ("pipeline", "data", "sequence", "tensor")
 """Outermost first: tensor-parallel ranks are neighbours, so they share a node; pipeline stages are farthest apart."""

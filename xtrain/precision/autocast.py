@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from xtrain.base.log import log_dist
 from xtrain.config.schema import TorchAutocastConfig
-from xtrain.log import log_dist
 from xtrain.precision.policy import DTYPES
 
 _told: set[str] = set()

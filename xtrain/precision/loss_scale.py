@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from xtrain.base.errors import TrainingError
 from xtrain.config.schema import Fp16Config, TorchAutocastConfig
-from xtrain.errors import TrainingError
 
 
 class LossScale:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from xtrain.backends import Backend
+from xtrain.base.errors import ConfigError
+from xtrain.base.log import log_dist
 from xtrain.config.schema import Config
-from xtrain.errors import ConfigError
-from xtrain.log import log_dist
 
 DTYPES = {
     "fp32": torch.float32,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xtrain.compat import missing
+from xtrain.base import missing
 
 if TYPE_CHECKING:
     from xtrain.zero.estimate import (

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain import comm
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
 from xtrain.zero.home import Home, ZeroParamStatus, full_shape, set_home, whole
 from xtrain.zero.layout import Bucket, Layout, Piece, cut
 

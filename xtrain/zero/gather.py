@@ -7,101 +7,20 @@ Who uses a group when is found out in hooks.py; how bytes move is in shards.py.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.base.errors import ConfigError
 from xtrain.zero.home import Home, set_home
-from xtrain.zero.layout import Bucket
 from xtrain.zero.order import GatherOrder, number_of
+from xtrain.zero.param_group import ParamGroup
 from xtrain.zero.shards import ShardedGroup
-
-if TYPE_CHECKING:
-    from xtrain.zero.hooks import ForwardCall, ModelHooks
-
-
-class Unit:
-    """One module group: the buckets that hold its parameters, and who needs them.
-
-    Attributes:
-        number: place among the gatherer's units.
-        users: how many uses are going on; the parameters are whole while there is one.
-        calls: forward calls that used the unit and whose backward has not ended.
-        ever_called: whether any forward has used it.
-        backward_ended: whether the backward of some call has ended in the running backward.
-    """
-
-    def __init__(self, name: str, parts: Sequence[tuple[ShardedGroup, Bucket]]) -> None:
-        self.name = name
-        self.parts = list(parts)
-        self.elements = sum(bucket.stop - bucket.start for _, bucket in self.parts)
-        self.users = 0
-        self.whole = False
-        self.calls: weakref.WeakSet[ForwardCall] = weakref.WeakSet()
-        self.ever_called = False
-        self.backward_ended = False
-        self.number = 0
-        self._works: list[Any] | None = None
-        self._announced: Any = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where its parameters are used."""
-        return self.parts[0][0].device
-
-    @property
-    def launched(self) -> bool:
-        """Whether memory is in use for it."""
-        return self.whole or self._works is not None
-
-    @property
-    def lent(self) -> bool:
-        """Whether some of its parameters have been gathered without the others, for a script."""
-        return any(
-            member in group.lent for group, bucket in self.parts if group.lent for member in bucket.members
-        )
-
-    def launch(self, process_group: dist.ProcessGroup | None, order: GatherOrder) -> None:
-        """Start gathering, unless that has been done."""
-        if not self.launched:
-            if torch._C._functorch.peek_interpreter_stack() is not None:
-                raise NotImplementedYetError(
-                    "torch.func over a model of ZeRO stage 3",
-                    "wrap the call in zero.GatheredParameters(model.parameters()), or use stage 2",
-                )
-            with order.explained():
-                self._announced = order.announce(self.number)
-                self._works = [
-                    group.launch(bucket, process_group, self.number) for group, bucket in self.parts
-                ]
-
-    def wait(self, order: GatherOrder) -> None:
-        """Wait for `launch`; afterwards the parameters are whole."""
-        if self._works is not None:
-            with order.explained():
-                order.compare(self._announced)
-                for work in self._works:
-                    if work is not None:
-                        work.wait()
-            self._works = self._announced = None
-            for group, bucket in self.parts:
-                group.attach(bucket)
-            self.whole = True
-
-    def release(self, order: GatherOrder) -> None:
-        """Give the memory back."""
-        if self._works is not None and order.broken is not None:
-            return  # what is on its way may never come, and would be written into this memory
-        self.wait(order)
-        if self.whole:
-            for group, bucket in self.parts:
-                group.release(bucket)
-            self.whole = False
-
 
 _MOST_USES = 100_000
 """What a script that only runs forward may record; no iteration is that long."""
@@ -122,10 +41,31 @@ class GatherPolicy:
     live: int = 2**63
 
 
+class Watcher(Protocol):
+    """Finds out which groups a running model needs; see ModelHooks."""
+
+    on_backward_end: Callable[[], None]
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Around the engine's forward."""
+
+    def borrow(self, group: ParamGroup) -> None:
+        """Make a group whole until the innermost running module ends."""
+
+    def hook(self, module: nn.Module, groups: list[ParamGroup]) -> None:
+        """Make groups whole whenever the module runs."""
+
+    def abandon(self) -> None:
+        """A forward or backward has raised."""
+
+    def detach(self) -> None:
+        """Let go of the model."""
+
+
 class UnitHome(Home):
     """A parameter that belongs to a unit."""
 
-    def __init__(self, gatherer: Gatherer, unit: Unit, group: ShardedGroup, member: int) -> None:
+    def __init__(self, gatherer: Gatherer, unit: ParamGroup, group: ShardedGroup, member: int) -> None:
         self.gatherer = gatherer
         self.unit = unit
         self.group = group
@@ -173,7 +113,7 @@ class Gatherer:
     """
 
     def __init__(
-        self, units: Sequence[Unit], process_group: dist.ProcessGroup | None, policy: GatherPolicy
+        self, units: Sequence[ParamGroup], process_group: dist.ProcessGroup | None, policy: GatherPolicy
     ) -> None:
         self.units = list(units)
         for number, unit in enumerate(self.units):
@@ -181,10 +121,12 @@ class Gatherer:
         self.order = GatherOrder([unit.name for unit in self.units], process_group, self.units[0].device)
         self.process_group = process_group
         self.policy = policy
-        self._hooks: weakref.ref[ModelHooks] | None = None
-        self._expected: dict[bool, list[Unit]] = {}  # the last iteration's uses, by whether it was training
-        self._uses: list[Unit] = []
-        self._kept: list[Unit] = []
+        self._hooks: weakref.ref[Watcher] | None = None
+        self._expected: dict[
+            bool, list[ParamGroup]
+        ] = {}  # the last iteration's uses, by whether it was training
+        self._uses: list[ParamGroup] = []
+        self._kept: list[ParamGroup] = []
         self._training = True
         self._as_expected = True
         for unit in self.units:
@@ -193,18 +135,23 @@ class Gatherer:
                     set_home(group.members[member], UnitHome(self, unit, group, member))
 
     @property
-    def hooks(self) -> ModelHooks | None:
+    def hooks(self) -> Watcher | None:
         """The model's hooks; the model keeps them alive. Every parameter leads here through its home, so that a
         strong reference would tie the model to any graph of its own that it keeps (see `ForwardCall`)."""
         return None if self._hooks is None else self._hooks()
 
     @hooks.setter
-    def hooks(self, hooks: ModelHooks | None) -> None:
+    def hooks(self, hooks: Watcher | None) -> None:
         self._hooks = None if hooks is None else weakref.ref(hooks)
+
+    def on_backward_end(self, call: Callable[[], None]) -> None:
+        """Call `call` whenever the backward of a group has ended."""
+        if self.hooks is not None:
+            self.hooks.on_backward_end = call
 
     # ---------------------------------------------------------------- uses by the model
 
-    def use(self, unit: Unit) -> None:
+    def use(self, unit: ParamGroup) -> None:
         """`hold` by a module that runs: recorded, and the units expected next are gathered ahead."""
         if unit.users == 0:
             self._record(unit)
@@ -212,14 +159,14 @@ class Gatherer:
             self._prefetch(len(self._uses))
         self.hold(unit)
 
-    def done(self, unit: Unit) -> None:
+    def done(self, unit: ParamGroup) -> None:
         """Undo one `use`."""
         if unit.users == 1 and self._used_again_soon(unit):
             unit.users = 0
         else:
             self.drop(unit)
 
-    def keep(self, unit: Unit) -> None:
+    def keep(self, unit: ParamGroup) -> None:
         """Undo one `use`, but at the end of the iteration only: a backward that is differentiated itself
         (a gradient penalty) has saved the weights, and where they are needed again shows nowhere."""
         self._kept.append(unit)
@@ -228,7 +175,7 @@ class Gatherer:
         while self._kept:
             self.drop(self._kept.pop())
 
-    def _record(self, unit: Unit) -> None:
+    def _record(self, unit: ParamGroup) -> None:
         if not self._uses:
             self._training = torch.is_grad_enabled()
             self._as_expected = self._training in self._expected
@@ -250,7 +197,7 @@ class Gatherer:
             if limit is None:
                 return
 
-    def _used_again_soon(self, unit: Unit) -> bool:
+    def _used_again_soon(self, unit: ParamGroup) -> bool:
         if not self._as_expected:
             return False
         distance, expected = self.policy.reuse_distance, self._expected[self._training]
@@ -351,13 +298,13 @@ class Gatherer:
         else:
             self.drop(home.unit)
 
-    def hold(self, unit: Unit) -> None:
+    def hold(self, unit: ParamGroup) -> None:
         """Make a unit whole until `drop` was called as often."""
         unit.users += 1
         unit.launch(self.process_group, self.order)
         unit.wait(self.order)
 
-    def drop(self, unit: Unit) -> None:
+    def drop(self, unit: ParamGroup) -> None:
         """Undo one `hold`."""
         unit.users -= 1
         if unit.users == 0:

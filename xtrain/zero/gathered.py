@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import nn
 
 from xtrain import comm
-from xtrain.delegate import start as delegate
-from xtrain.errors import ConfigError
-from xtrain.zero.gather import Unit, UnitHome
+from xtrain.base.errors import ConfigError
+from xtrain.zero import foreign
+from xtrain.zero.gather import UnitHome
 from xtrain.zero.home import Home, home_of
 from xtrain.zero.hooks import external_parameters
+from xtrain.zero.param_group import ParamGroup
 
 
 def _as_parameters(params: Any) -> list[nn.Parameter]:
@@ -61,7 +62,7 @@ class GatheredParameters:
     ) -> None:
         found = _as_parameters(params) if enabled else []
         self._homes = [(param, home) for param in found if (home := home_of(param)) is not None]
-        self._theirs = delegate.gathered(found, modifier_rank, fwd_module)
+        self._theirs = foreign.Gathered(found, modifier_rank, fwd_module)
         self._modifier = modifier_rank
         self._lent: dict[nn.Parameter, torch.Tensor] = {}
         if fwd_module is not None:
@@ -70,7 +71,7 @@ class GatheredParameters:
 
     def __enter__(self) -> None:
         self._theirs.__enter__()
-        units: dict[Unit, list[UnitHome]] = {}
+        units: dict[ParamGroup, list[UnitHome]] = {}
         for _, home in self._homes:
             if isinstance(home, UnitHome):
                 units.setdefault(home.unit, []).append(home)
@@ -147,7 +148,7 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
             "register_external_parameter() takes a module and a parameter, not "
             f"{type(module).__name__} and {type(parameter).__name__}"
         )
-    delegate.register_external(module, parameter)
+    foreign.register_external(module, parameter)
     announced = external_parameters(module)
     if any(parameter is other for other in announced):
         return

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +22,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from xtrain.errors import ConfigError
-from xtrain.zero.gather import Gatherer, Unit, UnitHome
+from xtrain.base.errors import ConfigError
+from xtrain.zero.gather import Gatherer, UnitHome
 from xtrain.zero.home import home_of
+from xtrain.zero.param_group import ParamGroup
 
 
 class _WatchedParameters(dict[str, Any]):
@@ -98,7 +100,7 @@ class ForwardCall:
         started: when the module began to use it.
     """
 
-    def __init__(self, hooks: ModelHooks, unit: Unit, started: float) -> None:
+    def __init__(self, hooks: ModelHooks, unit: ParamGroup, started: float) -> None:
         self._hooks, self._unit = weakref.ref(hooks), weakref.ref(unit)
         self.started = started
         self.ended = math.inf
@@ -147,8 +149,8 @@ class _Frame:
 
     def __init__(self) -> None:
         self.first_node: int = torch.autograd._get_sequence_nr()
-        self.uses: dict[Unit, ForwardCall] = {}
-        self.inner: dict[Unit, ForwardCall] = {}
+        self.uses: dict[ParamGroup, ForwardCall] = {}
+        self.inner: dict[ParamGroup, ForwardCall] = {}
 
 
 class ModelHooks:
@@ -157,7 +159,6 @@ class ModelHooks:
     Args:
         module: the model.
         gatherer: of its units.
-        modules: the module of each unit.
         on_backward_end: called when the backward of a unit has ended.
     """
 
@@ -165,7 +166,6 @@ class ModelHooks:
         self,
         module: nn.Module,
         gatherer: Gatherer,
-        modules: dict[nn.Module, list[Unit]],
         on_backward_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.gatherer = gatherer
@@ -176,6 +176,9 @@ class ModelHooks:
         self._handles: list[Any] = []
         self._watched: list[nn.Module] = []
         gatherer.hooks = self
+        modules: dict[nn.Module | None, list[ParamGroup]] = defaultdict(list)
+        for unit in gatherer.units:
+            modules[unit.module].append(unit)
         for child in module.modules():
             owned = [*child.parameters(recurse=False), *external_parameters(child)]
             homes = [home for home in map(home_of, owned) if isinstance(home, UnitHome)]
@@ -189,7 +192,7 @@ class ModelHooks:
         module._parameters = _WatchedParameters(module._parameters)
         self._watched.append(module)
 
-    def hook(self, module: nn.Module, units: list[Unit]) -> None:
+    def hook(self, module: nn.Module, units: list[ParamGroup]) -> None:
         """Make `units` whole whenever `module` runs."""
 
         # copy.deepcopy copies hooks, too: the copy has its own parameters, and may run on one rank only.
@@ -211,7 +214,7 @@ class ModelHooks:
         self._handles.append(module.register_forward_hook(after, always_call=True))
 
     @torch.compiler.disable
-    def borrow(self, unit: Unit) -> None:
+    def borrow(self, unit: ParamGroup) -> None:
         """Make a unit whole until the innermost running module ends (nothing without one)."""
         if not self._frames:
             return
@@ -273,7 +276,7 @@ class ModelHooks:
             raise
 
     @staticmethod
-    def _belongs(tensor: torch.Tensor, unit: Unit) -> bool:
+    def _belongs(tensor: torch.Tensor, unit: ParamGroup) -> bool:
         home = home_of(tensor)
         return isinstance(home, UnitHome) and home.unit is unit
 

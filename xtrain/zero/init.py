@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from xtrain import comm, emulation
+from xtrain import comm
+from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.config import load_config
-from xtrain.delegate import start as delegate
-from xtrain.errors import ConfigError, NotImplementedYetError
+from xtrain.config.backend import choose_backend
 from xtrain.parallel import grid_from_mpu
 from xtrain.precision import for_backend, make_policy
+from xtrain.zero import foreign
 from xtrain.zero.gathered import GatheredParameters
 from xtrain.zero.home import LooseShard, home_of
 
@@ -101,7 +102,7 @@ class Init:
         checked = load_config(given)
         if checked.values.xtrain.engine == "native":
             return super().__new__(cls)
-        return delegate.zero_init(checked, call)
+        return foreign.engine(checked.values.xtrain.engine).zero_init(checked, call)
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class Init:
         given = config_dict_or_path if config_dict_or_path is not None else config
         checked = None if given is None else load_config(given)
         self.dtype = dtype
-        backend = emulation.choose_backend(checked)
+        backend = choose_backend(checked)
         if dtype is None and checked is not None:
             self.dtype = for_backend(make_policy(checked.values), checked.values, backend).module
         if self.dtype is not None and not self.dtype.is_floating_point:

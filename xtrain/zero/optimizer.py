@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from xtrain import comm
 from xtrain.backends import Backend
-from xtrain.errors import ConfigError, NotImplementedYetError
-from xtrain.log import log_dist
+from xtrain.base.errors import ConfigError, NotImplementedYetError
+from xtrain.base.log import log_dist
 from xtrain.optim.elementwise import updates_one_by_one
 from xtrain.optim.parameterwise import ParameterwiseOptimizer
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import LossScale
 from xtrain.zero.gradients import Gradients
 from xtrain.zero.holdings import counted_parts, holdings
-from xtrain.zero.offload import Memory, move_into
-from xtrain.zero.owners import register
-
-if TYPE_CHECKING:
-    from xtrain.zero.reducer import GradientReducer
+from xtrain.zero.reducer import GradientReducer
+from xtrain.zero.state_memory import Memory, move_into
 
 
 def _sum_of_squares(flat: torch.Tensor, dtype: torch.dtype, chunk_size: int | None) -> torch.Tensor:
@@ -50,6 +47,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Args:
         optimizer: any torch optimizer in stage 0; above, one whose update is element-wise, or a ParameterwiseOptimizer.
         gradients: those of each flat group; it belongs to `optimizer.param_groups[group.group_index]`.
+        reducer: averages them; knows whether they can be read (see owners.py).
         loss_scale: by which the loss was multiplied; learns from overflows.
         backend: decides the dtype in which the norm is summed.
         grid: the ranks that share states, and those that hold other parts of the model.
@@ -66,6 +64,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self,
         optimizer: torch.optim.Optimizer,
         gradients: Sequence[Gradients],
+        reducer: GradientReducer,
         loss_scale: LossScale,
         backend: Backend,
         grid: DataParallelGrid,
@@ -86,10 +85,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.backend = backend
         self.process_group = process_group = grid.group
         self.model_parallel = grid.model
-        self.discard: Callable[[], None] = lambda: None
-        """Called by zero_grad, so that a window in flight is given up too; set by the engine."""
-        self.reducer: GradientReducer | None = None
-        """Knows whether gradients can be read (see owners.py); set by the engine."""
+        self.reducer = reducer
         self.clip_grad = clip
         self.skip_non_finite = skip_non_finite
         self.apply_non_finite = apply_non_finite
@@ -108,7 +104,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
             param_group["params"] = self._optimized(index, param_group["params"])
         self._parts = [parts for group in self.groups for parts in counted_parts(group, grid.model)]
         self._adapt_states()
-        register(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse copy.deepcopy, copy.copy and pickling, of a scheduler that holds this, too: torch would patch the
@@ -172,7 +167,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Between the last backward of a window and the step; empty otherwise. Collective. DeepSpeed's name.
         """
-        if self.reducer is None or not self.reducer.settle():
+        if not self.reducer.settle():
             return {}
         result: dict[int, list[torch.Tensor]] = {}
         for item in self.gradients:
@@ -271,7 +266,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         `engine.step()` calls it. So may a script, which then decides itself where a window ends; the engine's
         counters and schedule stay as they are.
         """
-        if self.reducer is not None and self.reducer.ran_backward:
+        if self.reducer.ran_backward:
             self.reducer.reduce_for_step()
         for group in self.groups:
             group.readopt()
@@ -371,7 +366,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients and start the window anew. Buffers stay, whatever `set_to_none` says."""
-        self.discard()
+        self.reducer.discard()
 
     def _clear(self) -> None:
         for item in self.gradients:

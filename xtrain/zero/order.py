@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain import comm
-from xtrain.errors import BackendError, TrainingError
+from xtrain.base.errors import BackendError, TrainingError
 
 _END = -1
 _UNITS = 24

@@ -7,18 +7,16 @@ kin). Works in every stage: nothing here looks at `param.data`.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xtrain import comm
-from xtrain.errors import ConfigError
+from xtrain.base.errors import ConfigError
+from xtrain.zero.gradients import Gradients
 from xtrain.zero.home import home_of
-
-if TYPE_CHECKING:
-    from xtrain.zero.gradients import Gradients
-    from xtrain.zero.optimizer import ZeroOptimizer
+from xtrain.zero.optimizer import ZeroOptimizer
 
 _owners: Any = WeakIdKeyDictionary()
 """Parameter -> (weak reference to its ZeroOptimizer, number of its Gradients, member). A parameter belongs to
@@ -83,13 +81,11 @@ class Owner:
 
     def gradients_ready(self) -> bool:
         """Whether this window's gradients are averaged over ranks; reduces what waits for it. Collective."""
-        reducer = self.optimizer.reducer
-        return reducer is not None and reducer.settle()
+        return self.optimizer.reducer.settle()
 
     def local_gradient(self) -> torch.Tensor | None:
         """`param.grad` in the middle of a window: this rank's own sum so far. None between windows."""
-        reducer = self.optimizer.reducer
-        return self.param.grad if reducer is not None and reducer.ran_backward else None
+        return self.param.grad if self.optimizer.reducer.ran_backward else None
 
     # ---------------------------------------------------------------- whole values
 

@@ -16,14 +16,13 @@ from xtrain.config.schema import ZeroConfig
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import PrecisionPolicy
 from xtrain.zero.flat import FlatGroup, FlatOptions
-from xtrain.zero.gather import Gatherer, GatherPolicy, Unit, UnitHome
+from xtrain.zero.gather import Gatherer, GatherPolicy, UnitHome
 from xtrain.zero.gradients import Gradients, ShardedGradients, WholeGradients
 from xtrain.zero.home import describe_partitioned, full_shape, home_of, make_ordinary
 from xtrain.zero.hooks import ModelHooks
-from xtrain.zero.layout import Bucket
-from xtrain.zero.offload import Memory, OffloadStateTypeEnum, memory_of
+from xtrain.zero.param_group import ParamGroup, divide
 from xtrain.zero.shards import ShardedGroup
-from xtrain.zero.units import ModuleGroup, divide
+from xtrain.zero.state_memory import Memory, OffloadStateTypeEnum, memory_of
 
 Members = list[tuple[str, nn.Parameter]]
 
@@ -85,7 +84,7 @@ class Partitioner:
         self._shards = memory_of(params, "zero_optimization.offload_param", backend)
         self._names = {param: name for name, param in module.named_parameters()}
         self._position = {param: position for position, param in enumerate(self._names)}
-        self._units: list[ModuleGroup] = []
+        self._units: list[ParamGroup] = []
         self._unit_of: dict[nn.Parameter, int] = {}
 
     def run(self, optimizer: torch.optim.Optimizer | None) -> Partition:
@@ -197,22 +196,18 @@ class Partitioner:
         )
 
     def _gatherer(self, groups: list[ShardedGroup]) -> Gatherer:
-        parts: dict[int, list[tuple[ShardedGroup, Bucket]]] = defaultdict(list)
         for group in groups:
             for bucket in group.layout.buckets:
-                parts[self._unit_of[group.members[bucket.members[0]]]].append((group, bucket))
-        units = {number: Unit(unit.name, parts[number]) for number, unit in enumerate(self._units)}
+                number = self._unit_of[group.members[bucket.members[0]]]
+                self._units[number].parts.append((group, bucket))
         given = self.zero.model_fields_set
         policy = GatherPolicy(
             prefetch=self.zero.prefetch_bucket_size if "prefetch_bucket_size" in given else None,
             reuse_distance=self.zero.max_reuse_distance if "max_reuse_distance" in given else None,
             live=self.zero.max_live_parameters,
         )
-        gatherer = Gatherer(list(units.values()), comm.companion(self.grid.group), policy)
-        modules: dict[nn.Module, list[Unit]] = defaultdict(list)
-        for number, module_group in enumerate(self._units):
-            modules[module_group.module].append(units[number])
-        ModelHooks(self.module, gatherer, modules)
+        gatherer = Gatherer(self._units, comm.companion(self.grid.group), policy)
+        ModelHooks(self.module, gatherer)
         return gatherer
 
 

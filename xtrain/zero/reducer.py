@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtrain import comm, direct_backward
-from xtrain.errors import ConfigError, TrainingError
-from xtrain.precision import LossScale
+from xtrain import comm
+from xtrain.base.errors import ConfigError, TrainingError
+from xtrain.precision import LossScale, direct_backward
 from xtrain.zero.flat import FlatGroup
-from xtrain.zero.gather import Gatherer, Unit
+from xtrain.zero.gather import Gatherer
 from xtrain.zero.gradients import Gradients, Summing
 from xtrain.zero.layout import Bucket
+from xtrain.zero.param_group import ParamGroup
 
 MAX_IN_FLIGHT = 4
 """Buckets of sharded gradients that may be on the wire at once; it bounds the transient memory."""
@@ -45,7 +46,9 @@ class _Pending:
         again: gradients came after it was launched (in the first backward only).
     """
 
-    def __init__(self, gradients: Gradients, bucket: Bucket, last_arrival: int, unit: Unit | None) -> None:
+    def __init__(
+        self, gradients: Gradients, bucket: Bucket, last_arrival: int, unit: ParamGroup | None
+    ) -> None:
         self.gradients = gradients
         self.bucket = bucket
         self.last_arrival = last_arrival
@@ -97,33 +100,39 @@ class GradientReducer:
     Args:
         gradients: those of every flat group.
         registration_order: parameter -> position in `module.parameters()`.
-        is_boundary: whether the running micro-batch is the last of its accumulation window.
         every_backward: reduce after each backward (sharded gradients), not only at boundaries.
         overlap: launch during backward; otherwise when it has ended.
+        loss_scaler: by what losses must be multiplied.
+        before_reduction: called before each bucket is reduced, the first thing that other ranks get to see.
+        on_discard: called when the gradients of a window are given up.
         gatherer: of the module groups of stage 3.
+
+    Attributes:
+        at_boundary: whether the running micro-batch is the last of its accumulation window; the engine says so.
     """
 
     def __init__(
         self,
         gradients: Sequence[Gradients],
         registration_order: dict[torch.nn.Parameter, int],
-        is_boundary: Callable[[], bool],
         every_backward: bool,
         overlap: bool,
+        loss_scaler: LossScale,
+        before_reduction: Callable[[], None] = lambda: None,
+        on_discard: Callable[[], None] = lambda: None,
         gatherer: Gatherer | None = None,
     ) -> None:
         self.gradients = gradients
-        self.is_boundary = is_boundary
+        self.at_boundary = False
         self.every_backward = every_backward
         self.overlap = overlap
         self.gatherer = gatherer
-        self.before_reduction: Callable[[], None] = lambda: None
-        """Called before each bucket is reduced: at the first thing that other ranks get to see; set by the engine."""
-        units: dict[tuple[FlatGroup, int], Unit] = {}
+        self.loss_scaler = loss_scaler
+        self._before_reduction, self._on_discard = before_reduction, on_discard
+        units: dict[tuple[FlatGroup, int], ParamGroup] = {}
         if gatherer is not None:
             units = {(group, b.start): unit for unit in gatherer.units for group, b in unit.parts}
-            assert gatherer.hooks is not None
-            gatherer.hooks.on_backward_end = self._launch_ready
+            gatherer.on_backward_end(self._launch_ready)
         pending = []
         for held in gradients:
             for bucket in held.group.layout.buckets:
@@ -140,8 +149,6 @@ class GradientReducer:
         self._learned = False  # whether a whole backward has been watched
         self._open = False  # gradients have arrived since the last end of a micro-batch
         self._handles: dict[torch.nn.Parameter, Any] = {}
-        self.loss_scaler = LossScale()
-        """By what losses must be multiplied; set by the engine."""
         self._hook_everything()
 
     def _hook_everything(self) -> None:
@@ -231,10 +238,10 @@ class GradientReducer:
         return any(item.seen for item in self.queue)
 
     def _reducing(self) -> bool:
-        return self.every_backward or self.is_boundary()
+        return self.every_backward or self.at_boundary
 
     def _launch_next(self) -> None:
-        self.before_reduction()
+        self._before_reduction()
         if self.every_backward:
             self._complete_until(self._next - MAX_IN_FLIGHT + 1)
         self.queue[self._next].launch()
@@ -364,6 +371,7 @@ class GradientReducer:
         self._reduced = self._open = False
         for gradients in self.gradients:
             gradients.zero()
+        self._on_discard()
 
     def detach(self) -> None:
         """Remove the hooks, so that the parameters can be given to another engine."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from xtrain.agree import together
-from xtrain.buffers import make_room
-from xtrain.errors import CheckpointError
+from xtrain.base.errors import CheckpointError
+from xtrain.comm.rank_agreement import together
+from xtrain.zero.buffers import make_room
 from xtrain.zero.gather import UnitHome
 from xtrain.zero.gathered import GatheredParameters
 from xtrain.zero.home import home_of

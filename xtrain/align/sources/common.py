@@ -12,7 +12,7 @@ import numpy as np
 
 from xtrain.align.record import ColumnBuilder, Floats, Record
 from xtrain.align.sources.names import find_loss, find_others
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 _DECIMAL = re.compile(r"^\s*[+-]?(\d+)(?:\.(\d*))?(?:[eE]([+-]?\d+))?\s*$")
 ENOUGH_DIGITS = 15

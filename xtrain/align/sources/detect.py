@@ -9,8 +9,8 @@ from typing import Any
 from xtrain.align.record import Record, read_record
 from xtrain.align.sources import hugging_face, megatron, msprobe, tables, tensorboard
 from xtrain.align.sources.names import find_step
-from xtrain.errors import RecordError
-from xtrain.run_folder import METRICS
+from xtrain.base.errors import RecordError
+from xtrain.base.run_folder import METRICS
 
 _START = 1 << 16
 _KNOWN = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from xtrain.align.record import Record
 from xtrain.align.sources.common import CurveBuilder, number
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 
 def read_trainer_state(path: Path, state: dict[str, Any], loss: str | None) -> Record:

@@ -17,7 +17,7 @@ import numpy as np
 
 from xtrain.align.module_table import ModuleTable
 from xtrain.align.record import Record
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 _MODULE = re.compile(r"^(?:Module|Cell)\.(.+)\.[^.]+\.(forward|backward|parameters_grad)(?:\.\d+)?$")
 _FOUND = ("mean", "rms", "max_abs", "nonfinite")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from xtrain.errors import RecordError, nearest
+from xtrain.base.errors import RecordError, nearest
 
 STEP = ("step", "global_step", "trainer/global_step", "_step", "iteration", "iter", "train/global_step")
 _LOSS = ("loss", "train_loss", "training_loss", "lm_loss", "lm_loss_training", "total_loss")

@@ -10,7 +10,7 @@ from typing import Any
 from xtrain.align.record import Record
 from xtrain.align.sources.common import CurveBuilder, number
 from xtrain.align.sources.names import find_step
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 
 def delimiter_of(line: str) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xtrain.align.record import Record
 from xtrain.align.sources.common import CurveBuilder
-from xtrain.errors import RecordError
+from xtrain.base.errors import RecordError
 
 EVENT_FILES = "*.tfevents.*"
 _FIRST_EVENT = b"brain.Event:"

@@ -1,7 +1,0 @@
-"""`deepspeed.accelerator`: the chip under DeepSpeed's method names, answered by the backend's facets."""
-
-from xtrain.accelerator.facade import Accelerator, get_accelerator, is_current_accelerator_supported
-
-DeepSpeedAccelerator = Accelerator
-
-__all__ = ["Accelerator", "DeepSpeedAccelerator", "get_accelerator", "is_current_accelerator_supported"]

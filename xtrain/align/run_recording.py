@@ -1,0 +1,75 @@
+"""What an engine does when `xtrain launch` started it: record the run, and stop when asked.
+
+The launcher sets XTRAIN_RUN_DIR. The engine then appends to `metrics.jsonl` in it, and when a file
+`stop` appears there (Ctrl-C in the launcher, or an operator's `touch`), all ranks save a checkpoint
+at the same step boundary and leave. A script's second engine gets `metrics-1.jsonl` and
+`checkpoint/engine1`, and so on; all of them are saved at the stop.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from xtrain.align.recorder import Recorder
+from xtrain.backends import Backend
+from xtrain.base.errors import ConfigError, RunInterrupted
+from xtrain.base.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE, STOP, STOPPED
+from xtrain.config import XtrainConfig
+from xtrain.config.schema import RecordConfig
+
+_engines: list[weakref.ref[Any]] = []
+"""Every engine of this process that was started in a run folder, in order of creation."""
+
+
+def _save_all(run_dir: Path) -> None:
+    for number, reference in enumerate(_engines):
+        engine = reference()
+        if engine is not None:
+            folder = run_dir / CHECKPOINTS
+            engine.save_checkpoint(str(folder / f"engine{number}" if number else folder))
+
+
+def attach(
+    engine: Any, config: XtrainConfig, backend: Backend, who: dict[str, str], counts: bool = True
+) -> None:
+    """Attach a recorder when the config or the launcher asks for one, and the stop file's watcher.
+
+    Args:
+        engine: xtrain's own or DeepSpeed's.
+        who: goes into the record's header: which engine it is.
+        counts: whether this rank's loss counts in the recorded mean.
+    """
+    section = config.values.xtrain
+    run_dir = Path(os.environ[RUN_DIR_VARIABLE]) if RUN_DIR_VARIABLE in os.environ else None
+    number = len(_engines)
+    if run_dir is not None:
+        _engines.append(weakref.ref(engine))
+    metrics = METRICS.replace(".", f"-{number}.") if number else METRICS
+    record = section.record or RecordConfig()
+    path = Path(record.path) if record.path else run_dir / metrics if run_dir else None
+    if path is None:
+        if section.record is not None:
+            raise ConfigError('"xtrain": {"record": {...}} has no path: add one, or start with xtrain launch')
+        return
+    recorder = Recorder(
+        path,
+        header={**who, "backend": backend.name, **backend.describe(), "config": config.public()},
+        tokens_per_sample=section.tokens_per_sample,
+        flag=(run_dir / STOP).exists if run_dir else None,
+        counts=counts,
+        modules_every=record.modules_every,
+        modules=record.modules,
+        more=lambda: {} if (times := backend.take_times()) is None else {"modelled": times},
+    )
+
+    def stop_if_asked(engine: Any) -> None:
+        if recorder.raised and run_dir is not None:
+            _save_all(run_dir)
+            if engine.global_rank == 0:
+                (run_dir / STOPPED).touch()
+            raise RunInterrupted(f"stopped after step {engine.global_steps}")
+
+    recorder.attach(engine, after_step=stop_if_asked)

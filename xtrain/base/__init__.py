@@ -1,0 +1,1 @@
+"""What everything stands on: errors, log, files, run folder. Imports no torch."""

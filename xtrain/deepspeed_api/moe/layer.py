@@ -1,0 +1,9 @@
+"""`deepspeed.moe.layer`: the class that scripts import at their top; constructing it says what to do instead."""
+
+from torch import nn
+
+from xtrain.deepspeed_api.compat.refused import refused_class
+
+MoE = refused_class("moe.layer.MoE", nn.Module)
+
+__all__ = ["MoE"]

@@ -1,0 +1,9 @@
+"""`deepspeed.monitor.tensorboard`."""
+
+from xtrain.metrics.monitor.tensorboard import (
+    TensorBoardMonitor,
+)
+
+__all__ = [
+    "TensorBoardMonitor",
+]

@@ -1,0 +1,34 @@
+"""DeepSpeed's Adagrad class, as xtrain's one Adagrad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from xtrain.backends import registry
+from xtrain.base.errors import NotImplementedYetError
+from xtrain.optim import Adagrad
+
+
+class DeepSpeedCPUAdagrad(Adagrad):
+    """`deepspeed.ops.adagrad.DeepSpeedCPUAdagrad`; arguments as there. States are float32 always.
+
+    Raises:
+        NotImplementedYetError: `amsgrad`, or states in another dtype.
+    """
+
+    def __init__(
+        self,
+        model_params: Iterable[Any],
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        if amsgrad:
+            raise NotImplementedYetError("amsgrad", "use torch.optim.AdamW(amsgrad=True)")
+        if not fp32_optimizer_states:
+            raise NotImplementedYetError("fp32_optimizer_states=False", "leave it out: states are float32")
+        super().__init__(model_params, lr, eps, weight_decay)
+        self.chunk_size = registry.detect().zero.update_chunk

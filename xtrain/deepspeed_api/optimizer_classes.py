@@ -1,0 +1,126 @@
+"""The optimizer's class under DeepSpeed's names: what `isinstance` says, and what the states are called there.
+
+DeepSpeed has a class for each way of keeping states, and scripts ask which one it is. Here they do the same things,
+so they add names only. In stage 0 without masters DeepSpeed returns the wrapped optimizer itself: `plain` makes a
+class that passes for it.
+"""
+
+from __future__ import annotations
+
+import types
+
+import torch
+
+from xtrain.config import XtrainConfig
+from xtrain.ops.adam import FusedAdam
+from xtrain.ops.lamb import FusedLamb
+from xtrain.ops.lion import FusedLion
+from xtrain.optim import Adam, Lamb, Lion
+from xtrain.precision import LossScale, PrecisionPolicy
+from xtrain.zero.optimizer import ZeroOptimizer
+
+
+class DeepSpeedZeroOptimizer(ZeroOptimizer):
+    """Stages 1 and 2."""
+
+    @property
+    def single_partition_of_fp32_groups(self) -> list[torch.nn.Parameter]:
+        """The master slices that this rank owns."""
+        return self.masters
+
+
+class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer):
+    """Stage 3."""
+
+    @property
+    def fp32_partitioned_groups_flat(self) -> list[torch.nn.Parameter]:
+        """The master slices that this rank owns."""
+        return self.masters
+
+    @property
+    def fp16_groups(self) -> list[list[torch.nn.Parameter]]:
+        """The parameters that have a part in each master slice."""
+        return [
+            [group.members[member] for member in bucket.members]
+            for group in self.groups
+            for bucket in group.layout.buckets
+        ]
+
+
+class BF16_Optimizer(ZeroOptimizer):
+    """Stage 1 in bf16 with gradients accumulated in float32, which DeepSpeed treats apart."""
+
+    @property
+    def fp32_groups_flat_partition(self) -> list[torch.nn.Parameter]:
+        """The master slices that this rank owns."""
+        return self.masters
+
+
+class _HalfPrecision(ZeroOptimizer):
+    """Stage 0 in fp16 or bf16."""
+
+    @property
+    def loss_scale_config(self) -> LossScale:
+        """The loss scale with its window and hysteresis."""
+        return self.loss_scaler
+
+    @property
+    def low_precision_dtype(self) -> torch.dtype:
+        """Dtype of the parameters."""
+        return self.groups[0].dtype
+
+
+class FP16_Optimizer(_HalfPrecision):
+    """Stage 0 in fp16 or bf16 with xtrain's own Adam."""
+
+    @property
+    def fp32_groups_flat(self) -> list[torch.nn.Parameter]:
+        """The masters."""
+        return self.masters
+
+
+class FP16_UnfusedOptimizer(_HalfPrecision):
+    """Stage 0 in fp16 or bf16 with another optimizer."""
+
+    @property
+    def fp32_groups(self) -> list[list[torch.nn.Parameter]]:
+        """The masters of each parameter group."""
+        return [group["params"] for group in self.param_groups]
+
+
+class _Plain(ZeroOptimizer):
+    """Stage 0 without masters: equal to the wrapped optimizer."""
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self.optimizer
+
+    def __hash__(self) -> int:
+        return hash(self.optimizer)
+
+
+_UNDER_DEEPSPEEDS_NAME: dict[type, type] = {Adam: FusedAdam, Lamb: FusedLamb, Lion: FusedLion}
+_MODULE = {"__module__": __name__}
+
+
+def _plain(wrapped: type[torch.optim.Optimizer]) -> type[ZeroOptimizer]:
+    """A class that is a ZeroOptimizer and, for `isinstance`, the wrapped optimizer's class."""
+    wrapped = _UNDER_DEEPSPEEDS_NAME.get(wrapped, wrapped)
+    return types.new_class(wrapped.__name__, (_Plain, wrapped), exec_body=lambda body: body.update(_MODULE))
+
+
+def optimizer_class(
+    optimizer: torch.optim.Optimizer, config: XtrainConfig, precision: PrecisionPolicy
+) -> type[ZeroOptimizer]:
+    """Which class the engine's optimizer has; `optimizer` is the one to wrap."""
+    values, dtype = config.values, precision.module
+    zero = values.zero_optimization
+    if zero.stage == 3:
+        return DeepSpeedZeroOptimizer_Stage3
+    if zero.stage:
+        in_float32 = values.data_types.grad_accum_dtype in ("fp32", "float32")
+        offloaded = zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
+        apart = zero.stage == 1 and dtype == torch.bfloat16 and in_float32 and not offloaded
+        return BF16_Optimizer if apart else DeepSpeedZeroOptimizer
+    if dtype is not None:
+        return FP16_Optimizer if isinstance(optimizer, Adam) else FP16_UnfusedOptimizer
+    return _plain(type(optimizer))

@@ -1,0 +1,1 @@
+"""The training step, and who is called at it."""

@@ -1,0 +1,1 @@
+"""Silent data corruption: checks, checksums, recomputation; and the injection of faults."""

@@ -1,0 +1,1 @@
+"""Monitors: where the scalars of a run go while it trains (TensorBoard, CSV, Weights & Biases, Comet)."""

@@ -1,5 +1,0 @@
-"""`deepspeed.moe`: what scripts import from it and call on models without experts."""
-
-from xtrain.compat import packages
-
-__getattr__ = packages.attributes(__name__)

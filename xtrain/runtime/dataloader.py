@@ -1,5 +1,0 @@
-"""`deepspeed.runtime.dataloader`: see xtrain.dataloader."""
-
-from xtrain.dataloader import RepeatingLoader
-
-__all__ = ["RepeatingLoader"]

@@ -1,5 +1,0 @@
-"""`deepspeed.runtime.fp16.unfused_optimizer`: for `isinstance(engine.optimizer, ...)`."""
-
-from xtrain.zero.kinds import FP16_UnfusedOptimizer
-
-__all__ = ["FP16_UnfusedOptimizer"]
