@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -103,8 +104,13 @@ def descriptions(model: type[Section]) -> dict[str, str]:
     return found
 
 
+def _linked(text: str) -> str:
+    """Names of pages beside this one as links."""
+    return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", text)
+
+
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return _linked(text).replace("|", "\\|")
 
 
 def _table(model: type[Section]) -> list[str]:
@@ -129,7 +135,7 @@ def _sections(model: type[Section], path: str) -> list[str]:
         nested = _nested(info)
         if nested is not None:
             dotted = f"{path}{info.alias or name}"
-            text = f"{purpose(nested)} {told.get(name, '')}".strip()
+            text = _linked(f"{purpose(nested)} {told.get(name, '')}".strip())
             status = _status(info)
             text += (
                 "" if status == "implemented" else f" ({status.removeprefix('implemented; ').capitalize()}.)"
