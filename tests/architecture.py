@@ -45,21 +45,14 @@ Graph = dict[str, set[str]]
 def modules() -> dict[str, Path]:
     """Every module of the package by the name that it is imported by."""
     found: dict[str, Path] = {}
-    for path in sorted(ROOT.rglob("*.py")) + [
-        inside
-        for link in ROOT.iterdir()
-        if link.is_symlink() and link.is_dir()
-        for inside in link.rglob("*.py")
-    ]:
-        name = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
-        found[name] = path
-    real = {path.resolve(): name for name, path in found.items() if name.split(".")[1:2] == ["deepspeed_api"]}
-    linked = {name for name, path in found.items() if real.get(path.resolve(), name) != name}
-    return {
-        name: path
-        for name, path in found.items()
-        if name in linked or path.resolve() not in {found[other].resolve() for other in linked}
-    }
+    links = [path for path in ROOT.iterdir() if path.is_symlink()]
+    behind = {link.resolve() for link in links}
+    inside = [path for link in links if link.is_dir() for path in sorted(link.rglob("*.py"))]
+    for path in [*sorted(ROOT.rglob("*.py")), *inside]:
+        if path.is_relative_to(ROOT / "deepspeed_api") and behind.intersection((path, *path.parents)):
+            continue  # it is there under the link's name
+        found[".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")] = path
+    return found
 
 
 def folder_of(name: str, path: Path) -> str:
@@ -122,13 +115,15 @@ class Architecture:
     """The imports of the checkout.
 
     Attributes:
+        known: module -> its file.
+        folders: module -> its folder.
         files: file -> files that it imports.
         arrows: (folder, folder) -> the imports between them, as "module -> module".
         unknown: imports of modules that are not there.
     """
 
     def __init__(self) -> None:
-        known = modules()
+        known = self.known = modules()
         folder = {name: folder_of(name, path) for name, path in known.items()}
         self.folders = folder
         self.files: Graph = {}

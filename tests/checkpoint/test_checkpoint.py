@@ -19,8 +19,7 @@ import xtrain
 from tests import training
 from tests.zero.test_stage3 import Model, engine_of, ids_of
 from xtrain.base.errors import CheckpointError
-from xtrain.checkpoint import find_tag, is_checkpoint, write
-from xtrain.checkpoint import folder as layout
+from xtrain.checkpoint import contents, find_tag, is_checkpoint, write
 from xtrain.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 
@@ -101,7 +100,7 @@ def test_files_are_readable_by_name(ranks: Any, tmp_path: Path) -> None:
     # Put the masters together from the ranks' files by their names alone.
     masters: dict[str, dict[int, torch.Tensor]] = {}
     for rank in range(2):
-        for key, run in load_file(directory / layout.optimizer_file(rank, 2)).items():
+        for key, run in load_file(directory / contents.optimizer_file(rank, 2)).items():
             kind, name, start = key.split("|")
             if kind == "master":
                 masters.setdefault(name, {})[int(start)] = run
@@ -130,26 +129,26 @@ def _load_error(folder: str, tag: str | None = None, **changes: Any) -> str:
 def _damage(folder: Path, how: str) -> None:
     directory = folder / "global_step4"
     if how == "flip":
-        path = directory / layout.optimizer_file(1, 2)
+        path = directory / contents.optimizer_file(1, 2)
         data = bytearray(path.read_bytes())
         data[-1] ^= 0x40
         path.write_bytes(data)
     elif how == "truncate":
-        path = directory / layout.MODEL
+        path = directory / contents.MODEL
         path.write_bytes(path.read_bytes()[:-5])
     elif how == "missing file":
-        (directory / layout.STATE).unlink()
+        (directory / contents.STATE).unlink()
     elif how == "no manifest":
-        (directory / layout.MANIFEST).unlink()
+        (directory / contents.MANIFEST).unlink()
     elif how == "bad manifest":
-        (directory / layout.MANIFEST).write_text("{")
+        (directory / contents.MANIFEST).write_text("{")
     elif how == "other version":
-        manifest = json.loads((directory / layout.MANIFEST).read_text())
-        (directory / layout.MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
+        manifest = json.loads((directory / contents.MANIFEST).read_text())
+        (directory / contents.MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
     elif how == "manifest without runs":
-        manifest = json.loads((directory / layout.MANIFEST).read_text())
+        manifest = json.loads((directory / contents.MANIFEST).read_text())
         del manifest["runs"]
-        (directory / layout.MANIFEST).write_text(json.dumps(manifest))
+        (directory / contents.MANIFEST).write_text(json.dumps(manifest))
     elif how == "rubbish in latest":
         (folder / "latest").write_bytes(b"\xff\xfe\x00rubbish")
     elif how == "a path in latest":
@@ -165,11 +164,11 @@ def _damage(folder: Path, how: str) -> None:
             def __reduce__(self) -> Any:
                 return os.system, (f"touch {folder}/executed",)
 
-        path = directory / layout.STATE
+        path = directory / contents.STATE
         path.write_bytes(pickle.dumps(Evil()))
-        manifest = json.loads((directory / layout.MANIFEST).read_text())
-        manifest["files"][layout.STATE] = {"bytes": path.stat().st_size, "sha256": layout.sha256(path)}
-        (directory / layout.MANIFEST).write_text(json.dumps(manifest))
+        manifest = json.loads((directory / contents.MANIFEST).read_text())
+        manifest["files"][contents.STATE] = {"bytes": path.stat().st_size, "sha256": contents.sha256(path)}
+        (directory / contents.MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +285,7 @@ def test_a_failed_save_leaves_the_old_one_and_fails_everywhere(ranks: Any, tmp_p
         assert "failed on rank 1: SafetensorError: I/O error: No space left" in message
     assert (tmp_path / "latest").read_text() == "good"
     assert not (tmp_path / "bad").exists()
-    assert layout.read_manifest(tmp_path / "good")["global_steps"] == 1
+    assert contents.read_manifest(tmp_path / "good")["global_steps"] == 1
 
 
 def _client_object(folder: str) -> str:
@@ -379,7 +378,7 @@ def _overwrite_and_weights_only(folder: str) -> tuple[int, bool, bool]:
 
 def test_overwriting_and_loading_weights_only(ranks: Any, tmp_path: Path) -> None:
     assert ranks(2, _overwrite_and_weights_only, str(tmp_path))[0] == (0, True, True)
-    assert layout.read_manifest(tmp_path / "same")["global_steps"] == 2
+    assert contents.read_manifest(tmp_path / "same")["global_steps"] == 2
     assert not list(tmp_path.glob(".*"))
 
 

@@ -15,8 +15,7 @@ import pytest
 import xtrain
 from tests import training
 from xtrain.base.errors import CheckpointError, ConfigError
-from xtrain.checkpoint import find_tag, write
-from xtrain.checkpoint import folder as layout
+from xtrain.checkpoint import contents, find_tag, write
 
 Ranks = Callable[..., list[Any]]
 
@@ -99,7 +98,7 @@ def test_a_full_disk_leaves_what_there_was_and_nothing_else(
     assert names == ["after", "latest", "same", "zero_to_fp32.py"]
     # Where only the writing of `latest` failed, the checkpoint itself is complete.
     new = (name, call) == ("write_text", 2)
-    assert layout.read_manifest(tmp_path / "same")["global_steps"] == int(new)
+    assert contents.read_manifest(tmp_path / "same")["global_steps"] == int(new)
 
 
 def _rename_fails(folder: str) -> str:
@@ -122,7 +121,7 @@ def _rename_fails(folder: str) -> str:
 
 def test_an_old_checkpoint_comes_back_when_it_cannot_be_replaced(ranks: Ranks, tmp_path: Path) -> None:
     assert "No space left" in ranks(2, _rename_fails, str(tmp_path))[0]
-    assert layout.read_manifest(tmp_path / "same")["global_steps"] == 0
+    assert contents.read_manifest(tmp_path / "same")["global_steps"] == 0
     assert not list(tmp_path.glob(".*"))
 
 
@@ -163,10 +162,10 @@ def test_a_checkpoint_that_was_moved_and_linked_to(ranks: Ranks, tmp_path: Path,
         shutil.rmtree(elsewhere)
     for _ in range(2):
         ranks(2, _save_again, str(run))
-        assert layout.read_manifest(run / "here")["global_steps"] == 1
+        assert contents.read_manifest(run / "here")["global_steps"] == 1
     assert not (run / "here").is_symlink()
     assert not list(run.glob(".*"))
-    assert broken or layout.read_manifest(elsewhere)["global_steps"] == 0
+    assert broken or contents.read_manifest(elsewhere)["global_steps"] == 0
     assert find_tag(run, None) == "here"
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import xtrain
 from tests import training
 from xtrain.base.errors import ConfigError, XtrainError
+from xtrain.optim.schedules import WarmupDecayLR
 
 
 @pytest.mark.parametrize(("ranks_", "micro"), [(1, 16), (1, 4), (2, 4), (4, 4), (4, 1)])
@@ -221,7 +222,7 @@ def test_tied_unused_frozen_and_empty_parameters(ranks: Any) -> None:
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0
     )
-    scheduler = xtrain.schedulers.WarmupDecayLR(optimizer, 40, 0.0, 0.01, 4)
+    scheduler = WarmupDecayLR(optimizer, 40, 0.0, 0.01, 4)
     optimizer.param_groups[0]["betas"] = (0.9, 0.95)
     expected = []
     for step in range(6):

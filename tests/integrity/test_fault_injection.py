@@ -281,7 +281,7 @@ def _nan() -> str:
     fault = {"kind": "nan", "step": 2, "target": "gradient", "name": "first.bias", "rank": 1}
     try:
         _train({"faults": [fault]}, stage=0)
-    except xtrain.errors.TrainingError as error:
+    except xtrain.base.errors.TrainingError as error:
         return str(error)
     return "trained"
 

@@ -133,7 +133,11 @@ def test_run_folder_interruption_and_resume(tmp_path: Path, corpus: Path) -> Non
         ),
         ("import os; os.kill(os.getpid(), 9)", 1, "rank 1 was killed by SIGKILL"),
         ("sys.exit(3)", 1, "rank 1"),
-        ("from xtrain.errors import DataError; raise DataError('bad data')", 2, "xtrain: error: bad data"),
+        (
+            "from xtrain.base.errors import DataError; raise DataError('bad data')",
+            2,
+            "xtrain: error: bad data",
+        ),
     ],
 )
 def test_the_culprit_is_named_and_all_ranks_end(tmp_path: Path, code: str, status: int, said: str) -> None:

@@ -74,7 +74,7 @@ def _differ(case: str, own_backward: bool, warm: bool, **more: Any) -> list[str]
         with pytest.raises(TrainingError) as caught:
             _step(engine, x, heads, own_backward)
         said.append(str(caught.value))
-    with pytest.raises((TrainingError, xtrain.errors.ConfigError)):
+    with pytest.raises((TrainingError, xtrain.base.errors.ConfigError)):
         engine.step()
     assert all(torch.equal(*pair) for pair in zip(masters, engine.optimizer.masters, strict=True))
     return said

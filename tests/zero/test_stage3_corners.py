@@ -291,7 +291,9 @@ def _functional_transform() -> tuple[str, bool]:
     model = _build()
     engine = _engine(model)
     rows = _inputs(0, 0)[:, None].float()
-    with pytest.raises(xtrain.errors.NotImplementedYetError, match=r"torch\.func over a model") as caught:
+    with pytest.raises(
+        xtrain.base.errors.NotImplementedYetError, match=r"torch\.func over a model"
+    ) as caught:
         torch.func.vmap(engine)(rows)
     with xtrain.zero.GatheredParameters(list(model.parameters())):
         mapped = torch.func.vmap(engine)(rows)

@@ -1,15 +1,14 @@
 """`deepspeed.monitor.config`: the sections of the monitors as one object."""
 
-from xtrain.metrics.monitor.config import (
-    SECTIONS,
-    CSVConfig,
-    DeepSpeedMonitorConfig,
-    get_monitor_config,
-)
+from xtrain.config.instruments import CometConfig, CsvConfig, TensorBoardConfig, WandbConfig
+from xtrain.metrics.monitor.config import CSVConfig, DeepSpeedMonitorConfig, get_monitor_config
 
 __all__ = [
-    "SECTIONS",
     "CSVConfig",
+    "CometConfig",
+    "CsvConfig",
     "DeepSpeedMonitorConfig",
+    "TensorBoardConfig",
+    "WandbConfig",
     "get_monitor_config",
 ]

@@ -1,4 +1,4 @@
-"""`deepspeed.runtime.lr_schedules`: see xtrain.schedulers. The constants are keys of `scheduler.params`."""
+"""`deepspeed.runtime.lr_schedules`: see xtrain.optim.schedules. The constants are keys of `scheduler.params`."""
 
 from xtrain.optim.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 

@@ -1,4 +1,4 @@
-"""`deepspeed.utils.exceptions`, for scripts that catch it; xtrain raises the errors of xtrain.errors."""
+"""`deepspeed.utils.exceptions`, for scripts that catch it; xtrain raises the errors of xtrain.base.errors."""
 
 
 class DeprecatedException(Exception):

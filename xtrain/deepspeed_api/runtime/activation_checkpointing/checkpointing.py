@@ -1,8 +1,11 @@
-"""`deepspeed.runtime.activation_checkpointing.checkpointing`: whatever xtrain.checkpointing offers."""
+"""`deepspeed.runtime.activation_checkpointing.checkpointing`: another path to the same names."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xtrain.activation_checkpointing import checkpointing
+
+if TYPE_CHECKING:
+    from xtrain.activation_checkpointing.checkpointing import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:
