@@ -1,13 +1,14 @@
 # Two commands set everything up on a machine with Python 3.10+ and a C compiler:
 #   make train   virtual environment, installation, the main job on two ranks and again on one
 #   make test    the same, and the test suite
+# And `make site` builds the documentation into site/.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-mpi lint parity detection align-reference docs clean
+.PHONY: install train test test-slow test-mpi lint parity detection align-reference docs site clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -58,9 +59,18 @@ detection: $(STAMP)
 align-reference: $(STAMP)
 	$(BIN)/python -m tests.align.small_glm
 
+# Writes the pages that are made of code.
 docs: $(STAMP)
 	$(BIN)/python -m xtrain.config.document docs/config.md
 	$(BIN)/python -m tests.deepspeed_api.document docs/compat.md
 
+# The documentation as a site; a broken link, or a page in no menu, is an error.
+site: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -55,6 +55,7 @@ setup(
         "deepspeed": ["deepspeed>=0.16"],
         "ascend": ["torch_npu>=2.4"],
         "monitor": ["tensorboard>=2.12", "wandb>=0.15", "comet_ml>=3.41"],
+        "docs": ["mkdocs-material>=9.5"],
         "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1.2"],
     },
     entry_points={

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.config import load_config, solve_batch_sizes
-from xtrain.config.document import document
+from xtrain.config.document import descriptions, document, purpose
+from xtrain.config.rules import NoEffect, NotYet, Section
 from xtrain.config.schema import Config
 from xtrain.config.unknown import keys
 
@@ -202,6 +205,36 @@ def test_batch_size_mistakes(given_: tuple[Any, ...], said: str) -> None:
 
 def test_the_reference_page_is_current() -> None:
     assert (DOCS / "config.md").read_text() == document(), "run `make docs`"
+
+
+def _every_section(model: type[Section]) -> Iterator[type[Section]]:
+    yield model
+    for info in model.model_fields.values():
+        for candidate in (info.annotation, *get_args(info.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, Section):
+                yield from _every_section(candidate)
+
+
+def test_every_key_says_what_it_does() -> None:
+    for model in _every_section(Config):
+        told = descriptions(model)
+        for name, info in model.model_fields.items():
+            is_section = any(
+                isinstance(candidate, type) and issubclass(candidate, Section)
+                for candidate in (info.annotation, *get_args(info.annotation))
+            )
+            text = told.get(name, "")
+            assert is_section or text.endswith((".", ".)")), f"{model.__name__}.{name} has no text below it"
+        assert purpose(model).endswith((".", ".)")), model.__name__
+
+
+def test_what_a_key_means_that_is_not_there_is_deepspeeds() -> None:
+    """Its text must not read as if xtrain did it."""
+    for model in _every_section(Config):
+        told = descriptions(model)
+        for name, info in model.model_fields.items():
+            if any(isinstance(mark, NotYet | NoEffect) for mark in info.metadata) and name != "format":
+                assert re.match(r"In (old versions of )?DeepSpeed", told[name]), f"{model.__name__}.{name}"
 
 
 @pytest.mark.deepspeed

@@ -28,32 +28,46 @@ DtypeName = Annotated[Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "fl
 
 
 class Bf16Config(Section):
-    """`bf16`: parameters and gradients in bfloat16, master weights and optimizer states in float32."""
+    """Parameters and gradients in bfloat16, master weights and optimizer states in float32."""
 
     enabled: bool = False
+    """Train in bfloat16. A chip without it refuses, or trains in fp32 (docs/backends.md)."""
     check_grad_overflow: bool = True
     """Skip the step on all ranks when the gradient norm is not finite. False, in stages 1 and 2: apply it all the same
     (stages 0 and 3 skip it, as in DeepSpeed)."""
     immediate_grad_update: Annotated[bool, NoEffect("gradients are accumulated in place as they arrive")] = (
         False
     )
+    """In DeepSpeed: add gradients to the float32 ones as soon as they arrive."""
     bf16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
+    """In DeepSpeed: keep master weights and their gradients in bfloat16."""
     bf16_optimizer_states: Annotated[bool, NotYet("optimizer states are kept in float32")] = False
+    """In DeepSpeed: keep the optimizer's states in bfloat16 as well."""
 
 
 class Fp16Config(Section):
-    """`fp16`: parameters and gradients in float16, masters in float32, the loss scaled."""
+    """Parameters and gradients in float16, master weights and optimizer states in float32. The loss is multiplied by a
+    scale, so that small gradients do not become zero; a step whose gradients overflow is skipped on all ranks."""
 
     enabled: bool = False
+    """Train in float16."""
     auto_cast: Annotated[bool, NotYet("cast the inputs in the script")] = False
+    """In DeepSpeed: cast the model's inputs to float16."""
     loss_scale: float = Field(0.0, ge=0)
-    """A constant scale; 0 adapts it."""
+    """A constant scale. 0: the scale adapts, by the keys below."""
     initial_scale_power: int = 16
+    """The first scale is 2 to this power. A backend may have another default."""
     loss_scale_window: int = 1000
+    """Steps in a row without overflow before the one after which the scale doubles."""
     hysteresis: int = 2
+    """The scale is halved at the overflow of this number and at each one after it; steps that overflow before it are
+    only skipped. In stage 0 it is always 1, as in DeepSpeed."""
     consecutive_hysteresis: bool = False
+    """Start counting overflows for hysteresis anew after each good step. False: when the scale doubles."""
     min_loss_scale: int = 1
+    """The scale never falls below it. An overflow at this scale ends training with an error in stages 1 to 3."""
     fp16_master_weights_and_grads: Annotated[bool, NotYet("masters are kept in float32")] = False
+    """In DeepSpeed: keep master weights and their gradients in float16."""
 
     @model_validator(mode="after")
     def _the_scale_is_a_float32(self) -> Fp16Config:
@@ -73,13 +87,14 @@ class Fp16Config(Section):
 
 
 class TorchAutocastConfig(Section):
-    """`torch_autocast`: the forward pass under torch.autocast; parameters and gradients stay in float32."""
+    """The forward pass runs under torch.autocast; parameters and gradients stay in float32."""
 
     ignores_unknown: ClassVar[bool] = True
     enabled: bool = False
+    """Run forward under torch.autocast."""
     dtype: Annotated[Literal["bf16", "bfloat16", "fp16", "float16"], _AnySpelling] = "bfloat16"
-    """With fp16 the loss is scaled dynamically, as torch.amp.GradScaler does. (DeepSpeed's default is torch's choice
-    for the device, which may be fp16, and is then not scaled.)"""
+    """What autocast computes in. With fp16 the loss is scaled dynamically, as torch.amp.GradScaler does. (DeepSpeed's
+    default is torch's choice for the device, which may be fp16, and is then not scaled.)"""
     lower_precision_safe_modules: Annotated[
         list[str] | None,
         NoEffect(
@@ -87,18 +102,21 @@ class TorchAutocastConfig(Section):
             "communication_data_type"
         ),
     ] = None
+    """In DeepSpeed: classes of modules whose gradients may travel in the autocast dtype."""
 
 
 class DataTypesConfig(Section):
-    """`data_types`."""
+    """Dtypes beside those of the sections fp16 and bf16."""
 
     ignores_unknown: ClassVar[bool] = True
     grad_accum_dtype: DtypeName | None = None
-    """Dtype in which micro-batch gradients are added up and reduced. None: the parameters' dtype."""
+    """Dtype in which micro-batch gradients are added up and reduced, if it is wider than the parameters'. Left out: the
+    parameters' dtype, or the backend's choice."""
     param_dtype: DtypeName | None = None
-    """Must be what the fp16 and bf16 sections say."""
+    """Dtype of the parameters; it must be what the sections fp16 and bf16 say."""
     buffer_dtype: DtypeName | None = None
-    """Floating-point buffers are cast to it. None: they keep their dtype."""
+    """Floating-point buffers of the module are cast to it. Left out: they keep their dtype."""
     keep_in_fp32_modules: Annotated[
         str | list[str] | None, NotYet("keep the module out of the engine, or train in fp32")
     ] = None
+    """In DeepSpeed: names of modules that stay in float32."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from xtrain.base.errors import ConfigError, NotImplementedYetError
@@ -60,7 +60,11 @@ def _is_number(annotation: Any) -> bool:
 
 
 class Section(BaseModel):
-    """A part of the configuration: "auto" means "not given", numbers are finite, and no number is a truth value."""
+    """A part of the configuration: "auto" means "not given", numbers are finite, and no number is a truth value.
+
+    The text below a field says what the key does; docs/config.md is made of it (document.py). pydantic could read it
+    as well (`use_attribute_docstrings`), but then `import xtrain` would take twice the time for the schema.
+    """
 
     model_config = ConfigDict(
         extra="forbid", validate_default=True, populate_by_name=True, allow_inf_nan=False
@@ -75,6 +79,10 @@ class Section(BaseModel):
         if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name].annotation):
             raise ValueError("it must be a number, not true or false")
         return value
+
+
+FeatureDict = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is False else value)]
+"""A section of a feature that is not there yet: only looked at for whether it asks for something."""
 
 
 def drop_auto(value: Any) -> Any:

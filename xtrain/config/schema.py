@@ -1,7 +1,8 @@
 """The DeepSpeed configuration as pydantic models: the reference of what xtrain reads.
 
 Key names, defaults and units are DeepSpeed's (https://www.deepspeed.ai/docs/config-json/). A field
-without a mark is implemented; `NotYet` and `NoEffect` (see rules.py) say what happens to the others.
+without a mark is implemented; `NotYet` and `NoEffect` (see rules.py) say what happens to the others. The text below a
+field says what the key does: docs/config.md is made of it. Longer sections have modules of their own beside this one.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from xtrain.config.fake import FakeConfig, SdcCheckConfig
+from xtrain.config.compilation import CompileConfig
 from xtrain.config.instruments import (
     CometConfig,
     CommsLoggerConfig,
@@ -21,6 +22,7 @@ from xtrain.config.instruments import (
     TimersConfig,
     WandbConfig,
 )
+from xtrain.config.own import RecordConfig, XtrainSection
 from xtrain.config.precision import (
     Bf16Config,
     DataTypesConfig,
@@ -28,182 +30,44 @@ from xtrain.config.precision import (
     Fp16Config,
     TorchAutocastConfig,
 )
-from xtrain.config.rules import NoEffect, NotYet, OnlyInStage3, OnlyNative, Section
+from xtrain.config.rules import FeatureDict, NoEffect, NotYet, OnlyNative, Section
+from xtrain.config.zero import ONE_BUFFER, OffloadConfig, ZeroConfig
 
-# A section of a feature that is not there yet: only looked at for whether it asks for something.
-FeatureDict = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is False else value)]
+__all__ = [
+    "ActivationCheckpointingConfig",
+    "Bf16Config",
+    "CheckpointConfig",
+    "CompileConfig",
+    "Config",
+    "DataTypesConfig",
+    "Fp16Config",
+    "OffloadConfig",
+    "OptimizerConfig",
+    "RecordConfig",
+    "SchedulerConfig",
+    "TorchAutocastConfig",
+    "XtrainSection",
+    "ZeroConfig",
+]
 
 Count = Annotated[int, Field(lt=2**63)]
 """A number of samples or steps, which tensors' 64-bit integers must be able to hold."""
-
-
-_WHOLE_GROUPS = NoEffect("stage 3 gathers module groups, each with one all-gather, and frees them after use")
-_ONE_BUFFER = NoEffect("xtrain always reduces and gathers whole buckets of one flat buffer")
-_NO_QUANTIZED = NotYet("leave it out: communication uses the gradients' own dtype")
-
-
-_MAPPED = NoEffect("files are mapped into memory, and the operating system reads and writes them")
-
-
-class OffloadConfig(Section):
-    """`zero_optimization.offload_optimizer`, `zero_optimization.offload_param`: states in host memory or on disk."""
-
-    device: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
-    """Folder on a local disk, for device "nvme"."""
-    pin_memory: bool = True
-    buffer_count: Annotated[int | None, _MAPPED] = Field(None, ge=0)
-    buffer_size: Annotated[int | None, _MAPPED] = Field(None, ge=0)
-    max_in_cpu: Annotated[int | None, _MAPPED] = Field(None, ge=0)
-    pipeline_read: Annotated[bool, _MAPPED] = False
-    pipeline_write: Annotated[bool, _MAPPED] = False
-    fast_init: Annotated[bool, _MAPPED] = False
-    ratio: Annotated[float, NotYet("states are offloaded all or none: leave it out")] = Field(1.0, ge=0, le=1)
-    super_offload: Annotated[bool, NotYet('use "device": "cpu" alone')] = False
-    cpuadam_cores_perc: Annotated[float, NoEffect("it is only read with super_offload")] = 0.8
-
-    @property
-    def pipeline(self) -> bool:
-        """Whether pipelined reads or writes were asked for."""
-        return self.pipeline_read or self.pipeline_write
-
-
-class ZeroConfig(Section):
-    """`zero_optimization`. Sizes are in elements."""
-
-    stage: int = Field(0, ge=0, le=3)
-    reduce_bucket_size: int | None = Field(None, gt=0)
-    """None: the backend's default (DeepSpeed: 5e8, one bucket for most models)."""
-    overlap_comm: bool | None = None
-    """Reduce a bucket as soon as its last gradient has arrived. None: the backend's default."""
-    ignore_unused_parameters: bool = True
-    """False: an error on every rank when a parameter received no gradient in a step on any rank."""
-    compute_grad_norm: bool = True
-    """False: do not compute the norm (stages 1 and 2, with gradient_clipping 0); it is then reported as None."""
-
-    contiguous_gradients: Annotated[bool, _ONE_BUFFER] = True
-    reduce_scatter: Annotated[bool, _ONE_BUFFER] = True
-    use_multi_rank_bucket_allreduce: Annotated[bool, _ONE_BUFFER] = True
-    allgather_partitions: Annotated[bool, _ONE_BUFFER] = True
-    allgather_bucket_size: Annotated[int, _ONE_BUFFER] = Field(500_000_000, ge=0)
-    round_robin_gradients: Annotated[bool, _ONE_BUFFER] = False
-    parameter_alignment: Annotated[
-        bool, NoEffect("every parameter is aligned in its flat buffer already")
-    ] = False
-    elastic_checkpoint: Annotated[bool, NoEffect("every checkpoint loads into any number of ranks")] = False
-    legacy_stage1: Annotated[bool, NoEffect("there is one implementation of stage 1")] = False
-
-    load_from_fp32_weights: bool = True
-    """What load_checkpoint restores master weights from: the checkpoint's, in fp32, or, with false and ZeRO stage 1 or
-    higher, its 16-bit weights."""
-    offload_param: Annotated[OffloadConfig | None, OnlyInStage3()] = None
-    """Where this rank's slices of the parameters live (stage 3)."""
-    offload_optimizer: OffloadConfig | None = None
-    """Where master weights and optimizer states live (stages 1 to 3); the update is computed there."""
-    cpu_offload: bool | None = None
-    """Old spelling of offload_optimizer with device cpu."""
-    cpu_offload_param: bool | None = None
-    """Old spelling of offload_param with device cpu."""
-    cpu_offload_use_pin_memory: bool | None = None
-    """Old spelling of pin_memory in both."""
-    zenflow: Annotated[FeatureDict | None, NotYet("use offload_optimizer alone")] = None
-    zero_quantized_weights: Annotated[bool, _NO_QUANTIZED, OnlyInStage3()] = False
-    zero_quantized_nontrainable_weights: Annotated[bool, _NO_QUANTIZED, OnlyInStage3()] = False
-    zero_quantized_gradients: Annotated[bool, _NO_QUANTIZED, OnlyInStage3()] = False
-
-    prefetch_bucket_size: Annotated[int, OnlyInStage3()] = Field(
-        50_000_000, ge=0, alias="stage3_prefetch_bucket_size"
-    )
-    """Elements gathered ahead of use; 0: none. Left out: the next module group, whatever its size."""
-    param_persistence_threshold: Annotated[int, OnlyInStage3()] = Field(
-        100_000, ge=0, alias="stage3_param_persistence_threshold"
-    )
-    """Parameters of at most so many elements stay whole on every rank."""
-    model_persistence_threshold: Annotated[int, OnlyInStage3()] = Field(
-        2**63 - 1, ge=0, alias="stage3_model_persistence_threshold"
-    )
-    """At most so many elements in all stay whole for being small."""
-    max_live_parameters: Annotated[int, OnlyInStage3()] = Field(
-        1_000_000_000, ge=0, alias="stage3_max_live_parameters"
-    )
-    """A module group is kept for its next use only while no more elements than this are whole."""
-    max_reuse_distance: Annotated[int, OnlyInStage3()] = Field(
-        1_000_000_000, ge=0, alias="stage3_max_reuse_distance"
-    )
-    """A module group is kept if no more elements than this are used before it is used again. Left out:
-    every group is freed after use."""
-    gather_16bit_weights_on_model_save: Annotated[bool, OnlyInStage3()] = Field(
-        False, alias="stage3_gather_16bit_weights_on_model_save"
-    )
-    """Let save_16bit_model make the weights whole on rank 0."""
-    sub_group_size: Annotated[int, NoEffect("the optimizer works bucket by bucket")] = Field(
-        1_000_000_000, ge=0
-    )
-    module_granularity_threshold: Annotated[
-        int, NoEffect("the blocks of a model are gathered as one; utils.set_z3_leaf_modules marks others")
-    ] = Field(0, alias="stage3_module_granularity_threshold")
-    use_all_reduce_for_fetch_params: Annotated[bool, _WHOLE_GROUPS] = Field(
-        False, alias="stage3_use_all_reduce_for_fetch_params"
-    )
-    allgather_sequential: Annotated[bool, _WHOLE_GROUPS] = Field(False, alias="stage3_allgather_sequential")
-    memory_efficient_linear: Annotated[
-        bool,
-        NoEffect("what backward needs of a parameter is freed and gathered again with it, in every layer"),
-    ] = True
-    pipeline_loading_checkpoint: Annotated[bool, NoEffect("every rank reads its own part")] = False
-    override_module_apply: Annotated[
-        bool, NoEffect("inside zero.Init, Module.apply always makes a module's parameters whole")
-    ] = True
-    log_trace_cache_warnings: Annotated[
-        bool, NoEffect("an iteration that differs from the last one is gathered without prefetching")
-    ] = False
-    enable_sanity_checks: Annotated[bool, NoEffect("its checks are always on")] = False
-    save_muon_momentum_buffer_in_memory: Annotated[bool, NoEffect("optimizer states are kept in memory")] = (
-        False
-    )
-    mics_shard_size: Annotated[
-        int, NotYet("leave it out: parameters are divided over all data-parallel ranks"), OnlyInStage3()
-    ] = -1
-    mics_hierarchical_params_gather: Annotated[bool, NotYet("leave it out")] = False
-    zeropp_loco_param: Annotated[FeatureDict | None, _NO_QUANTIZED] = None
-    zero_hpz_partition_size: Annotated[
-        int, NotYet("leave it out: parameters are divided over all data-parallel ranks"), OnlyInStage3()
-    ] = Field(1, ge=0)
-    leaf_module: Annotated[
-        FeatureDict | None, NotYet("mark modules with utils.set_z3_leaf_modules"), OnlyInStage3()
-    ] = None
-    stage3_gather_fp16_weights_on_model_save: Annotated[bool, OnlyInStage3()] = False
-    """Old spelling of stage3_gather_16bit_weights_on_model_save."""
-
-    @model_validator(mode="after")
-    def _old_spellings(self) -> ZeroConfig:
-        pin = {"pin_memory": bool(self.cpu_offload_use_pin_memory)}
-        if self.cpu_offload and self.offload_optimizer is None:
-            self.offload_optimizer = OffloadConfig(device="cpu", **pin)
-        if self.cpu_offload_param and self.offload_param is None:
-            self.offload_param = OffloadConfig(device="cpu", **pin)
-        if self.stage3_gather_fp16_weights_on_model_save:
-            self.gather_16bit_weights_on_model_save = True
-        return self
-
-    @model_validator(mode="after")
-    def _check_offload_stage(self) -> ZeroConfig:
-        offload = self.offload_optimizer
-        if offload is not None and offload.device != "none" and self.stage < 1:
-            raise ValueError("offload_optimizer needs ZeRO stage 1 or higher, not 0")
-        return self
 
 
 _DEEPSPEED_OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
 
 
 class OptimizerConfig(Section):
-    """`optimizer`: `type` is Adam, AdamW, Adagrad, Lamb, Lion, Muon, SGD, or a class of torch.optim; `params` are
-    the constructor's arguments."""
+    """The optimizer that the engine builds, unless the script passes one to initialize()."""
 
     type: str
+    """Adam, AdamW, Adagrad, Lamb, Lion, Muon, SGD (in any case), or the name of a class of torch.optim. Adam means
+    AdamW unless `params` has `"adam_w_mode": false`."""
     params: dict[str, Any] = {}
+    """Arguments of its constructor, such as `lr`, `betas`, `eps`, `weight_decay`. `"torch_adam": true` takes PyTorch's
+    Adam or AdamW instead of xtrain's."""
     legacy_fusion: Annotated[bool, NotYet("leave it out")] = False
+    """In DeepSpeed: an older way to apply fused Adam in fp16."""
 
     @property
     def reported_type(self) -> str:
@@ -212,33 +76,40 @@ class OptimizerConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """`scheduler`: `type` is WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle or LRRangeTest; `params` are
-    the constructor's arguments."""
+    """The learning-rate schedule, which advances with each update that is applied. A script may pass its own."""
 
     type: str
+    """WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle or LRRangeTest."""
     params: dict[str, Any] = {}
+    """Arguments of its constructor, such as `warmup_num_steps` and `total_num_steps`, in optimizer steps."""
 
 
 class CheckpointConfig(Section):
-    """`checkpoint`."""
+    """How checkpoints are written."""
 
     ignores_unknown: ClassVar[bool] = True
     tag_validation: Literal["Ignore", "Warn", "Fail"] = "Warn"
-    """What to do when ranks pass different tags to save_checkpoint."""
+    """What to do when ranks pass different tags to save_checkpoint: take rank 0's, do so with a warning, or raise."""
     load_universal: Annotated[
         bool, NoEffect("every checkpoint loads into any number of ranks without conversion")
     ] = False
+    """In DeepSpeed: load a checkpoint that its tool has converted to the universal format."""
     use_node_local_storage: Annotated[bool, NotYet("save to a file system that all nodes share")] = False
+    """In DeepSpeed: each node writes to a disk of its own."""
     parallel_write: Annotated[FeatureDict | None, NoEffect("every rank writes its own part already")] = None
+    """In DeepSpeed: `pipeline_stage` lets the data-parallel ranks of a stage share the writing of its layers."""
     writer: Annotated[FeatureDict | None, NotYet("leave it out: files are written by each rank")] = None
+    """In DeepSpeed: a faster writer of files, and which ranks use it."""
     checkpoint_serialization: Annotated[
         bool, NoEffect("it is a choice between two formats of torch.save, and neither is used")
     ] = True
+    """In DeepSpeed: the format of torch.save, new (true) or old."""
     format: Annotated[
         Literal["xtrain", "deepspeed"],
         NotYet("checkpoints are written in xtrain's own format"),
         OnlyNative(fine=("deepspeed",)),
     ] = "xtrain"
+    """Format of the checkpoints that are written."""
 
     @field_validator("tag_validation", mode="before")
     @classmethod
@@ -247,96 +118,23 @@ class CheckpointConfig(Section):
 
 
 class ActivationCheckpointingConfig(Section):
-    """`activation_checkpointing`: how xtrain.checkpointing keeps activations; checkpointing.configure() wins."""
+    """How xtrain.checkpointing keeps the inputs of checkpointed functions until backward. A script's call of
+    checkpointing.configure() wins."""
 
     ignores_unknown: ClassVar[bool] = True
     partition_activations: bool = False
-    """Split the inputs of checkpointed functions over the model-parallel ranks of the mpu."""
+    """Keep a piece of each input on each model-parallel rank of the mpu, and gather it for backward."""
     cpu_checkpointing: bool = False
-    """Move them to host memory until backward."""
+    """Move the inputs to host memory until backward."""
     contiguous_memory_optimization: bool = False
-    """Copy the pieces into preallocated blocks; needs partition_activations and number_checkpoints."""
+    """Copy the pieces into blocks that are allocated once, so that memory does not fragment. Needs
+    partition_activations and number_checkpoints."""
     number_checkpoints: int | None = Field(None, gt=0)
-    """checkpoint() calls in one forward pass."""
+    """Calls of checkpoint() in one forward pass; how many pieces a block has room for."""
     synchronize_checkpoint_boundary: bool = False
     """Wait for the device before and after each checkpointed function."""
     profile: bool = False
     """Log the time of each checkpointed forward pass and recomputation."""
-
-
-_DEEPCOMPILE = NoEffect("it is only read with deepcompile")
-_OLD_COMPILE = NotYet("call engine.compile(backend=...), as DeepSpeed, which has removed the key, wants too")
-
-
-class CompileConfig(Section):
-    """`compile`: of DeepSpeed's own compiler. engine.compile() is torch.compile and needs no key."""
-
-    deepcompile: Annotated[bool, NotYet("call engine.compile(), which is torch.compile")] = False
-    compile_enabled: Annotated[bool, _OLD_COMPILE] = Field(False, alias="enabled")
-    disable: Annotated[bool, NoEffect("nothing is compiled unless the script calls engine.compile()")] = False
-    backend: Annotated[str | None, _OLD_COMPILE] = None
-    kwargs: Annotated[FeatureDict, _OLD_COMPILE] = {}
-    autoep_non_moe: Annotated[bool, NotYet("call engine.compile(), which compiles the module")] = False
-    free_activation: Annotated[bool, _DEEPCOMPILE] = False
-    free_activation_threshold: Annotated[int, _DEEPCOMPILE] = 10 * 1024 * 1024
-    offload_activation: Annotated[bool, _DEEPCOMPILE] = False
-    offload_activation_pin_memory: Annotated[bool, _DEEPCOMPILE] = True
-    offload_opt_states: Annotated[bool, _DEEPCOMPILE] = False
-    offload_parameters: Annotated[bool, _DEEPCOMPILE] = False
-    double_buffer: Annotated[bool, _DEEPCOMPILE] = True
-    symmetric_memory: Annotated[bool, _DEEPCOMPILE] = False
-    debug_log: Annotated[bool, _DEEPCOMPILE] = False
-    sync_before_reduce: Annotated[bool, _DEEPCOMPILE] = False
-    sync_after_reduce: Annotated[bool, _DEEPCOMPILE] = False
-    sync_before_allgather: Annotated[bool, _DEEPCOMPILE] = False
-    sync_after_allgather: Annotated[bool, _DEEPCOMPILE] = False
-    keep_int_input_tensors: Annotated[bool, _DEEPCOMPILE] = True
-    keep_all_input_tensors: Annotated[bool, _DEEPCOMPILE] = False
-    passes: Annotated[list[str] | None, _DEEPCOMPILE] = None
-
-
-class RecordConfig(Section):
-    """`xtrain.record`: the run record (docs/record.md); a string means its path."""
-
-    path: str | None = None
-    """Path of the file (JSON Lines) that rank 0 writes. None: `metrics.jsonl` in the launcher's run folder."""
-    modules_every: int | None = Field(None, gt=0)
-    """Steps between two measurements of activations, gradients and parameters of each module. None: none."""
-    modules: list[str] | None = None
-    """Names of the modules to measure, with * and ?. None: those with parameters of their own, or no children."""
-
-
-class XtrainSection(Section):
-    """`xtrain`: what DeepSpeed has no key for."""
-
-    backend: str | None = None
-    """Name of the backend; overrides XTRAIN_BACKEND, DS_ACCELERATOR and detection."""
-    engine: Literal["native", "deepspeed"] = "native"
-    """"deepspeed": the installed DeepSpeed trains, on this backend and with this recorder. Every key of its config is
-    then its own affair, and keys that only xtrain's engine has are refused."""
-    strict: bool = False
-    """Keys that nobody reads are errors; otherwise they are ignored, as in DeepSpeed, with a warning."""
-    aligned: Annotated[bool, OnlyNative()] = False
-    """Bits that do not depend on ZeRO stage or on how a batch is split over ranks and accumulation (powers
-    of two): canonical sums in float32, one optimizer arithmetic, counter-based dropout. See docs/aligned.md."""
-    seed: Annotated[int, OnlyNative()] = Field(1234, ge=0, lt=2**63)
-    """Seed of the dropout masks in aligned mode."""
-    max_skipped_steps: Annotated[int, OnlyNative()] = Field(20, ge=0)
-    """Steps in a row with gradients that are not finite, after which training ends with an error; 0: never. Does not
-    count where the loss scale adapts: there the smallest scale is the limit."""
-    record: RecordConfig | None = None
-    """What rank 0 writes of every step. None: no record, unless the launcher asks."""
-    tokens_per_sample: int | None = Field(None, gt=0)
-    """Tokens in one sample; with it the record and the progress display count tokens."""
-    fake: FakeConfig | None = None
-    """What the backend "fake" emulates."""
-    sdc_check: Annotated[SdcCheckConfig | None, OnlyNative()] = None
-    """Compare what ranks must have in common, now and then. None: never."""
-
-    @field_validator("record", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
 
 
 def _feature(instead: str) -> NotYet:
@@ -348,16 +146,29 @@ class Config(Section):
     """The whole configuration."""
 
     ignores_unknown: ClassVar[bool] = True
+
+    # Two of the next three suffice: train_batch_size = micro-batch x accumulation steps x data-parallel ranks.
     train_batch_size: Count | None = None
+    """Samples in one optimizer step, over all ranks. It is the product of the next two keys and the number of
+    data-parallel ranks; what is left out is computed from the others."""
     train_micro_batch_size_per_gpu: Count | None = None
+    """Samples in one forward and backward pass of one rank."""
     gradient_accumulation_steps: Count | None = None
+    """Micro-batches whose gradients are averaged for one optimizer step. Left out: what the batch sizes give, else
+    1."""
     optimizer: OptimizerConfig | None = None
+    """Left out: initialize() must be given one, or the engine only evaluates."""
     scheduler: SchedulerConfig | None = None
+    """Left out: the learning rate changes only if the script changes it."""
     gradient_clipping: float = Field(1.0, ge=0)
-    """Largest 2-norm of the gradients of all parameters; 0 means no clipping. The default is DeepSpeed's."""
+    """Largest 2-norm of the gradients of all parameters together: larger ones are scaled down to it. 0: no clipping.
+    The default is DeepSpeed's."""
     zero_optimization: ZeroConfig = ZeroConfig()
+    """`true` alone means stage 1."""
     bf16: Bf16Config = Bf16Config()
+    """`bfloat16` is an old name of the section."""
     fp16: Fp16Config = Fp16Config()
+    """At most one of fp16 and bf16 may be enabled."""
     torch_autocast: TorchAutocastConfig = TorchAutocastConfig()
     data_types: DataTypesConfig = DataTypesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -365,26 +176,31 @@ class Config(Section):
     compile: CompileConfig = CompileConfig()
     xtrain: XtrainSection = XtrainSection()
     zero_allow_untested_optimizer: bool = False
+    """Accept, with a warning, an optimizer that is not known to update each element on its own. ZeRO stages 1 to 3
+    refuse it otherwise, because they hand it slices of parameters."""
     communication_data_type: DtypeName | None = None
-    """Dtype in which gradients travel. None: the one in which they are accumulated."""
+    """Dtype in which gradients travel. Left out: the one in which they are accumulated."""
     seq_parallel_communication_data_type: DtypeName | None = None
-    """The same where the mpu divides sequences over ranks. None: fp32, as in DeepSpeed."""
+    """The same where the mpu divides sequences over ranks. Left out: fp32, as in DeepSpeed."""
     prescale_gradients: bool = False
-    """Average over ranks before the reduction instead of after it."""
+    """Divide gradients by the number of data-parallel ranks before they are summed over ranks, instead of after it."""
     gradient_predivide_factor: float = Field(1.0, gt=0)
-    """Part of the average that is taken before the reduction (fp16 on many ranks may overflow without)."""
+    """Divide gradients by this number before the sum over ranks, and by (data-parallel ranks / this number) after it:
+    the mean is the same, but sums of fp16 over many ranks do not overflow. Has no effect with prescale_gradients."""
     gradient_allreduce_op: Literal["mean", "sum"] = "mean"
-    """How gradients of the ranks are combined; not "sum" in stage 3."""
+    """Whether gradients are averaged over the data-parallel ranks or summed. "sum" is not for stage 3."""
     managed_gradient_accumulation: bool = True
-    """False: every step() is an update, however many backwards ran before it."""
+    """True: every gradient_accumulation_steps-th step() is an update. False: every step() is one, however many
+    backwards ran before it."""
     disable_python_gc: bool = False
-    """Switch Python's automatic garbage collection off; engine.collect_python_gc() collects."""
+    """Switch Python's automatic garbage collection off while the engine exists; engine.collect_python_gc() collects."""
     steps_per_print: int | None = Field(None, ge=0)
-    """Steps between two lines of progress with samples per second; 0, infinity or left out: none."""
+    """Optimizer steps between two lines of progress with samples per second. 0, infinity or left out: none."""
     wall_clock_breakdown: bool = False
-    """Time forward, backward, reduction and step, waiting for the device before each reading; see engine.timers."""
+    """Time forward, backward, reduction and step in milliseconds, print them on rank 0 (docs/instruments.md). The
+    device is waited for before each reading."""
     memory_breakdown: bool = False
-    """Print the memory in use around forward, backward and step."""
+    """Print the memory in use before and after forward, backward and step on rank 0."""
     tensorboard: TensorBoardConfig = TensorBoardConfig()
     wandb: WandbConfig = WandbConfig()
     csv_monitor: CsvConfig = CsvConfig()
@@ -393,50 +209,81 @@ class Config(Section):
     flops_profiler: FlopsProfilerConfig = FlopsProfilerConfig()
     comms_logger: CommsLoggerConfig = CommsLoggerConfig()
     dump_state: bool = False
+    """Print the whole checked configuration on rank 0 at initialisation."""
     dataloader_drop_last: bool = False
+    """Leave out the last batch of an epoch where it is not full, in the loader that initialize() returns. False: it may
+    be smaller, and a few samples may come twice so that all ranks get equally many."""
     log_level: str | None = None
+    """Least severe messages that xtrain prints: debug, info, warning, error or critical. Left out: XTRAIN_LOG_LEVEL,
+    else info."""
 
     # Not there yet.
     sparse_gradients: Annotated[bool, NotYet("use dense embedding gradients")] = False
+    """In DeepSpeed: exchange only the rows of an embedding's gradient that are not zero."""
     amp: Annotated[FeatureDict | None, _feature('use "bf16": {"enabled": true}')] = None
+    """In DeepSpeed: mixed precision by NVIDIA's Apex."""
     tensor_parallel: Annotated[
         FeatureDict | None,
         NotYet("pass an mpu, with tensor-parallel layers of your own", "autotp_size", (None, False, 0, 1)),
     ] = None
+    """In DeepSpeed: divide the layers of known models over `autotp_size` ranks (AutoTP)."""
     expert_parallel: Annotated[FeatureDict | None, _feature("use data parallelism")] = None
+    """In DeepSpeed: find the experts of known models and divide them over ranks (AutoEP)."""
     sequence_parallel_size: Annotated[
         int, NotYet("pass mpu=xtrain.parallel.ProcessGrid(sequence=...) to initialize()")
     ] = 1
+    """In DeepSpeed: ranks over which each sequence is divided."""
     data_parallel_size: Annotated[
         int | None, NotYet("leave it out: it is the number of ranks, or what mpu says")
     ] = None
+    """In DeepSpeed: data-parallel ranks, beside sequence_parallel_size."""
     use_data_before_expert_parallelism: Annotated[bool, NotYet("use data parallelism")] = False
+    """In DeepSpeed: neighbouring ranks hold the same experts, instead of different ones."""
     elasticity: Annotated[FeatureDict | None, _feature("set train_batch_size")] = None
+    """In DeepSpeed: choose a batch size that suits several numbers of ranks."""
     autotuning: Annotated[FeatureDict | None, _feature("set the batch size by hand")] = None
+    """In DeepSpeed: try ZeRO stages and batch sizes, and take the fastest."""
     compression_training: Annotated[FeatureDict | None, NotYet("leave it out")] = None
+    """In DeepSpeed: quantize or prune the model while it trains."""
     data_efficiency: Annotated[FeatureDict | None, _feature("sample in the script")] = None
+    """In DeepSpeed: curriculum learning by data samples, and random dropping of tokens."""
     curriculum_learning: Annotated[FeatureDict | None, _feature("sample in the script")] = None
+    """In DeepSpeed: an older curriculum, which lengthens the sequences while training."""
     progressive_layer_drop: Annotated[FeatureDict | None, _feature("drop layers in the model")] = None
+    """In DeepSpeed: tell the model with which probability to keep a layer, falling with the steps."""
     eigenvalue: Annotated[FeatureDict | None, _feature("leave it out")] = None
+    """In DeepSpeed: the largest eigenvalue of each layer's Hessian, which guides quantization."""
     quantize_training: Annotated[FeatureDict | None, _feature("leave it out")] = None
+    """In DeepSpeed: train with fewer and fewer bits a weight (MoQ)."""
     weight_quantization: Annotated[
         FeatureDict | None, NotYet("leave it out", "quantized_initialization", (None, False, {}))
     ] = None
+    """In DeepSpeed: `quantized_initialization` keeps the model's weights in 4 or 8 bits."""
     sparse_attention: Annotated[FeatureDict | None, NotYet("choose the attention in the model")] = None
+    """In DeepSpeed: the pattern of its block-sparse attention."""
     hybrid_engine: Annotated[FeatureDict | None, _feature("leave it out")] = None
+    """In DeepSpeed: one engine that trains and generates, for reinforcement learning."""
     nebula: Annotated[FeatureDict | None, _feature("use save_checkpoint, which writes atomically")] = None
+    """In DeepSpeed: checkpoints in the background by Azure's Nebula."""
     datastates_ckpt: Annotated[FeatureDict | None, NotYet("use save_checkpoint")] = None
+    """In DeepSpeed: checkpoints in the background by DataStates."""
 
     graph_harvesting: Annotated[bool, NotYet("leave it out")] = False
+    """In DeepSpeed: capture short kernels of the bf16 optimizer in a CUDA graph."""
 
     # Accepted, without effect.
     pipeline: Annotated[
         FeatureDict | None, NoEffect("it is only read for a PipelineModule, which is not there yet")
     ] = None
+    """In DeepSpeed: settings of its pipeline engine."""
     vocabulary_size: Annotated[int | None, NoEffect("DeepSpeed, too, only looks whether 8 divides it")] = None
-    disable_allgather: Annotated[bool, _ONE_BUFFER] = False
+    """In DeepSpeed: a warning if 8 does not divide it."""
+    disable_allgather: Annotated[bool, ONE_BUFFER] = False
+    """In DeepSpeed: an old key; collect updated parameters by broadcasts."""
     zero_force_ds_cpu_optimizer: Annotated[bool, NoEffect("every optimizer works on offloaded states")] = True
+    """In DeepSpeed: accept only its own Adam for offloaded states."""
     aio: Annotated[FeatureDict | None, NoEffect("files are mapped into memory")] = None
+    """In DeepSpeed: block size, queue depth and threads of its library for files."""
 
     @field_validator("gradient_allreduce_op", mode="before")
     @classmethod
