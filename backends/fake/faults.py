@@ -1,4 +1,4 @@
-"""Damage to single numbers, exact to the bit. When and where it happens is decided in xtrain/emulation.py."""
+"""Damage to single numbers, exact to the bit. When and where it happens is decided in xtrain/integrity/fault_injection.py."""
 
 from __future__ import annotations
 
