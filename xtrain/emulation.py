@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xtrain import comm
-from xtrain.backends import Backend, registry
+from xtrain.backends import Backend, EmulatingBackend, registry
 from xtrain.backends.fake.faults import damage_
 from xtrain.comm.groups import default_timeout
 from xtrain.config import XtrainConfig
@@ -44,16 +44,22 @@ def choose_backend(config: XtrainConfig | None) -> Backend:
     settings = None
     if section is not None and section.fake is not None:
         settings = section.fake.model_dump(exclude_none=True)
-    if not backend.emulates:
-        _end_emulation(backend)
-    backend.configure(settings)
+    if isinstance(backend, EmulatingBackend):
+        backend.configure(settings)
+        return backend
+    _end_emulation(backend)
+    if settings is not None:
+        raise ConfigError(
+            f"config key 'xtrain.fake' is for backend 'fake', and the backend is {backend.name!r}: set "
+            "'xtrain.backend' to \"fake\", or remove the key"
+        )
     return backend
 
 
 def _end_emulation(backend: Backend) -> None:
     """Let the host compute for an engine on another backend, unless one that emulates is still in use."""
     for other in registry.used():
-        if not other.emulates:
+        if not isinstance(other, EmulatingBackend):
             continue
         if _live:
             gc.collect()  # an engine is in cycles of references
@@ -70,10 +76,10 @@ def _end_emulation(backend: Backend) -> None:
 def attach(engine: Any) -> None:
     """Let an engine on a backend that emulates have its faults and its modelled clock, and tell what is emulated."""
     backend: Backend = engine.backend
-    if not backend.emulates:
+    if not isinstance(backend, EmulatingBackend):
         return
     section = engine.xtrain_config.values.xtrain.fake
-    described = backend.describe()["emulated"]
+    described = backend.describe()
     shown = ", ".join(f"{name} {entry['value']}" for name, entry in described["numerics"].items())
     log_dist(
         f"backend {backend.name!r} emulates {described['profile']!r} on the host ({shown or 'host arithmetic'}): "
@@ -91,7 +97,7 @@ def attach(engine: Any) -> None:
 def detach(engine: Any) -> None:
     """The engine is gone; with the last one, the host computes again."""
     _live.discard(engine)
-    if engine.backend.emulates and not _live:
+    if isinstance(engine.backend, EmulatingBackend) and not _live:
         comm.ledger.listener = None
         engine.backend.release()
 
@@ -99,7 +105,7 @@ def detach(engine: Any) -> None:
 class Messages:
     """Hears of each collective before it starts: counts its modelled time, and loses those that are to be lost."""
 
-    def __init__(self, backend: Backend, rank: int) -> None:
+    def __init__(self, backend: EmulatingBackend, rank: int) -> None:
         self._backend = backend
         self._rank = rank
         self._lost: list[tuple[FaultConfig, Callable[[], int]]] = []

@@ -238,7 +238,7 @@ class XtrainEngine(Inquiries, Settings, Extras, Saving, nn.Module):
             collate_fn=collate_fn,
             workers=num_local_io_workers or 0,
             sampler=data_sampler,
-            pin_memory=pin_memory and self.device.type != "cpu",
+            pin_memory=pin_memory and not self.backend.runtime.host_memory,
         )
 
     # ---------------------------------------------------------------- the training step

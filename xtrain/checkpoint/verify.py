@@ -421,7 +421,7 @@ def _read_rng(engine: XtrainEngine, directory: Path, manifest: dict[str, Any]) -
     if states.get("device_type", "cpu") == engine.device.type:
         here["device"] = engine.backend.runtime.get_rng_state()
     for key, mine in here.items():
-        of_host = key == "torch" or engine.device.type == "cpu"
+        of_host = key == "torch" or engine.backend.runtime.host_memory
         if not _is_rng_state(states.get(key), mine, of_host):
             raise CheckpointError(
                 f"checkpoint file {directory / name} is damaged: {key!r} is no random-number state"
