@@ -65,7 +65,8 @@ class _Collect(ast.NodeVisitor):
         call = None if starred else (len(node.args), tuple(k.arg for k in node.keywords if k.arg))
         if isinstance(node.func, ast.Attribute):
             self._add(node.func, call)
-        elif isinstance(node.func, ast.Name) and node.func.id == "_asks":  # a method that asks it for a device
+        elif isinstance(node.func, ast.Name) and node.func.id == "_asks":
+            # A method that asks the module for a device, by name.
             name = ast.literal_eval(node.args[0])
             self.uses.append(Use(f"{DEVICE_MODULE}.{name}", f"{self.path.name}:{node.lineno}", (1, ())))
         else:
