@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from xtrain.backends import host
+from xtrain.backends.host import in_use, processor, reset_peak, resident
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RuntimeFacet:
 
     def device_name(self, index: int) -> str:
         """What people call the device with this number; on a host, its processor."""
-        return host.processor()
+        return processor()
 
     def versions(self) -> dict[str, str]:
         """Name and version of the vendor's packages that the backend stands on, for `xtrain doctor`."""
@@ -94,13 +94,13 @@ class RuntimeFacet:
 
     def memory(self) -> MemoryStatistics:
         """Of the current device."""
-        now, peak = host.resident()
-        used, total = host.in_use()
+        now, peak = resident()
+        used, total = in_use()
         return MemoryStatistics(now, peak, now, peak, total - used, total)
 
     def reset_peak_memory(self) -> None:
         """Start a new peak."""
-        host.reset_peak()
+        reset_peak()
 
     def pin_memory(self, tensor: torch.Tensor) -> torch.Tensor:
         """A page-locked copy of a host tensor, for fast transfers; the tensor itself where there is no device."""

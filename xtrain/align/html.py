@@ -9,14 +9,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from xtrain.align.alignment import Alignment
 from xtrain.align.compare import Comparison
@@ -40,105 +38,77 @@ td { overflow-wrap: anywhere } .verdict { padding: .6em 1em; border-left: 6px so
 """
 
 
-@cache
 def _file(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
-def _thin(rows: int) -> npt.NDArray[np.int64]:
-    """Rows to draw: all, or so many that a screen can show."""
-    return np.unique(np.linspace(0, rows - 1, min(rows, _MOST_POINTS)).astype(np.int64))
-
-
-def _line(label: str, values: Floats, colour: str, dash: Sequence[int] = ()) -> dict[str, Any]:
-    """A line of a chart; interrupted where values are not finite."""
-    numbers = [float(value) if math.isfinite(value) else None for value in values]
-    return {"label": label, "colour": colour, "dash": list(dash), "values": numbers}
-
-
-def _chart(title: str, height: int, lines: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {"title": title, "height": height, "lines": lines, **more}
-
-
-def _thinned(curve: Comparison) -> Comparison:
-    rows = _thin(len(curve.step))
+def _shown(curve: Comparison) -> Comparison:
+    """What a screen can show: not too many steps, but the first one outside; only what has a logarithm."""
+    rows = np.linspace(0, len(curve.step) - 1, min(len(curve.step), _MOST_POINTS)).astype(np.int64)
     if curve.first_outside is not None:
         rows = np.union1d(rows, np.searchsorted(curve.step, [curve.first_outside]))
-    columns = ("step", "reference", "candidate", "difference", "limit", "centre")
-    return replace(curve, **{name: getattr(curve, name)[rows] for name in columns})
+    columns = ("step", "reference", "candidate", "centre")
+    positive = {
+        name: np.where(values > 0, values, np.nan)[rows]
+        for name, values in (("difference", curve.difference), ("limit", curve.limit))
+    }
+    return replace(curve, **{name: getattr(curve, name)[rows] for name in columns}, **positive)
 
 
-def _band(curve: Comparison) -> list[dict[str, Any]]:
-    """The largest and the smallest value that are allowed, cut so that a wide envelope does not flatten the curves."""
-    if curve.policy.kind not in ("relative", "envelope"):
-        return []
-    values = np.concatenate([curve.reference, curve.candidate])
-    values = values[np.isfinite(values)]
-    low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-    span = (high - low) or abs(high) or 1.0
-    lower, upper = (np.clip(edge, low - span, high + span) for edge in curve.allowed())
-    return [_line("allowed up to", upper, COLOURS[0] + "33"), _line("allowed from", lower, COLOURS[0] + "33")]
+def _line(label: str, values: Floats, colour: str, *dash: int) -> dict[str, Any]:
+    """A line of a chart; interrupted where values are not finite."""
+    numbers = [float(value) if math.isfinite(value) else None for value in values]
+    return {"label": label, "colour": colour, "dash": dash, "values": numbers}
 
 
-def _curves(curve: Comparison, place: str) -> dict[str, Any]:
+def _charts(curve: Comparison, place: str) -> dict[str, Any]:
     """What curves.js draws for one column of the records: curves, their ratio, their difference."""
-    curve = _thinned(curve)
-    name = name_of(curve)
-    losses = [
-        _line("reference", curve.reference, COLOURS[0]),
-        _line("candidate", curve.candidate, COLOURS[1], (6, 4)),
-        *_band(curve),
-    ]
+    blue, red, *_ = COLOURS
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = curve.candidate / curve.reference
-    ratios = [_line("one", np.ones(len(ratio)), COLOURS[0]), _line("ratio", ratio, GREY)]
-    apart = [
-        _line(label, np.where(values > 0, values, np.nan), colour)  # the scale is logarithmic
-        for label, values, colour in (
-            ("allowed", curve.limit, COLOURS[0]),
-            ("relative difference", curve.difference, GREY),
-        )
+    low, high = curve.allowed()
+    allowed = [_line("allowed from", low, blue), _line("allowed up to", high, blue)]
+    drawn = [
+        _line("reference", curve.reference, blue),
+        _line("candidate", curve.candidate, red, 6, 4),
     ]
-    log = any(value is not None for line in apart for value in line["values"])
+    ratios = [_line("one", np.ones(len(ratio)), blue), _line("ratio", ratio, GREY)]
+    apart = [_line("allowed", curve.limit, blue), _line("relative difference", curve.difference, GREY)]
+    has_band = curve.policy.kind in ("relative", "envelope")
+    logarithmic = bool(np.isfinite([curve.limit, curve.difference]).any())
+    charts = [
+        (name_of(curve), 320, False, allowed if has_band else [], drawn),
+        ("candidate / reference", 200, False, [], ratios),
+        ("relative difference, and what is allowed", 220, logarithmic, [], apart),
+    ]
+    names = ("title", "height", "log", "band", "lines")
     return {
         "place": place,
         "step": curve.step.tolist(),
-        "mark": curve.first_outside,
-        "colour": COLOURS[1],
-        "charts": [
-            _chart(name, 320, losses, band=[3, 4] if len(losses) > 2 else None),
-            _chart("candidate / reference", 200, ratios),
-            _chart("relative difference, and what is allowed", 220, apart, log=log),
-        ],
+        "outside": curve.first_outside,
+        "charts": [dict(zip(names, chart, strict=True)) for chart in charts],
     }
 
 
-def _drawings(alignment: Alignment) -> str:
+def _curves(alignment: Alignment) -> str:
     """Places for the curves, pictures for readers without scripts, and the script with its data."""
-    found = [
-        (heading, place, curve)
-        for heading, place, curve in (
-            ("Curves", "loss", alignment.curve),
-            ("Gradient norms", "norm", alignment.norm),
-        )
-        if curve is not None
-    ]
+    judged = (("Curves", alignment.curve), ("Gradient norms", alignment.norm))
+    found = [(heading, _shown(curve)) for heading, curve in judged if curve is not None]
     if not found:
         return ""
-    parts = []
-    for heading, place, curve in found:
-        picture = curves_svg(_thinned(curve))
-        parts.append(f"<h2>{heading}</h2><div id='{place}'></div><noscript>{picture}</noscript>")
-    # Inside of a script nothing is unescaped, and "</script>" would end it.
-    data = json.dumps([_curves(curve, place) for _, place, curve in found], allow_nan=False)
-    data = data.replace("<", "\\u003c")
-    licence = _file("vendor/uPlot.LICENSE")
-    parts += [
-        f"<script type='application/json' id='curves'>{data}</script>",
-        f"<script>/* uPlot:\n{licence}*/\n{_file('vendor/uPlot.iife.min.js')}</script>",
-        f"<script>{_file('curves.js')}</script>",
-    ]
-    return "".join(parts)
+    data = json.dumps([_charts(curve, curve.column) for _, curve in found], allow_nan=False)
+    data = data.replace("<", "\\u003c")  # "</script>" would end the script
+    return "".join(
+        [
+            *(
+                f"<h2>{heading}</h2><div id='{curve.column}'></div><noscript>{curves_svg(curve)}</noscript>"
+                for heading, curve in found
+            ),
+            f"<script type='application/json' id='curves'>{data}</script>",
+            f"<script>/* uPlot:\n{_file('vendor/uPlot.LICENSE')}*/\n{_file('vendor/uPlot.iife.min.js')}</script>",
+            f"<script>{_file('curves.js')}</script>",
+        ]
+    )
 
 
 def _colour(heat: float) -> str:
@@ -226,7 +196,7 @@ def html(alignment: Alignment) -> str:
         parts.append("<h2>Differences of configuration and environment</h2>")
         rows = [(d.key, d.reference, d.candidate) for d in alignment.differences]
         parts.append(_table(("setting", "reference", "candidate"), rows))
-    parts.append(_drawings(alignment))
+    parts.append(_curves(alignment))
     if alignment.modules is not None:
         parts.append(
             "<p>Blue: within what is allowed; red: beyond it; white: far within; grey: not measured.</p>"

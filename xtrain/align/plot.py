@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def name_of(outcome: Comparison) -> str:
 
 
 def _figure(
-    curves: Mapping[str, Mapping[int, float]], title: str, axis: str, outcome: Comparison | None
+    curves: Mapping[str, Mapping[int, float]], title: str, label: str, outcome: Comparison | None
 ) -> Any:
     """A figure of loss against step for each named curve.
 
@@ -42,36 +41,32 @@ def _figure(
     for (name, curve), colour, style in zip(curves.items(), COLOURS, ("-", "--", "-.", ":"), strict=False):
         axes[0].plot(list(curve), list(curve.values()), style, label=name, color=colour, linewidth=1.4)
     axes[0].set_title(title)
-    axes[0].set_ylabel(axis)
+    axes[0].set_ylabel(label)
     if outcome is not None:
-        _add_outcome(axes, outcome)
-    for each in axes:
-        each.grid(alpha=0.3)
+        # Beyond the steps of an envelope everything is allowed: not drawn.
+        limit = np.where(np.isfinite(outcome.limit), outcome.limit, np.nan)
+        if outcome.policy.kind in ("relative", "envelope"):
+            low, high = outcome.allowed()
+            axes[0].fill_between(
+                outcome.step, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label="allowed"
+            )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            axes[1].plot(outcome.step, outcome.candidate / outcome.reference, color=GREY, linewidth=1.0)
+        axes[1].axhline(1.0, color=COLOURS[0], linewidth=0.8)
+        axes[1].set_ylabel("ratio")
+        axes[2].plot(outcome.step, outcome.difference, color=GREY, linewidth=1.0)
+        axes[2].plot(outcome.step, limit, color=COLOURS[0], linewidth=0.8, label="allowed")
+        if (outcome.difference > 0).any():
+            axes[2].set_yscale("log")
+        axes[2].set_ylabel("relative difference")
+        if outcome.first_outside is not None:
+            for axis in axes:
+                axis.axvline(outcome.first_outside, color=COLOURS[1], linewidth=0.8, linestyle=":")
+    for axis in axes:
+        axis.grid(alpha=0.3)
     axes[0].legend()
     axes[-1].set_xlabel("step")
     return figure
-
-
-def _add_outcome(axes: Any, outcome: Comparison) -> None:
-    # Beyond the steps of an envelope everything is allowed: not drawn.
-    limit = np.where(np.isfinite(outcome.limit), outcome.limit, np.nan)
-    if outcome.policy.kind in ("relative", "envelope"):
-        low, high = outcome.allowed()
-        axes[0].fill_between(
-            outcome.step, low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label="allowed"
-        )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        axes[1].plot(outcome.step, outcome.candidate / outcome.reference, color=GREY, linewidth=1.0)
-    axes[1].axhline(1.0, color=COLOURS[0], linewidth=0.8)
-    axes[1].set_ylabel("ratio")
-    axes[2].plot(outcome.step, outcome.difference, color=GREY, linewidth=1.0)
-    axes[2].plot(outcome.step, limit, color=COLOURS[0], linewidth=0.8, label="allowed")
-    if (outcome.difference > 0).any():
-        axes[2].set_yscale("log")
-    axes[2].set_ylabel("relative difference")
-    if outcome.first_outside is not None:
-        for axis in axes:
-            axis.axvline(outcome.first_outside, color=COLOURS[1], linewidth=0.8, linestyle=":")
 
 
 def plot_curves(
@@ -87,9 +82,6 @@ def curves_svg(outcome: Comparison) -> str:
     """The two curves and what came of comparing them, as an element of a web page that refers to nothing."""
     import matplotlib
 
-    # What a logarithm cannot show would be drawn beyond the axes.
-    difference, limit = (np.where(of > 0, of, np.nan) for of in (outcome.difference, outcome.limit))
-    outcome = replace(outcome, difference=difference, limit=limit)
     curves = {
         name: dict(zip(outcome.step.tolist(), values.tolist(), strict=True))
         for name, values in (("reference", outcome.reference), ("candidate", outcome.candidate))
