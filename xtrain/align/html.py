@@ -48,11 +48,10 @@ def _shown(curve: Comparison) -> Comparison:
     if curve.first_outside is not None:
         rows = np.union1d(rows, np.searchsorted(curve.step, [curve.first_outside]))
     columns = ("step", "reference", "candidate", "centre")
-    positive = {
-        name: np.where(values > 0, values, np.nan)[rows]
-        for name, values in (("difference", curve.difference), ("limit", curve.limit))
-    }
-    return replace(curve, **{name: getattr(curve, name)[rows] for name in columns}, **positive)
+    shown: dict[str, Any] = {name: getattr(curve, name)[rows] for name in columns}
+    for name, values in (("difference", curve.difference), ("limit", curve.limit)):
+        shown[name] = np.where(values > 0, values, np.nan)[rows]
+    return replace(curve, **shown)
 
 
 def _line(label: str, values: Floats, colour: str, *dash: int) -> dict[str, Any]:
