@@ -25,7 +25,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "xtrain/align/vendor/uPlot.LICENSE"],
     python_requires=">=3.10",
     # backends/, comm/, launch/ and conf/ are reached through the symlinks inside xtrain/, so that
     # `xtrain` is the only importable name. examples/ ships as xtrain.examples: it holds the script
@@ -39,7 +39,12 @@ setup(
         "xtrain.examples",
     ],
     package_dir={"xtrain": "xtrain", "xtrain.examples": "examples"},
-    package_data={"xtrain": ["py.typed"], "xtrain.conf": ["*.yaml", "*/*.yaml"]},
+    # xtrain/align/vendor: uPlot, which HTML reports carry inside, and its MIT licence.
+    package_data={
+        "xtrain": ["py.typed"],
+        "xtrain.align": ["*.js", "vendor/*"],
+        "xtrain.conf": ["*.yaml", "*/*.yaml"],
+    },
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26",

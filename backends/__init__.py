@@ -9,12 +9,14 @@ from xtrain.backends.base import (
     ZeroFacet,
 )
 from xtrain.backends.device import DeviceRuntime
+from xtrain.backends.emulating import EmulatingBackend
 from xtrain.backends.registry import available, detect, get, names
 
 __all__ = [
     "Backend",
     "CollectivesFacet",
     "DeviceRuntime",
+    "EmulatingBackend",
     "MemoryStatistics",
     "PrecisionFacet",
     "RuntimeFacet",

@@ -8,15 +8,12 @@ optimizers or launchers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from xtrain.backends import host
-from xtrain.base.errors import ConfigError
+from xtrain.backends.host import in_use, processor, reset_peak, resident
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class MemoryStatistics:
 
 
 class RuntimeFacet:
-    """Which device, and its streams, memory, random numbers and determinism switch."""
+    """Which device, and its memory, random numbers and determinism switch."""
 
     device_type = "cpu"
     visible_devices_variables: tuple[str, ...] = ()
@@ -77,37 +74,18 @@ class RuntimeFacet:
         """
         self.device(local_rank)
 
+    @property
+    def host_memory(self) -> bool:
+        """Whether its memory is the host's: nothing is moved or pinned, and its generator is torch's own."""
+        return self.device_type == "cpu"
+
     def device_name(self, index: int) -> str:
         """What people call the device with this number; on a host, its processor."""
-        return host.processor()
+        return processor()
 
     def versions(self) -> dict[str, str]:
         """Name and version of the vendor's packages that the backend stands on, for `xtrain doctor`."""
         return {}
-
-    # ---------------------------------------------------------------- streams and events
-
-    @property
-    def chip(self) -> Any:
-        """torch's module for the device type: torch.cpu, torch.cuda, torch.npu."""
-        return torch.get_device_module(self.device_type)
-
-    def new_stream(self) -> Any:
-        """A queue of work beside the current one; on a host, a stand-in that does nothing."""
-        return self.chip.Stream()
-
-    def current_stream(self) -> Any:
-        """The queue that work goes to now."""
-        return self.chip.current_stream()
-
-    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
-        """A context whose work goes to `stream`."""
-        context: AbstractContextManager[Any] = self.chip.stream(stream)
-        return context
-
-    def new_event(self) -> Any:
-        """A mark in a stream that others can wait for: `record(stream)`, `wait(stream)`, `synchronize()`."""
-        return self.chip.Event()
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given; the host has at once."""
@@ -116,13 +94,13 @@ class RuntimeFacet:
 
     def memory(self) -> MemoryStatistics:
         """Of the current device."""
-        now, peak = host.resident()
-        used, total = host.in_use()
+        now, peak = resident()
+        used, total = in_use()
         return MemoryStatistics(now, peak, now, peak, total - used, total)
 
     def reset_peak_memory(self) -> None:
         """Start a new peak."""
-        host.reset_peak()
+        reset_peak()
 
     def pin_memory(self, tensor: torch.Tensor) -> torch.Tensor:
         """A page-locked copy of a host tensor, for fast transfers; the tensor itself where there is no device."""
@@ -215,27 +193,10 @@ class Backend:
     """One accelerator: a name and four facets."""
 
     name = "base"
-    emulates = False
-    """Whether it imitates another chip: `describe` then says what, and faults may be asked for."""
     runtime: RuntimeFacet = RuntimeFacet()
     collectives: CollectivesFacet = CollectivesFacet()
     precision: PrecisionFacet = PrecisionFacet()
     zero: ZeroFacet = ZeroFacet()
-
-    def configure(self, settings: Mapping[str, Any] | None) -> None:
-        """Take the settings that the config has for this backend, before `prepare`.
-
-        Args:
-            settings: the section `xtrain.fake` of the config as a dictionary; None: there is none.
-
-        Raises:
-            ConfigError: the backend has no such settings.
-        """
-        if settings is not None:
-            raise ConfigError(
-                f"config key 'xtrain.fake' is for backend 'fake', and the backend is {self.name!r}: set "
-                "'xtrain.backend' to \"fake\", or remove the key"
-            )
 
     def prepare(self, local_rank: int, aligned: bool = False) -> None:
         """Make this rank's device the current one, before process groups and tensors are made; may be repeated.
@@ -250,20 +211,6 @@ class Backend:
         if aligned:
             self.runtime.set_deterministic(True)
             self.precision.exact_float32()
-
-    def release(self) -> None:
-        """Undo what `prepare` has done to the process and others would notice: the last engine is gone."""
-
-    def describe(self) -> dict[str, Any]:
-        """What the header of a run's record says about the backend beside its name."""
-        return {}
-
-    def count_message(self, sent_bytes: float) -> None:
-        """A collective is about to start, of which this rank sends so many bytes."""
-
-    def take_times(self) -> dict[str, float | int] | None:
-        """Modelled seconds since the last call, for a line of the record; None where time is real."""
-        return None
 
     def __repr__(self) -> str:
         return f"<xtrain backend {self.name}>"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -15,6 +16,11 @@ from xtrain.base.errors import BackendError
 
 class DeviceRuntime(RuntimeFacet):
     """Devices with numbers, one for each rank of a host."""
+
+    @property
+    def chip(self) -> Any:
+        """torch's module for the device type: torch.cuda, torch.npu."""
+        return torch.get_device_module(self.device_type)
 
     def device_count(self) -> int:
         return int(self.chip.device_count())

@@ -98,6 +98,8 @@ def test_the_wheel_has_everything_and_runs_from_any_folder(wheel: Path, tmp_path
     for name in modules():  # what links lead to is there under the links' names
         path = name.replace(".", "/")
         assert f"{path}.py" in names or f"{path}/__init__.py" in names, name
+    for path in ((ROOT / "xtrain/align/curves.js"), *(ROOT / "xtrain/align/vendor").iterdir()):
+        assert str(path.relative_to(ROOT)) in names
     assert "xtrain/py.typed" in names
     assert "xtrain/examples/pretrain_glm.py" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

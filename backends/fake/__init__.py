@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from xtrain.backends.base import Backend, PrecisionFacet, RuntimeFacet
+from xtrain.backends.base import PrecisionFacet, RuntimeFacet
 from xtrain.backends.cpu import CpuZero
+from xtrain.backends.emulating import EmulatingBackend
 from xtrain.backends.fake.mode import mode, switch_off, switch_on, switched
 from xtrain.backends.fake.profiles import PROFILES, Chosen, Costs, Numerics, Profile, choose
 from xtrain.base.errors import ConfigError
@@ -76,7 +77,7 @@ class FakePrecision(PrecisionFacet):
         self._backend.emulate()
 
 
-class FakeBackend(Backend):
+class FakeBackend(EmulatingBackend):
     """Another chip, on the host.
 
     Attributes:
@@ -85,7 +86,6 @@ class FakeBackend(Backend):
     """
 
     name = "fake"
-    emulates = True
     runtime = FakeRuntime()
     zero = CpuZero()
 
@@ -135,7 +135,7 @@ class FakeBackend(Backend):
             described["numerics"]["products"]["switched_off"] = "aligned mode"
         if self._faults:
             described["faults"] = self._faults
-        return {"emulated": described}
+        return described
 
     def count_message(self, sent_bytes: float) -> None:
         if (clock := mode().clock) is not None:

@@ -1,4 +1,4 @@
-"""Damage to single numbers, exact to the bit. When and where it happens is decided in xtrain/integrity/fault_injection.py."""
+"""Damage to single numbers, exact to the bit. When and where it happens is decided in xtrain.integrity."""
 
 from __future__ import annotations
 

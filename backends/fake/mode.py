@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from xtrain.backends.fake.cost import Clock
-from xtrain.backends.fake.operators import FUSED, OPERATORS, Arithmetic, Operator
+from xtrain.backends.fake.operators import FUSED, OPERATORS, Arithmetic, HostArithmetic, Operator
 from xtrain.backends.fake.profiles import Costs, Numerics
 from xtrain.backends.fake.rounding import flush_, saturate_
 from xtrain.base.errors import NotImplementedYetError
@@ -124,7 +124,8 @@ class EmulatedOperators(TorchDispatchMode):
         result: Any = NotImplemented
         if plan.operator is not None:
             given = {key: value for key, value in kwargs.items() if key != "out"} if plan.has_out else kwargs
-            result = plan.operator(arithmetic, *args, **given)
+            with suppress(HostArithmetic):
+                result = plan.operator(arithmetic, *args, **given)
         if result is NotImplemented:
             result = func(*args, **kwargs)
         elif plan.has_out:

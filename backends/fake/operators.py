@@ -1,12 +1,13 @@
 """The operators that compute otherwise on an emulated chip: products, sums, softmax, normalisation.
 
-Each function takes an operator's arguments and returns what it returns, or `NotImplemented` where the emulated
-arithmetic is the host's (float64, integers). They are reached below autograd: backward consists of the same operators.
+Each function takes an operator's arguments and returns what it returns, or raises `HostArithmetic`. They are reached
+below autograd: backward consists of the same operators.
 When they run is decided in mode.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,29 +113,36 @@ class Arithmetic:
         return total
 
 
-def _same(*tensors: torch.Tensor | None) -> bool:
-    """Whether the operator computes in a dtype that is emulated, on the host."""
+class HostArithmetic(Exception):
+    """The operator computes as on the host: in float64 or integers, say."""
+
+
+def _need(differs: Any, *tensors: torch.Tensor | None) -> None:
+    """Leave an operator to the host unless it differs, and its tensors are the host's in a dtype that is emulated.
+
+    Raises:
+        HostArithmetic
+    """
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(t.dtype in _EMULATED and t.device.type == "cpu" and t.layout == torch.strided for t in given)
+    emulated = (t.dtype in _EMULATED and t.device.type == "cpu" and t.layout == torch.strided for t in given)
+    if not differs or not all(emulated):
+        raise HostArithmetic
 
 
 # ---------------------------------------------------------------- products
 
 
 def _mm(arithmetic: Arithmetic, a: torch.Tensor, b: torch.Tensor) -> Any:
-    if not arithmetic.changes_products or not _same(a, b):
-        return NotImplemented
+    _need(arithmetic.changes_products, a, b)
     return arithmetic.product(a, b).to(a.dtype)
 
 
 def _mv(arithmetic: Arithmetic, a: torch.Tensor, x: torch.Tensor) -> Any:
-    result = _mm(arithmetic, a, x[:, None])
-    return result if result is NotImplemented else result[:, 0]
+    return _mm(arithmetic, a, x[:, None])[:, 0]
 
 
 def _dot(arithmetic: Arithmetic, x: torch.Tensor, y: torch.Tensor) -> Any:
-    result = _mm(arithmetic, x[None, :], y[:, None])
-    return result if result is NotImplemented else result[0, 0].clone()
+    return _mm(arithmetic, x[None, :], y[:, None])[0, 0].clone()
 
 
 def _addmm(
@@ -146,8 +154,7 @@ def _addmm(
     beta: Any = 1,
     alpha: Any = 1,
 ) -> Any:
-    if not arithmetic.changes_products or not _same(bias, a, b):
-        return NotImplemented
+    _need(arithmetic.changes_products, bias, a, b)
     return arithmetic.with_bias(bias, a, b, beta, alpha)
 
 
@@ -160,21 +167,18 @@ def _addmv(
     beta: Any = 1,
     alpha: Any = 1,
 ) -> Any:
-    result = _addmm(arithmetic, bias[:, None], a, x[:, None], beta=beta, alpha=alpha)
-    return result if result is NotImplemented else result[:, 0]
+    return _addmm(arithmetic, bias[:, None], a, x[:, None], beta=beta, alpha=alpha)[:, 0]
 
 
 def _convolution(arithmetic: Arithmetic, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
-    if not arithmetic.changes_float32 or not _same(x, weight) or x.dtype != torch.float32:
-        return NotImplemented
+    _need(arithmetic.changes_float32 and x.dtype == torch.float32, x, weight)
     return aten.convolution.default(arithmetic.input(x), arithmetic.input(weight), *rest)
 
 
 def _convolution_backward(
     arithmetic: Arithmetic, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> Any:
-    if not arithmetic.changes_float32 or not _same(grad, x, weight) or x.dtype != torch.float32:
-        return NotImplemented
+    _need(arithmetic.changes_float32 and x.dtype == torch.float32, grad, x, weight)
     rounded = (arithmetic.input(tensor) for tensor in (grad, x, weight))
     return aten.convolution_backward.default(*rounded, *rest)
 
@@ -195,8 +199,7 @@ def _reduced(
     dtype: torch.dtype | None,
     mean: bool,
 ) -> Any:
-    if not arithmetic.numerics.sums or not _same(x) or (dtype or x.dtype) not in _EMULATED or not x.ndim:
-        return NotImplemented
+    _need(arithmetic.numerics.sums and x.ndim and (dtype or x.dtype) in _EMULATED, x)
     dims = _dims(x, dim)
     total = arithmetic.sum(x, dims)
     if mean:
@@ -211,10 +214,7 @@ def _reduced(
 
 
 def _count(x: torch.Tensor, dims: Sequence[int]) -> int:
-    count = 1
-    for dim in dims:
-        count *= x.shape[dim]
-    return count
+    return math.prod(x.shape[dim] for dim in dims)
 
 
 def _sum(
@@ -241,15 +241,13 @@ def _variance(arithmetic: Arithmetic, x: torch.Tensor, dims: list[int], correcti
 def _var(
     arithmetic: Arithmetic, x: torch.Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False
 ) -> Any:
-    found = _var_mean(arithmetic, x, dim, correction=correction, keepdim=keepdim)
-    return found if found is NotImplemented else found[0]
+    return _var_mean(arithmetic, x, dim, correction=correction, keepdim=keepdim)[0]
 
 
 def _var_mean(
     arithmetic: Arithmetic, x: torch.Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False
 ) -> Any:
-    if not arithmetic.numerics.sums or not _same(x) or not x.ndim:
-        return NotImplemented
+    _need(arithmetic.numerics.sums and x.ndim, x)
     dims = _dims(x, dim)
     shape = [1 if d in dims else s for d, s in enumerate(x.shape) if keepdim or d not in dims]
     return tuple(
@@ -266,26 +264,22 @@ def _vector_norm(
     *,
     dtype: Any = None,
 ) -> Any:
-    if order != 2 or not x.ndim:
-        return NotImplemented
-    squares = x.to(dtype or x.dtype).square() if _same(x) else x
-    total = _reduced(arithmetic, squares, dim, keepdim, dtype, mean=False)
-    return total if total is NotImplemented else total.sqrt()
+    _need(arithmetic.numerics.sums and order == 2 and x.ndim, x)
+    squares = x.to(dtype or x.dtype).square()
+    return _reduced(arithmetic, squares, dim, keepdim, dtype, mean=False).sqrt()
 
 
 def _foreach_norm(
     arithmetic: Arithmetic, tensors: Sequence[torch.Tensor], order: Any = 2, dtype: Any = None
 ) -> Any:
-    norms = [_vector_norm(arithmetic, x.reshape(-1), order, dtype=dtype) for x in tensors]
-    return NotImplemented if any(norm is NotImplemented for norm in norms) else norms
+    return [_vector_norm(arithmetic, x.reshape(-1), order, dtype=dtype) for x in tensors]
 
 
 # ---------------------------------------------------------------- softmax
 
 
 def _softmax(arithmetic: Arithmetic, x: torch.Tensor, dim: int, half_to_float: Any = False) -> Any:
-    if not arithmetic.numerics.sums or not _same(x) or not x.ndim:
-        return NotImplemented
+    _need(arithmetic.numerics.sums and x.ndim, x)
     wide = x.to(torch.float32)
     powers = (wide - wide.amax(dim, keepdim=True)).exp_()
     return (powers / arithmetic.sum(powers, [dim % x.ndim])).to(x.dtype)
@@ -293,24 +287,20 @@ def _softmax(arithmetic: Arithmetic, x: torch.Tensor, dim: int, half_to_float: A
 
 def _safe_softmax(arithmetic: Arithmetic, x: torch.Tensor, dim: int, dtype: Any = None) -> Any:
     result = _softmax(arithmetic, x if dtype is None else x.to(dtype), dim)
-    if result is NotImplemented:
-        return result
     return result.masked_fill((x == float("-inf")).all(dim, keepdim=True), 0.0)
 
 
 def _softmax_backward(
     arithmetic: Arithmetic, grad: torch.Tensor, y: torch.Tensor, dim: int, dtype: torch.dtype
 ) -> Any:
-    if not arithmetic.numerics.sums or not _same(grad, y) or not y.ndim:
-        return NotImplemented
+    _need(arithmetic.numerics.sums and y.ndim, grad, y)
     product = grad.to(torch.float32) * y.to(torch.float32)
     total = arithmetic.sum(product, [dim % y.ndim])
     return (product - y.to(torch.float32) * total).to(dtype)
 
 
 def _log_softmax(arithmetic: Arithmetic, x: torch.Tensor, dim: int, half_to_float: Any = False) -> Any:
-    if not arithmetic.numerics.sums or not _same(x) or not x.ndim:
-        return NotImplemented
+    _need(arithmetic.numerics.sums and x.ndim, x)
     wide = x.to(torch.float32)
     shifted = wide - wide.amax(dim, keepdim=True)
     return (shifted - arithmetic.sum(shifted.exp(), [dim % x.ndim]).log()).to(x.dtype)
@@ -319,8 +309,7 @@ def _log_softmax(arithmetic: Arithmetic, x: torch.Tensor, dim: int, half_to_floa
 def _log_softmax_backward(
     arithmetic: Arithmetic, grad: torch.Tensor, y: torch.Tensor, dim: int, dtype: torch.dtype
 ) -> Any:
-    if not arithmetic.numerics.sums or not _same(grad, y) or not y.ndim:
-        return NotImplemented
+    _need(arithmetic.numerics.sums and y.ndim, grad, y)
     wide = grad.to(torch.float32)
     return (wide - y.to(torch.float32).exp() * arithmetic.sum(wide, [dim % y.ndim])).to(dtype)
 
@@ -333,8 +322,7 @@ def _nll_loss(
     reduction: int,
     ignore: int,
 ) -> Any:
-    if not arithmetic.numerics.sums or not _same(x) or weight is not None or reduction == 0 or x.ndim != 2:
-        return NotImplemented
+    _need(arithmetic.numerics.sums and weight is None and reduction != 0 and x.ndim == 2, x)
     kept = target != ignore
     picked = -x.gather(1, target.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
     count = kept.sum().to(x.dtype)
@@ -343,8 +331,7 @@ def _nll_loss(
 
 
 def _mse_loss(arithmetic: Arithmetic, x: torch.Tensor, target: torch.Tensor, reduction: int = 1) -> Any:
-    if reduction == 0 or not _same(x, target):
-        return NotImplemented
+    _need(reduction != 0, x, target)
     squares = (x - target).square()
     return _reduced(arithmetic, squares, None, False, None, mean=reduction == 1)
 
@@ -360,8 +347,7 @@ def _layer_norm(
     bias: torch.Tensor | None,
     eps: float,
 ) -> Any:
-    if not arithmetic.numerics.sums or not _same(x, weight, bias):
-        return NotImplemented
+    _need(arithmetic.numerics.sums, x, weight, bias)
     dims = list(range(x.ndim - len(shape), x.ndim))
     variance, mean = _variance(arithmetic, x, dims, 0)
     rstd = (variance + eps).rsqrt()
@@ -386,8 +372,7 @@ def _layer_norm_backward(
     bias: torch.Tensor | None,
     mask: Sequence[bool],
 ) -> Any:
-    if not arithmetic.numerics.sums or not _same(grad, x, mean, rstd, weight, bias):
-        return NotImplemented
+    _need(arithmetic.numerics.sums, grad, x, mean, rstd, weight, bias)
     inner = list(range(x.ndim - len(shape), x.ndim))
     outer = list(range(x.ndim - len(shape)))
     wide = grad.to(torch.float32)
@@ -437,23 +422,10 @@ OPERATORS: dict[Any, Operator] = {
 """By operator. sum.default and mean.default take their dtype by name, so one function serves two overloads."""
 
 FUSED = frozenset(
-    name
-    for name in (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention_for_cpu_backward",
-        "mkldnn_rnn_layer",
-        "mkldnn_rnn_layer_backward",
-        "_addmm_activation",
-        "addbmm",
-        "_transformer_encoder_layer_fwd",
-        "_native_multi_head_attention",
-        "_cdist_forward",
-        "_euclidean_dist",
-        "mkldnn_linear",
-        "mkldnn_convolution",
-        "_int_mm",
-        "_grouped_mm",
-        "_scaled_mm",
-    )
+    """
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward mkldnn_rnn_layer
+    mkldnn_rnn_layer_backward _addmm_activation addbmm _transformer_encoder_layer_fwd _native_multi_head_attention
+    _cdist_forward _euclidean_dist mkldnn_linear mkldnn_convolution _int_mm _grouped_mm _scaled_mm
+    """.split()  # noqa: SIM905
 )
 """Operators with products inside that are not emulated: refused rather than computed as on the host."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -48,9 +50,13 @@ class _Balanced(HTMLParser):
         self.open: list[str] = []
         self.fetched: list[str] = []
         self.seen: set[str] = set()
+        self.data: dict[str, Any] = {}
+        """What scripts read, by the id of its element."""
+        self._reads: str | None = None
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
+        self._reads = dict(attrs).get("id") if ("type", "application/json") in attrs else None
         self.fetched += [str(value) for name, value in attrs if name in ("src", "href", "data", "srcset")]
         if tag not in ("meta",):
             self.open.append(tag)
@@ -59,7 +65,12 @@ class _Balanced(HTMLParser):
         self.handle_starttag(tag, attrs)
         self.open.pop()
 
+    def handle_data(self, data: str) -> None:
+        if self._reads is not None:
+            self.data[self._reads] = json.loads(data, parse_constant=pytest.fail)
+
     def handle_endtag(self, tag: str) -> None:
+        self._reads = None
         assert self.open.pop() == tag
 
 
@@ -82,7 +93,11 @@ def test_every_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "url(" not in page
     assert "@import" not in page
     assert {"svg", "path", "rect"} <= parser.seen
-    assert "script" not in parser.seen
+    assert parser.data["curves"][0]["place"] == "loss"
+    first, *_ = parser.data["curves"][0]["charts"]
+    assert [line["label"] for line in first["lines"]] == ["reference", "candidate"]
+    assert first["lines"][0]["values"] == read_curve(one).loss.tolist()
+    assert "noscript" in parser.seen
     assert "lr&gt;" in page or "&lt;lr" not in page
     assert page.count("<h2>Phase ") == 4
     suite = ElementTree.parse(files["junit"]).getroot()

@@ -27,6 +27,7 @@ from torch import nn
 import xtrain
 from tests import training
 from xtrain import comm
+from xtrain.accelerator import Accelerator
 from xtrain.backends import (
     Backend,
     CollectivesFacet,
@@ -80,6 +81,7 @@ def facets_answer_with_the_right_types(backend: Backend) -> None:
     assert all(isinstance(name, str) for name in runtime.visible_devices_variables)
     assert isinstance(runtime.device(0), torch.device)
     assert runtime.device(0).type == runtime.device_type
+    assert runtime.host_memory == (runtime.device_type == "cpu")
     assert isinstance(backend.collectives.process_group_backend, str)
     assert torch.float32 in precision.native_dtypes
     assert all(isinstance(dtype, torch.dtype) for dtype in precision.native_dtypes)
@@ -172,16 +174,16 @@ def pinned_memory_holds_the_same_values(backend: Backend) -> None:
 
 @check
 def streams_wait_for_each_other(backend: Backend) -> None:
-    runtime, device = backend.runtime, device_of(backend)
-    side, done = runtime.new_stream(), runtime.new_event()
+    chip, device = Accelerator(backend), device_of(backend)
+    side, done = chip.Stream(), chip.Event()
     x = torch.ones(512, 512, device=device)
-    side.wait_stream(runtime.current_stream())
-    with runtime.on_stream(side):
+    side.wait_stream(chip.current_stream())
+    with chip.stream(side):
         y = x @ x
         done.record(side)
-    done.wait(runtime.current_stream())
+    done.wait(chip.current_stream())
     assert (y + 1).sum().item() == 512 * 512 * 513
-    runtime.synchronize()
+    backend.runtime.synchronize()
 
 
 # ---------------------------------------------------------------- numbers

@@ -16,7 +16,7 @@ PROMISED = [
     f"{DEVICE_MODULE}.{name}"
     for name in ("Stream.wait_stream", "Event.record", "Event.wait", "Event.synchronize")
 ]
-"""Of the objects that new_stream and new_event hand out."""
+"""Of the objects that a device module's Stream and Event make."""
 SHARED = [
     ROOT / "backends" / "base.py",
     ROOT / "backends" / "device.py",
@@ -65,6 +65,10 @@ class _Collect(ast.NodeVisitor):
         call = None if starred else (len(node.args), tuple(k.arg for k in node.keywords if k.arg))
         if isinstance(node.func, ast.Attribute):
             self._add(node.func, call)
+        elif isinstance(node.func, ast.Name) and node.func.id == "_asks":
+            # A method that asks the module for a device, by name.
+            name = ast.literal_eval(node.args[0])
+            self.uses.append(Use(f"{DEVICE_MODULE}.{name}", f"{self.path.name}:{node.lineno}", (1, ())))
         else:
             self.visit(node.func)
         for part in (*node.args, *node.keywords):

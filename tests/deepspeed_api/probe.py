@@ -80,13 +80,15 @@ def _body(function: Any) -> list[ast.stmt]:
 
 
 def _refused_arguments(function: Any, names: list[str]) -> list[str]:
-    """Arguments for which the function raises NotImplementedYetError, found in its own `if`s."""
+    """Arguments for which the function raises NotImplementedYetError, in `if`s or by `refuse_options`."""
+    nodes = [node for statement in _body(function) for node in ast.walk(statement)]
     tests = [
         ast.unparse(node.test)
-        for statement in _body(function)
-        for node in ast.walk(statement)
+        for node in nodes
         if isinstance(node, ast.If) and any(_raises_not_yet(inner) for inner in node.body)
     ]
+    calls = (node for node in nodes if isinstance(node, ast.Call))
+    tests += [ast.unparse(call) for call in calls if ast.unparse(call.func) == "refuse_options"]
     return [name for name in names if any(re.search(rf"\b{name}\b", test) for test in tests)]
 
 

@@ -18,6 +18,7 @@ from xtrain.checkpoint.export import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,
 )
+from xtrain.engine.build import place_module
 from xtrain.zero.buffers import SPARSE
 
 LAYOUTS = {
@@ -147,7 +148,7 @@ def _in_bf16() -> list[Any]:
         model.adjacency = model.again.same = LAYOUTS[layout](_graph(0).double())
         config = {**training.config(1, micro=8, bf16=True), "bf16": {"enabled": True}}
         engine = xtrain.initialize(model=model, config=config)[0]
-        xtrain.setup.place_module(model, engine.device, torch.bfloat16, engine.backend, torch.bfloat16)
+        place_module(model, engine.device, torch.bfloat16, engine.backend, torch.bfloat16)
         found.append((model.adjacency.dtype, model.adjacency.to_dense().float()))
     return found
 

@@ -120,7 +120,7 @@ class RandomStates:
     def __init__(self) -> None:
         facet = runtime()
         self._host = torch.get_rng_state()
-        self._device = None if facet.device_type == "cpu" else facet.get_rng_state()
+        self._device = None if facet.host_memory else facet.get_rng_state()
         self._named = tracker.get_states()
 
     def restore(self) -> None:

@@ -1,23 +1,30 @@
-"""The report as one HTML file with everything in it: no script, no picture and no font from elsewhere."""
+"""The report as one HTML file with everything in it: no script, no picture and no font from elsewhere.
+
+Curves are drawn by uPlot (vendor/, MIT licence) with curves.js; without scripts there is a picture instead.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from xtrain.align.alignment import Alignment
 from xtrain.align.compare import Comparison
 from xtrain.align.modules import ModuleComparison
-from xtrain.align.plot import COLOURS
+from xtrain.align.plot import COLOURS, GREY, curves_svg, name_of
 from xtrain.align.record import Floats
 from xtrain.align.text import headline, module_lines
 
-_WIDTH, _LEFT = 900, 70
-_MOST_POINTS = 1200
+_WIDTH = 900
+_MOST_POINTS = 2000
 _MOST_SNAPSHOTS = 150
 _MOST_MODULES = 200
 
@@ -27,124 +34,80 @@ h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin-top: 2em }
 table { border-collapse: collapse } td, th { border: 1px solid #ccc; padding: .2em .6em; text-align: left }
 td { overflow-wrap: anywhere } .verdict { padding: .6em 1em; border-left: 6px solid } .yes { border-color: #009E73 }
 .no { border-color: #D55E00 } svg { width: 100%; height: auto } text { font: 11px system-ui, sans-serif; fill: #444 }
+.u-legend td, .u-legend th { border: none } .u-title { font-size: 1em } .uplot { margin-bottom: 1em }
 """
 
 
-def _thin(rows: int) -> npt.NDArray[np.int64]:
-    """Rows to draw: all, or so many that a screen can show."""
-    return np.unique(np.linspace(0, rows - 1, min(rows, _MOST_POINTS)).astype(np.int64))
+def _file(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
-class _Axes:
-    """A coordinate system in SVG: data on the left, pixels on the right."""
-
-    def __init__(
-        self, step: Floats, values: list[Floats], height: int, title: str, log: bool = False
-    ) -> None:
-        self.height, self.title, self.log = height, title, log
-        shown = np.concatenate([self._scaled(np.asarray(value, np.float64)) for value in values])
-        shown = shown[np.isfinite(shown)]
-        self.low, self.high = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 1.0)
-        if self.high - self.low < 1e-12 * max(abs(self.high), 1e-300):
-            pad = abs(self.high) * 0.01 or 1.0
-            self.low, self.high = self.low - pad, self.high + pad
-        self.first, self.last = float(step[0]), float(max(step[-1], step[0] + 1))
-        self.parts: list[str] = []
-
-    def _scaled(self, values: Floats) -> Floats:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.asarray(np.log10(values) if self.log else values)
-
-    def x(self, step: Floats) -> Floats:
-        return np.asarray(_LEFT + (step - self.first) / (self.last - self.first) * (_WIDTH - _LEFT - 10))
-
-    def y(self, values: Floats) -> Floats:
-        part = (self._scaled(values) - self.low) / (self.high - self.low)
-        return np.asarray(10 + (1 - part) * (self.height - 40))
-
-    def line(self, step: Floats, values: Floats, colour: str, dashes: str = "") -> None:
-        """A polyline, interrupted where values are not finite."""
-        with np.errstate(invalid="ignore"):
-            heights = self.y(np.asarray(values, np.float64))
-        path, drawing = [], False
-        for x, y in zip(self.x(step), heights, strict=True):
-            if np.isfinite(y):
-                path.append(f"{'L' if drawing else 'M'}{x:.1f} {y:.1f}")
-            drawing = bool(np.isfinite(y))
-        dash = f' stroke-dasharray="{dashes}"' if dashes else ""
-        self.parts.append(
-            f'<path d="{"".join(path)}" fill="none" stroke="{colour}" stroke-width="1.4"{dash}/>'
-        )
-
-    def band(self, step: Floats, low: Floats, high: Floats, colour: str) -> None:
-        """A filled area, where both borders are finite."""
-        good = np.isfinite(low) & np.isfinite(high)
-        if not good.any():
-            return
-        x = self.x(step[good])
-        upper = [f"{a:.1f},{b:.1f}" for a, b in zip(x, self.y(high[good]), strict=True)]
-        lower = [f"{a:.1f},{b:.1f}" for a, b in zip(x, self.y(low[good]), strict=True)]
-        points = " ".join(upper + lower[::-1])
-        self.parts.append(f'<polygon points="{points}" fill="{colour}" fill-opacity="0.2"/>')
-
-    def mark(self, step: float, colour: str) -> None:
-        """A vertical line."""
-        x = float(self.x(np.array([step]))[0])
-        self.parts.append(
-            f'<path d="M{x:.1f} 10V{self.height - 30}" stroke="{colour}" stroke-width="1" stroke-dasharray="2 3"/>'
-        )
-
-    def svg(self) -> str:
-        """The drawing with its frame and labels."""
-        out = [f'<svg viewBox="0 0 {_WIDTH} {self.height}" role="img" aria-label="{escape(self.title)}">']
-        for part in (0.0, 0.5, 1.0):
-            value = self.low + part * (self.high - self.low)
-            y = 10 + (1 - part) * (self.height - 40)
-            label = f"{10**value:.1e}" if self.log else f"{value:.5g}"
-            out.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - 10}" stroke="#ddd"/>')
-            out.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-        for step, anchor, x in ((self.first, "start", _LEFT), (self.last, "end", _WIDTH - 10)):
-            out.append(f'<text x="{x}" y="{self.height - 12}" text-anchor="{anchor}">step {step:g}</text>')
-        middle = (_LEFT + _WIDTH) / 2
-        out.append(
-            f'<text x="{middle}" y="{self.height - 12}" text-anchor="middle">{escape(self.title)}</text>'
-        )
-        return "".join([*out, *self.parts, "</svg>"])
-
-
-def _curves(curve: Comparison) -> str:
-    rows = _thin(len(curve.step))
+def _shown(curve: Comparison) -> Comparison:
+    """What a screen can show: not too many steps, but the first one outside; only what has a logarithm."""
+    rows = np.linspace(0, len(curve.step) - 1, min(len(curve.step), _MOST_POINTS)).astype(np.int64)
     if curve.first_outside is not None:
         rows = np.union1d(rows, np.searchsorted(curve.step, [curve.first_outside]))
-    step = curve.step[rows].astype(np.float64)
-    reference, candidate = curve.reference[rows], curve.candidate[rows]
-    limit = np.where(np.isfinite(curve.limit[rows]), curve.limit[rows], np.nan)
-    name = curve.column.replace("_", " ").replace("grad", "gradient")
-    loss = _Axes(step, [reference, candidate], 320, f"{name}: reference solid, candidate dashed")
-    if curve.policy.kind in ("relative", "envelope"):
-        # Cut to what is shown: a wide envelope is not to flatten the curves.
-        span = loss.high - loss.low
-        lower, upper = (np.clip(edge[rows], loss.low - span, loss.high + span) for edge in curve.allowed())
-        loss.band(step, lower, upper, COLOURS[0])
-    loss.line(step, reference, COLOURS[0])
-    loss.line(step, candidate, COLOURS[1], "5 3")
+    columns = ("step", "reference", "candidate", "centre")
+    shown: dict[str, Any] = {name: getattr(curve, name)[rows] for name in columns}
+    for name, values in (("difference", curve.difference), ("limit", curve.limit)):
+        shown[name] = np.where(values > 0, values, np.nan)[rows]
+    return replace(curve, **shown)
+
+
+def _line(label: str, values: Floats, colour: str, *dash: int) -> dict[str, Any]:
+    """A line of a chart; interrupted where values are not finite."""
+    numbers = [float(value) if math.isfinite(value) else None for value in values]
+    return {"label": label, "colour": colour, "dash": dash, "values": numbers}
+
+
+def _charts(curve: Comparison, place: str) -> dict[str, Any]:
+    """What curves.js draws for one column of the records: curves, their ratio, their difference."""
+    blue, red, *_ = COLOURS
     with np.errstate(divide="ignore", invalid="ignore"):
-        quotient = candidate / reference
-    ratio = _Axes(step, [quotient, np.ones(1)], 160, "candidate / reference")
-    ratio.line(step, np.ones(len(step)), COLOURS[0])
-    ratio.line(step, quotient, "#555")
-    difference = np.where(curve.difference[rows] > 0, curve.difference[rows], np.nan)
-    positive = np.where(limit > 0, limit, np.nan)
-    apart = _Axes(
-        step, [difference, positive], 180, "relative difference, and what is allowed (blue)", log=True
+        ratio = curve.candidate / curve.reference
+    low, high = curve.allowed()
+    allowed = [_line("allowed from", low, blue), _line("allowed up to", high, blue)]
+    drawn = [
+        _line("reference", curve.reference, blue),
+        _line("candidate", curve.candidate, red, 6, 4),
+    ]
+    ratios = [_line("one", np.ones(len(ratio)), blue), _line("ratio", ratio, GREY)]
+    apart = [_line("allowed", curve.limit, blue), _line("relative difference", curve.difference, GREY)]
+    has_band = curve.policy.kind in ("relative", "envelope")
+    logarithmic = bool(np.isfinite([curve.limit, curve.difference]).any())
+    charts = [
+        (name_of(curve), 320, False, allowed if has_band else [], drawn),
+        ("candidate / reference", 200, False, [], ratios),
+        ("relative difference, and what is allowed", 220, logarithmic, [], apart),
+    ]
+    names = ("title", "height", "log", "band", "lines")
+    return {
+        "place": place,
+        "step": curve.step.tolist(),
+        "outside": curve.first_outside,
+        "charts": [dict(zip(names, chart, strict=True)) for chart in charts],
+    }
+
+
+def _curves(alignment: Alignment) -> str:
+    """Places for the curves, pictures for readers without scripts, and the script with its data."""
+    judged = (("Curves", alignment.curve), ("Gradient norms", alignment.norm))
+    found = [(heading, _shown(curve)) for heading, curve in judged if curve is not None]
+    if not found:
+        return ""
+    data = json.dumps([_charts(curve, curve.column) for _, curve in found], allow_nan=False)
+    data = data.replace("<", "\\u003c")  # "</script>" would end the script
+    return "".join(
+        [
+            *(
+                f"<h2>{heading}</h2><div id='{curve.column}'></div><noscript>{curves_svg(curve)}</noscript>"
+                for heading, curve in found
+            ),
+            f"<script type='application/json' id='curves'>{data}</script>",
+            f"<script>/* uPlot:\n{_file('vendor/uPlot.LICENSE')}*/\n{_file('vendor/uPlot.iife.min.js')}</script>",
+            f"<script>{_file('curves.js')}</script>",
+        ]
     )
-    apart.line(step, positive, COLOURS[0])
-    apart.line(step, difference, "#555")
-    charts = [loss, ratio, apart]
-    if curve.first_outside is not None:
-        for chart in charts:
-            chart.mark(curve.first_outside, COLOURS[1])
-    return "".join(chart.svg() for chart in charts)
 
 
 def _colour(heat: float) -> str:
@@ -210,7 +173,8 @@ def html(alignment: Alignment) -> str:
     """The report as a page."""
     title = f"Loss curves: {headline(alignment)}"
     parts = [
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>",
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title><style>{_STYLE}",
+        f"{_file('vendor/uPlot.min.css')}</style>",
         f"</head><body><h1>{title}</h1>",
         f"<p class='verdict {'no' if alignment.exit_code else 'yes'}'>{escape(alignment.sentence())}.</p>",
         f"<p>Policy {escape(str(alignment.policy))}.",
@@ -231,10 +195,7 @@ def html(alignment: Alignment) -> str:
         parts.append("<h2>Differences of configuration and environment</h2>")
         rows = [(d.key, d.reference, d.candidate) for d in alignment.differences]
         parts.append(_table(("setting", "reference", "candidate"), rows))
-    if alignment.curve is not None:
-        parts += ["<h2>Curves</h2>", _curves(alignment.curve)]
-    if alignment.norm is not None:
-        parts += ["<h2>Gradient norms</h2>", _curves(alignment.norm)]
+    parts.append(_curves(alignment))
     if alignment.modules is not None:
         parts.append(
             "<p>Blue: within what is allowed; red: beyond it; white: far within; grey: not measured.</p>"

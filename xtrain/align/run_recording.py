@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.align.recorder import Recorder
-from xtrain.backends import Backend
+from xtrain.backends import Backend, EmulatingBackend
 from xtrain.base.errors import ConfigError, RunInterrupted
 from xtrain.base.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE, STOP, STOPPED
 from xtrain.config import XtrainConfig
@@ -30,6 +30,12 @@ def _save_all(run_dir: Path) -> None:
         if engine is not None:
             folder = run_dir / CHECKPOINTS
             engine.save_checkpoint(str(folder / f"engine{number}" if number else folder))
+
+
+def _modelled(backend: Backend) -> dict[str, Any]:
+    """What the emulated chip would have taken since the last step, for a line of the record."""
+    times = backend.take_times() if isinstance(backend, EmulatingBackend) else None
+    return {} if times is None else {"modelled": times}
 
 
 def attach(
@@ -54,15 +60,16 @@ def attach(
         if section.record is not None:
             raise ConfigError('"xtrain": {"record": {...}} has no path: add one, or start with xtrain launch')
         return
+    emulated = {"emulated": backend.describe()} if isinstance(backend, EmulatingBackend) else {}
     recorder = Recorder(
         path,
-        header={**who, "backend": backend.name, **backend.describe(), "config": config.public()},
+        header={**who, "backend": backend.name, **emulated, "config": config.public()},
         tokens_per_sample=section.tokens_per_sample,
         flag=(run_dir / STOP).exists if run_dir else None,
         counts=counts,
         modules_every=record.modules_every,
         modules=record.modules,
-        more=lambda: {} if (times := backend.take_times()) is None else {"modelled": times},
+        more=lambda: _modelled(backend),
     )
 
     def stop_if_asked(engine: Any) -> None:

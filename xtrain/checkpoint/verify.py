@@ -425,7 +425,7 @@ def _read_rng(train_state: TrainState, directory: Path, manifest: dict[str, Any]
     if states.get("device_type", "cpu") == train_state.device.type:
         here["device"] = train_state.backend.runtime.get_rng_state()
     for key, mine in here.items():
-        of_host = key == "torch" or train_state.device.type == "cpu"
+        of_host = key == "torch" or train_state.backend.runtime.host_memory
         if not _is_rng_state(states.get(key), mine, of_host):
             raise CheckpointError(
                 f"checkpoint file {directory / name} is damaged: {key!r} is no random-number state"

@@ -7,7 +7,8 @@ import logging
 import weakref
 from typing import Any
 
-from xtrain.backends import Backend, registry
+from xtrain.backends import Backend, EmulatingBackend, registry
+from xtrain.base.errors import ConfigError
 from xtrain.base.log import log_dist
 from xtrain.config.load import XtrainConfig
 
@@ -26,16 +27,22 @@ def choose_backend(config: XtrainConfig | None) -> Backend:
     settings = None
     if section is not None and section.fake is not None:
         settings = section.fake.model_dump(exclude_none=True)
-    if not backend.emulates:
-        _end_emulation(backend)
-    backend.configure(settings)
+    if isinstance(backend, EmulatingBackend):
+        backend.configure(settings)
+        return backend
+    _end_emulation(backend)
+    if settings is not None:
+        raise ConfigError(
+            f"config key 'xtrain.fake' is for backend 'fake', and the backend is {backend.name!r}: set "
+            "'xtrain.backend' to \"fake\", or remove the key"
+        )
     return backend
 
 
 def _end_emulation(backend: Backend) -> None:
     """Let the host compute for an engine on another backend, unless one that emulates is still in use."""
     for other in registry.used():
-        if not other.emulates:
+        if not isinstance(other, EmulatingBackend):
             continue
         if emulated:
             gc.collect()  # an engine is in cycles of references

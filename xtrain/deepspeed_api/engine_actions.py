@@ -86,7 +86,7 @@ class EngineActions(Engine):
             collate_fn=collate_fn,
             workers=num_local_io_workers or 0,
             sampler=data_sampler,
-            pin_memory=pin_memory and self.device.type != "cpu",
+            pin_memory=pin_memory and not self.backend.runtime.host_memory,
         )
 
     # ---------------------------------------------------------------- gradients and memory

@@ -19,13 +19,30 @@ import torch
 from xtrain import comm
 from xtrain.backends import Backend, registry
 from xtrain.base.errors import ConfigError, NotImplementedYetError, unknown_name
-from xtrain.deepspeed_engine.facade_memory import MemoryStatistics
+from xtrain.deepspeed_engine.facade_memory import MemoryMethods
 
 _NO_KERNELS = "xtrain compiles no kernels: take the optimizers from xtrain.ops"
 _NO_GRAPHS = "use torch.compile, or the device's own graphs in torch"
 
 
-class Accelerator(MemoryStatistics):
+def _computes(dtype: torch.dtype) -> Any:
+    def answer(self: Accelerator) -> bool:
+        return dtype in self.backend.precision.native_dtypes
+
+    answer.__doc__ = f"Whether {str(dtype).removeprefix('torch.')} computes natively."
+    return answer
+
+
+def _tensor_class(name: str, dtype: torch.dtype) -> Any:
+    def maker(self: Accelerator) -> Any:
+        return (
+            getattr(torch, name) if self._is_host else partial(torch.tensor, dtype=dtype, device=self._name)
+        )
+
+    return property(maker, doc=f"Makes {str(dtype).removeprefix('torch.')} tensors on the device.")
+
+
+class Accelerator(MemoryMethods):
     """The methods of DeepSpeed's `get_accelerator()`; `device_index` None is the current device.
 
     Source: https://github.com/deepspeedai/DeepSpeed, accelerator/abstract_accelerator.py (0.19.8).
@@ -37,18 +54,9 @@ class Accelerator(MemoryStatistics):
     supports_nvtx_domain = False
 
     def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self._name = backend.runtime.device_type
+        super().__init__(backend)
         self._ranges: list[torch.profiler.record_function] = []
         self._compile_backend = "inductor"
-
-    @property
-    def _module(self) -> ModuleType:
-        return torch.get_device_module(self._name)
-
-    @property
-    def _is_host(self) -> bool:
-        return self._name == "cpu"
 
     # ---------------------------------------------------------------- which device
 
@@ -115,17 +123,8 @@ class Accelerator(MemoryStatistics):
         """Whether an operation is done when its call returns."""
         return self._is_host
 
-    def use_host_timers(self) -> bool:
-        """Whether the host's clock measures the device's work."""
-        return self._is_host
-
-    def resolves_data_dependency(self) -> bool:
-        """Whether work on different streams needs no events between."""
-        return self._is_host
-
-    def handles_memory_backpressure(self) -> bool:
-        """Whether allocations wait for earlier work."""
-        return self._is_host
+    # Then the host's clock measures the work, streams need no events between, and allocations wait for nothing.
+    use_host_timers = resolves_data_dependency = handles_memory_backpressure = is_synchronized_device
 
     def synchronize(self, device_index: int | None = None) -> None:
         """Wait for the device's work."""
@@ -215,57 +214,17 @@ class Accelerator(MemoryStatistics):
         native = self.backend.precision.native_dtypes
         return sorted(native, key=lambda dtype: (-dtype.itemsize, str(dtype)))
 
-    def is_bf16_supported(self) -> bool:
-        """Whether bfloat16 computes natively."""
-        return torch.bfloat16 in self.backend.precision.native_dtypes
+    is_bf16_supported = _computes(torch.bfloat16)
+    is_fp16_supported = _computes(torch.float16)
+    is_fp64_supported = _computes(torch.float64)
 
-    def is_fp16_supported(self) -> bool:
-        """Whether float16 computes natively."""
-        return torch.float16 in self.backend.precision.native_dtypes
-
-    def is_fp64_supported(self) -> bool:
-        """Whether float64 computes natively."""
-        return torch.float64 in self.backend.precision.native_dtypes
-
-    def _tensor_class(self, name: str, dtype: torch.dtype) -> Any:
-        return (
-            getattr(torch, name) if self._is_host else partial(torch.tensor, dtype=dtype, device=self._name)
-        )
-
-    @property
-    def BFloat16Tensor(self) -> Any:
-        """Makes bfloat16 tensors on the device."""
-        return self._tensor_class("BFloat16Tensor", torch.bfloat16)
-
-    @property
-    def ByteTensor(self) -> Any:
-        """Makes uint8 tensors on the device."""
-        return self._tensor_class("ByteTensor", torch.uint8)
-
-    @property
-    def DoubleTensor(self) -> Any:
-        """Makes float64 tensors on the device."""
-        return self._tensor_class("DoubleTensor", torch.float64)
-
-    @property
-    def FloatTensor(self) -> Any:
-        """Makes float32 tensors on the device."""
-        return self._tensor_class("FloatTensor", torch.float32)
-
-    @property
-    def HalfTensor(self) -> Any:
-        """Makes float16 tensors on the device."""
-        return self._tensor_class("HalfTensor", torch.float16)
-
-    @property
-    def IntTensor(self) -> Any:
-        """Makes int32 tensors on the device."""
-        return self._tensor_class("IntTensor", torch.int32)
-
-    @property
-    def LongTensor(self) -> Any:
-        """Makes int64 tensors on the device."""
-        return self._tensor_class("LongTensor", torch.int64)
+    BFloat16Tensor = _tensor_class("BFloat16Tensor", torch.bfloat16)
+    ByteTensor = _tensor_class("ByteTensor", torch.uint8)
+    DoubleTensor = _tensor_class("DoubleTensor", torch.float64)
+    FloatTensor = _tensor_class("FloatTensor", torch.float32)
+    HalfTensor = _tensor_class("HalfTensor", torch.float16)
+    IntTensor = _tensor_class("IntTensor", torch.int32)
+    LongTensor = _tensor_class("LongTensor", torch.int64)
 
     # ---------------------------------------------------------------- compilers
 

@@ -6,82 +6,69 @@ is meant, as in DeepSpeed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from xtrain.backends import host
+from xtrain.backends import Backend, host
 from xtrain.base.errors import ConfigError
 
 
-class MemoryStatistics:
+def _resident() -> int:
+    return host.resident()[0]
+
+
+def _peak() -> int:
+    return host.resident()[1]
+
+
+def _asks(name: str, of_host: Callable[[], Any], doc: str) -> Any:
+    """A method: `name` of torch's module for the device, or what `of_host` returns on a host."""
+
+    def method(self: Any, device_index: int | None = None) -> Any:
+        return of_host() if self._is_host else getattr(self._module, name)(device_index)
+
+    method.__name__, method.__doc__ = name, doc
+    return method
+
+
+class MemoryMethods:
     """Bytes used and available, and host buffers that a device can copy from without staging."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self._name = backend.runtime.device_type
 
     @property
     def _module(self) -> ModuleType:
-        raise NotImplementedError
+        return torch.get_device_module(self._name)
 
     @property
     def _is_host(self) -> bool:
-        raise NotImplementedError
+        return self.backend.runtime.host_memory
 
     def empty_cache(self) -> None:
         """Give cached device memory back; a host caches none."""
         if not self._is_host:
             self._module.empty_cache()
 
-    def memory_allocated(self, device_index: int | None = None) -> int:
-        """Bytes in tensors now; on a host, resident memory of the process."""
-        return host.resident()[0] if self._is_host else self._module.memory_allocated(device_index)
-
-    def max_memory_allocated(self, device_index: int | None = None) -> int:
-        """The largest `memory_allocated` since the start or the last reset."""
-        if self._is_host:
-            return host.resident()[1]
-        return self._module.max_memory_allocated(device_index)
-
-    def reset_max_memory_allocated(self, device_index: int | None = None) -> None:
-        """Start a new peak."""
-        self.reset_peak_memory_stats(device_index)
-
-    def memory_reserved(self, device_index: int | None = None) -> int:
-        """Bytes that torch holds, in tensors or cached; on a host, resident memory of the process."""
-        return host.resident()[0] if self._is_host else self._module.memory_reserved(device_index)
-
-    def max_memory_reserved(self, device_index: int | None = None) -> int:
-        """The largest `memory_reserved` since the start or the last reset."""
-        if self._is_host:
-            return host.resident()[1]
-        return self._module.max_memory_reserved(device_index)
-
-    def memory_cached(self, device_index: int | None = None) -> int:
-        """The old name of `memory_reserved`."""
-        return self.memory_reserved(device_index)
-
-    def max_memory_cached(self, device_index: int | None = None) -> int:
-        """The old name of `max_memory_reserved`."""
-        return self.max_memory_reserved(device_index)
-
-    def reset_max_memory_cached(self, device_index: int | None = None) -> None:
-        """Start a new peak."""
-        self.reset_peak_memory_stats(device_index)
-
-    def reset_peak_memory_stats(self, device_index: int | None = None) -> None:
-        """Start new peaks."""
-        if self._is_host:
-            host.reset_peak()
-        else:
-            self._module.reset_peak_memory_stats(device_index)
+    memory_allocated = _asks(
+        "memory_allocated", _resident, "Bytes in tensors now; on a host, of the process."
+    )
+    max_memory_allocated = _asks("max_memory_allocated", _peak, "The most since the start or the last reset.")
+    memory_reserved = _asks("memory_reserved", _resident, "Bytes that torch holds, in tensors or cached.")
+    max_memory_reserved = _asks("max_memory_reserved", _peak, "The most since the start or the last reset.")
+    memory_cached, max_memory_cached = memory_reserved, max_memory_reserved  # their old names
+    reset_peak_memory_stats = _asks("reset_peak_memory_stats", lambda: host.reset_peak(), "Start new peaks.")
+    reset_max_memory_allocated = reset_max_memory_cached = reset_peak_memory_stats
 
     def memory_stats(self, device_index: int | None = None) -> dict[str, Any]:
         """torch's statistics of the device; on a host, two of them: allocated bytes, current and peak."""
         if not self._is_host:
             return dict(self._module.memory_stats(device_index))
-        return {
-            "allocated_bytes.all.current": host.resident()[0],
-            "allocated_bytes.all.peak": host.resident()[1],
-        }
+        return {"allocated_bytes.all.current": _resident(), "allocated_bytes.all.peak": _peak()}
 
     def total_memory(self, device_index: int | None = None) -> int:
         """Bytes that the device has."""

@@ -65,7 +65,7 @@ def _dtypes(precision: Any) -> dict[str, str]:
 def _devices(runtime: Any) -> list[dict[str, Any]]:
     """The devices that this process sees; the memory is that of the first, which stands for all."""
     count = runtime.device_count()
-    if runtime.device_type != "cpu":
+    if not runtime.host_memory:
         runtime.set_device(0)
     memory = runtime.memory()
     return [

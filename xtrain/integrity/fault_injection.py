@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xtrain import comm
-from xtrain.backends import Backend
+from xtrain.backends import EmulatingBackend
 from xtrain.backends.fake.faults import damage_
 from xtrain.base.errors import ConfigError, PeerLostError, unknown_name
 from xtrain.base.log import log_dist
@@ -33,10 +33,10 @@ from xtrain.zero.train_state import TrainState
 def attach(state: TrainState, hooks: Hooks) -> None:
     """Let an engine on a backend that emulates have its faults and its modelled clock, and tell what is emulated."""
     backend = state.backend
-    if not backend.emulates:
+    if not isinstance(backend, EmulatingBackend):
         return
     section = state.values.xtrain.fake
-    described = backend.describe()["emulated"]
+    described = backend.describe()
     shown = ", ".join(f"{name} {entry['value']}" for name, entry in described["numerics"].items())
     log_dist(
         f"backend {backend.name!r} emulates {described['profile']!r} on the host ({shown or 'host arithmetic'}): "
@@ -55,7 +55,7 @@ def attach(state: TrainState, hooks: Hooks) -> None:
 def detach(state: TrainState) -> None:
     """The engine is gone; with the last one, the host computes again."""
     backends_in_use.emulated.discard(state)
-    if not backends_in_use.emulated:
+    if isinstance(state.backend, EmulatingBackend) and not backends_in_use.emulated:
         comm.ledger.listener = None
         state.backend.release()
 
@@ -63,7 +63,7 @@ def detach(state: TrainState) -> None:
 class Messages:
     """Hears of each collective before it starts: counts its modelled time, and loses those that are to be lost."""
 
-    def __init__(self, backend: Backend, rank: int) -> None:
+    def __init__(self, backend: EmulatingBackend, rank: int) -> None:
         self._backend = backend
         self._rank = rank
         self._lost: list[tuple[FaultConfig, Callable[[], int]]] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from xtrain.optim.chunked import check_options
 from xtrain.optim.elementwise import ElementwiseOptimizer
 
 
@@ -25,8 +26,7 @@ class Adagrad(ElementwiseOptimizer):
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10, weight_decay: float = 0.0
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"lr ({lr}), eps ({eps}) and weight_decay ({weight_decay}) must not be negative")
+        check_options(lr=lr, eps=eps, weight_decay=weight_decay)
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     @staticmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from xtrain.optim.chunked import check_options
 from xtrain.optim.elementwise import ElementwiseOptimizer
 
 
@@ -38,10 +39,7 @@ class Adam(ElementwiseOptimizer):
         bias_correction: bool = True,
         adam_w_mode: bool = True,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"lr ({lr}), eps ({eps}) and weight_decay ({weight_decay}) must not be negative")
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {tuple(betas)}")
+        check_options(betas, lr=lr, eps=eps, weight_decay=weight_decay)
         defaults = {
             "lr": lr,
             "betas": tuple(betas),

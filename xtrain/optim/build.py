@@ -13,11 +13,10 @@ from xtrain.base.log import log_dist
 from xtrain.config.arguments import check_value, construct
 from xtrain.config.schema import OptimizerConfig
 from xtrain.optim.adam import Adam
-from xtrain.optim.elementwise import ElementwiseOptimizer
+from xtrain.optim.chunked import ChunkedOptimizer
 from xtrain.optim.lamb import Lamb
 from xtrain.optim.lion import Lion
 from xtrain.optim.muon import muon_from_config, tag_parameters
-from xtrain.optim.parameterwise import ParameterwiseOptimizer
 
 _NOT_YET = {"onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd"}
 _TYPES = ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon", "SGD")
@@ -89,7 +88,7 @@ def build_optimizer(
     if kind != "muon" and not (isinstance(factory, type) and issubclass(factory, torch.optim.Optimizer)):
         raise ConfigError(f"config key 'optimizer.type': {unknown_name('optimizer', config.type, _TYPES)}")
     optimizer: torch.optim.Optimizer = construct(factory, param_groups, params, "optimizer.params")
-    if isinstance(optimizer, (ElementwiseOptimizer, ParameterwiseOptimizer)):
+    if isinstance(optimizer, ChunkedOptimizer):
         optimizer.chunk_size = chunk_size
     return optimizer
 
@@ -113,11 +112,7 @@ def check_elementwise(optimizer: torch.optim.Optimizer, stage: int, allow_untest
     Raises:
         ConfigError: the class is not known to be element-wise and the config does not allow it.
     """
-    known = (
-        isinstance(optimizer, (ElementwiseOptimizer, ParameterwiseOptimizer))
-        or type(optimizer) in _ELEMENTWISE
-    )
-    if known or stage == 0:
+    if isinstance(optimizer, ChunkedOptimizer) or type(optimizer) in _ELEMENTWISE or stage == 0:
         return
     name = type(optimizer).__name__
     if not allow_untested:

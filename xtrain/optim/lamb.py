@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from xtrain import comm
+from xtrain.optim.chunked import check_options
 from xtrain.optim.parameterwise import ParameterwiseOptimizer
 
 
@@ -45,10 +46,7 @@ class Lamb(ParameterwiseOptimizer):
         max_coeff: float = 10.0,
         min_coeff: float = 0.01,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(f"lr ({lr}), eps ({eps}) and weight_decay ({weight_decay}) must not be negative")
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {tuple(betas)}")
+        check_options(betas, lr=lr, eps=eps, weight_decay=weight_decay)
         if not 0.0 <= min_coeff <= max_coeff:
             raise ValueError(f"min_coeff ({min_coeff}) must be between 0 and max_coeff ({max_coeff})")
         defaults = {

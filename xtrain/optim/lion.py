@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from xtrain.optim.chunked import check_options
 from xtrain.optim.elementwise import ElementwiseOptimizer
 
 
@@ -29,10 +30,7 @@ class Lion(ElementwiseOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
     ) -> None:
-        if lr < 0 or weight_decay < 0:
-            raise ValueError(f"lr ({lr}) and weight_decay ({weight_decay}) must not be negative")
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {tuple(betas)}")
+        check_options(betas, lr=lr, weight_decay=weight_decay)
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @staticmethod

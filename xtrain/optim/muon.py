@@ -9,6 +9,7 @@ import torch
 
 from xtrain.base.errors import ConfigError, NotImplementedYetError, unknown_name
 from xtrain.optim.adam import Adam
+from xtrain.optim.chunked import check_options, refuse_options
 from xtrain.optim.exchange import Exchange, assign, rounds
 from xtrain.optim.newton_schulz import METHODS, muon_direction
 from xtrain.optim.parameterwise import ParameterwiseOptimizer, ParamFragments, shape_of
@@ -121,13 +122,9 @@ def _cost(shape: torch.Size) -> float:
 
 
 def _check(group: dict[str, Any]) -> None:
-    if group["lr"] < 0 or group["weight_decay"] < 0:
-        raise ConfigError(
-            f"lr ({group['lr']}) and weight_decay ({group['weight_decay']}) must not be negative"
-        )
+    betas = {} if group["use_muon"] else {"betas": group["betas"]}
+    check_options(**betas, lr=group["lr"], weight_decay=group["weight_decay"])
     if not group["use_muon"]:
-        if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-            raise ConfigError(f"betas must be two numbers in [0, 1), got {tuple(group['betas'])}")
         return
     if group["ns_method"] not in METHODS:
         raise ConfigError(unknown_name("ns_method", str(group["ns_method"]), METHODS))
@@ -185,8 +182,7 @@ def muon_from_config(
         raise NotImplementedYetError(
             "per_head_muon", "set `param.muon_num_heads` on the projections in the script"
         )
-    if not fp32_optimizer_states:
-        raise NotImplementedYetError("fp32_optimizer_states: false", "leave it out: states are float32")
+    refuse_options(fp32_optimizer_states=fp32_optimizer_states)
     shared = {"lr": lr, "weight_decay": weight_decay}
     halves: dict[bool, dict[str, Any]] = {
         True: {

@@ -8,7 +8,7 @@ tensors is a parameter. It knows nothing of buckets, stages or masters.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from xtrain.backends import registry
 from xtrain.backends.base import PrecisionFacet
+from xtrain.optim.chunked import ChunkedOptimizer
 
 
 class Fragment(NamedTuple):
@@ -71,7 +72,7 @@ def _alone(param: torch.Tensor) -> ParamFragments:
     return ParamFragments(param, param.shape, param, 0, own, (own,))
 
 
-class ParameterwiseOptimizer(torch.optim.Optimizer):
+class ParameterwiseOptimizer(ChunkedOptimizer):
     """Base of optimizers that need more of a parameter than the elements of one slice.
 
     Attributes:
@@ -79,11 +80,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
         given: the parameters, in the order of the parameter groups.
         precision: the backend's, for the dtype of long sums.
         aligned: whether bits must be the same on every kind of device.
-        chunk_size: elements to update at a time; None: all.
     """
-
-    state_names: tuple[str, ...] = ()
-    """States with one value an element, zero at the start."""
 
     rewrites_gradients = False
     """Whether `rewrite_gradients` makes the update out of the gradients before they are clipped."""
@@ -132,41 +129,15 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
             else:
                 yield group, [_alone(param) for param in group["params"] if param.grad is not None]
 
-    def count_step(self, tensor: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """The tensor's state, made at the first step, with its step count raised by one."""
-        state = self.state[tensor]
-        if not state:
-            state["step"] = 0
-            for name in names:
-                state[name] = torch.zeros_like(tensor)
-        state["step"] += 1
-        return state
-
-    def chunks(self, *parts: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Tensors of one shape, `chunk_size` elements at a time."""
-        size, total = self.chunk_size, parts[0].numel()
-        if size is None or size >= total or not all(part.is_contiguous() for part in parts):
-            yield parts
-            return
-        parts = tuple(part.view(-1) for part in parts)
-        for start in range(0, total, size):
-            yield tuple(part[start : start + size] for part in parts)
-
     def rewrite_gradients(self) -> None:
         """Make the update out of `grad` of each tensor, in place; collective over the group."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def update_all(self) -> None:
         """One update; collective over the group that parameters are divided over."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         if self.rewrites_gradients and not self.attached:
             self.rewrite_gradients()
         self.update()
-        return loss
 
     @abstractmethod
     def update(self) -> None:

@@ -104,7 +104,7 @@ def memory_of(config: OffloadConfig | None, key: str, backend: Backend) -> Memor
                 f"config key {key!r} has device 'nvme' but no 'nvme_path': name a folder on a local disk"
             )
         return DiskMemory(config.nvme_path)
-    if backend.runtime.device(0).type == "cpu":
+    if backend.runtime.host_memory:
         log_dist(
             f"config key {key!r} has no effect: the memory of backend {backend.name!r} is the host's",
             ranks=[0],

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from xtrain.backends import registry
-from xtrain.base.errors import NotImplementedYetError
 from xtrain.optim import Adagrad
+from xtrain.optim.chunked import refuse_options
 
 
 class DeepSpeedCPUAdagrad(Adagrad):
@@ -26,9 +26,6 @@ class DeepSpeedCPUAdagrad(Adagrad):
         amsgrad: bool = False,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        if amsgrad:
-            raise NotImplementedYetError("amsgrad", "use torch.optim.AdamW(amsgrad=True)")
-        if not fp32_optimizer_states:
-            raise NotImplementedYetError("fp32_optimizer_states=False", "leave it out: states are float32")
+        refuse_options(amsgrad, fp32_optimizer_states)
         super().__init__(model_params, lr, eps, weight_decay)
         self.chunk_size = registry.detect().zero.update_chunk

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from xtrain.base.errors import ConfigError, NotImplementedYetError
+from xtrain.base.errors import ConfigError
 from xtrain.optim import Lamb
+from xtrain.optim.chunked import refuse_options
 
 
 class FusedLamb(Lamb):
@@ -31,8 +32,7 @@ class FusedLamb(Lamb):
         min_coeff: float = 0.01,
         amsgrad: bool = False,
     ) -> None:
-        if amsgrad:
-            raise NotImplementedYetError("amsgrad", "use torch.optim.AdamW(amsgrad=True)")
+        refuse_options(amsgrad)
         if max_grad_norm:
             raise ConfigError(
                 "max_grad_norm is not an optimizer option: set 'gradient_clipping' in the config"

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from xtrain.backends import registry
-from xtrain.base.errors import NotImplementedYetError
 from xtrain.optim import Lion
+from xtrain.optim.chunked import refuse_options
 
 
 class FusedLion(Lion):
@@ -49,6 +49,5 @@ class DeepSpeedCPULion(FusedLion):
         weight_decay: float = 0.0,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        if not fp32_optimizer_states:
-            raise NotImplementedYetError("fp32_optimizer_states=False", "leave it out: states are float32")
+        refuse_options(fp32_optimizer_states=fp32_optimizer_states)
         super().__init__(model_params, lr, betas, weight_decay)

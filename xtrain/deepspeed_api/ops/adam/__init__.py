@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from xtrain.backends import registry
-from xtrain.base.errors import NotImplementedYetError
 from xtrain.optim import Adam
+from xtrain.optim.chunked import refuse_options
 
 
 class FusedAdam(Adam):
@@ -29,8 +29,7 @@ class FusedAdam(Adam):
         amsgrad: bool = False,
         set_grad_none: bool = True,
     ) -> None:
-        if amsgrad:
-            raise NotImplementedYetError("amsgrad", "use torch.optim.AdamW(amsgrad=True)")
+        refuse_options(amsgrad)
         super().__init__(params, lr, betas, eps, weight_decay, bias_correction, adam_w_mode)
         self.chunk_size = registry.detect().zero.update_chunk
 
@@ -54,6 +53,5 @@ class DeepSpeedCPUAdam(FusedAdam):
         adamw_mode: bool = True,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        if not fp32_optimizer_states:
-            raise NotImplementedYetError("fp32_optimizer_states=False", "leave it out: states are float32")
+        refuse_options(fp32_optimizer_states=fp32_optimizer_states)
         super().__init__(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad)

@@ -4,7 +4,9 @@
 tensor operations on every backend; the rest is not. No builder has a library to load.
 """
 
-from xtrain.ops.op_builder.builder import NotImplementedBuilder, OpBuilder, builder_class
+from xtrain.ops.op_builder.builder import NotImplementedBuilder as NotImplementedBuilder
+from xtrain.ops.op_builder.builder import OpBuilder as OpBuilder
+from xtrain.ops.op_builder.builder import builder_class
 
 AsyncIOBuilder = builder_class("AsyncIOBuilder", "async_io", "offload to nvme maps files into memory")
 CPUAdagradBuilder = builder_class("CPUAdagradBuilder", "cpu_adagrad", optimizer="adagrad.DeepSpeedCPUAdagrad")
@@ -24,24 +26,4 @@ StochasticTransformerBuilder = builder_class("StochasticTransformerBuilder", "st
 TransformerBuilder = builder_class("TransformerBuilder", "transformer")
 UtilsBuilder = builder_class("UtilsBuilder", "utils", "use torch._utils._flatten_dense_tensors")
 
-__all__ = [
-    "AsyncIOBuilder",
-    "CPUAdagradBuilder",
-    "CPUAdamBuilder",
-    "CPULionBuilder",
-    "EvoformerAttnBuilder",
-    "FPQuantizerBuilder",
-    "FusedAdamBuilder",
-    "FusedLambBuilder",
-    "FusedLionBuilder",
-    "GDSBuilder",
-    "InferenceBuilder",
-    "NotImplementedBuilder",
-    "OpBuilder",
-    "QuantizerBuilder",
-    "RandomLTDBuilder",
-    "SpatialInferenceBuilder",
-    "StochasticTransformerBuilder",
-    "TransformerBuilder",
-    "UtilsBuilder",
-]
+__all__ = [name for name in dir() if name.endswith("Builder")]
