@@ -1,11 +1,3 @@
 """`deepspeed.monitor.comet`."""
 
-from xtrain.metrics.monitor.comet import (
-    CometMonitor,
-    EventsLogScheduler,
-)
-
-__all__ = [
-    "CometMonitor",
-    "EventsLogScheduler",
-]
+from xtrain.metrics.monitor.comet import *  # noqa: F403

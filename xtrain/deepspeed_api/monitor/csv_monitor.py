@@ -1,11 +1,3 @@
 """`deepspeed.monitor.csv_monitor`."""
 
-from xtrain.metrics.monitor.csv_monitor import (
-    CsvMonitor,
-    csvMonitor,
-)
-
-__all__ = [
-    "CsvMonitor",
-    "csvMonitor",
-]
+from xtrain.metrics.monitor.csv_monitor import *  # noqa: F403

@@ -1,11 +1,3 @@
 """`deepspeed.monitor.monitor`: where scalars go."""
 
-from xtrain.metrics.monitor.monitor import (
-    Monitor,
-    MonitorMaster,
-)
-
-__all__ = [
-    "Monitor",
-    "MonitorMaster",
-]
+from xtrain.metrics.monitor.monitor import *  # noqa: F403

@@ -1,9 +1,3 @@
 """`deepspeed.monitor.tensorboard`."""
 
-from xtrain.metrics.monitor.tensorboard import (
-    TensorBoardMonitor,
-)
-
-__all__ = [
-    "TensorBoardMonitor",
-]
+from xtrain.metrics.monitor.tensorboard import *  # noqa: F403

@@ -1,9 +1,3 @@
 """`deepspeed.monitor.wandb`."""
 
-from xtrain.metrics.monitor.wandb import (
-    WandbMonitor,
-)
-
-__all__ = [
-    "WandbMonitor",
-]
+from xtrain.metrics.monitor.wandb import *  # noqa: F403

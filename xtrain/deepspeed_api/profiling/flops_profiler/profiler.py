@@ -1,27 +1,3 @@
 """`deepspeed.profiling.flops_profiler.profiler`: what a forward pass costs."""
 
-from xtrain.metrics.flops_profiler.profiler import (
-    FlopsProfiler,
-    ModuleCost,
-    get_model_profile,
-)
-from xtrain.metrics.flops_profiler.units import (
-    bytes_to_string,
-    duration_to_string,
-    flops_to_string,
-    macs_to_string,
-    number_to_string,
-    params_to_string,
-)
-
-__all__ = [
-    "FlopsProfiler",
-    "ModuleCost",
-    "bytes_to_string",
-    "duration_to_string",
-    "flops_to_string",
-    "get_model_profile",
-    "macs_to_string",
-    "number_to_string",
-    "params_to_string",
-]
+from xtrain.metrics.flops_profiler.profiler import *  # noqa: F403
