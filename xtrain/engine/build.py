@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +15,11 @@ from xtrain import comm
 from xtrain.backends import Backend
 from xtrain.backends.alignment import is_aligned
 from xtrain.base.errors import ConfigError
-from xtrain.config import BatchSizes, XtrainConfig
+from xtrain.config import XtrainConfig, solve_batch_sizes
 from xtrain.optim import build_optimizer, check_elementwise, check_fresh
 from xtrain.parallel import DataParallelGrid
-from xtrain.precision import PrecisionPolicy, make_loss_scale
+from xtrain.precision import PrecisionPolicy, for_backend, make_loss_scale, make_policy
+from xtrain.reproducible.perturbation import perturb_if_asked
 from xtrain.zero.buffers import broadcast_buffers, broadcast_dense, set_buffer
 from xtrain.zero.home import full_shape, home_of
 from xtrain.zero.optimizer import ZeroOptimizer
@@ -26,27 +27,20 @@ from xtrain.zero.owners import register
 from xtrain.zero.partition import Partition, Partitioner
 from xtrain.zero.reducer import GradientReducer
 from xtrain.zero.shards import ShardedGroup
+from xtrain.zero.train_state import TrainState
 
 OptimizerClass = Callable[[torch.optim.Optimizer, XtrainConfig, PrecisionPolicy], type[ZeroOptimizer]]
 """Which class of ZeroOptimizer wraps an optimizer."""
 
 
-class Built(NamedTuple):
-    """What trains a model; optimizer and reducer are None together, where nothing is trained."""
-
-    partition: Partition
-    optimizer: ZeroOptimizer | None
-    reducer: GradientReducer | None
-
-
 class Builder:
-    """Divides a model's states and makes what reduces and applies its gradients.
+    """Places a model, divides its states, and makes what reduces and applies its gradients.
 
     Args:
-        module: placed on the device, in its training dtype.
+        module: on any device, in any dtype.
         optimizer: the script's, as `initialize` takes it.
         model_parameters: as `initialize` takes them.
-        wrapper: the class that wraps the optimizer.
+        wrapper: says which class wraps the optimizer.
     """
 
     def __init__(
@@ -55,36 +49,56 @@ class Builder:
         config: XtrainConfig,
         backend: Backend,
         grid: DataParallelGrid,
-        precision: PrecisionPolicy,
-        batch_sizes: BatchSizes,
         optimizer: Any,
         model_parameters: Any,
         wrapper: OptimizerClass,
     ) -> None:
+        values = config.values
         self.module, self.config, self.backend, self.grid = module, config, backend, grid
-        self.precision = precision
         self._wrapper = wrapper
+        self.batch_sizes = solve_batch_sizes(
+            values.train_batch_size,
+            values.train_micro_batch_size_per_gpu,
+            values.gradient_accumulation_steps,
+            grid.replicas,
+        )
+        self.device = backend.runtime.device(comm.get_local_rank())
+        check_agreement(module, config, grid)
+        self.precision = for_backend(make_policy(values, grid.sequence > 1), values, backend)
+        place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
+        perturb_if_asked(module)
         self._basic = self._basic_optimizer(optimizer, model_parameters)
         # Aligned mode adds micro-batches inside a rank first, for which every rank keeps whole gradients.
-        adds_first = precision.aligned and batch_sizes.accumulation > 1
-        self._shard_gradients = config.values.zero_optimization.stage >= 2 and not adds_first
+        adds_first = self.precision.aligned and self.batch_sizes.accumulation > 1
+        self._shard_gradients = values.zero_optimization.stage >= 2 and not adds_first
 
-    def run(self, before_reduction: Callable[[], None], on_discard: Callable[[], None]) -> Built:
-        """Take the parameters over. Collective.
+    def run(
+        self, before_reduction: Callable[[], None], on_discard: Callable[[], None]
+    ) -> tuple[TrainState, GradientReducer | None]:
+        """Take the parameters over; the reducer is None where nothing is trained. Collective.
 
         Args:
             before_reduction: called before the first thing that other ranks get to see.
             on_discard: called when the gradients of a window are given up.
         """
-        zero = self.config.values.zero_optimization
+        zero, optimizer, reducer = self.config.values.zero_optimization, None, None
         partition = Partitioner(
             self.module, zero, self.precision, self.backend, self.grid, self._shard_gradients
         ).run(self._basic)
-        built = Built(partition, None, None)
         if self._basic is not None:
-            built = self._trained(self._basic, partition, before_reduction, on_discard)
+            optimizer, reducer = self._trained(self._basic, partition, before_reduction, on_discard)
         broadcast_states(self.module, partition, self.grid)
-        return built
+        state = TrainState(
+            self.module,
+            self.config,
+            self.backend,
+            self.device,
+            self.grid,
+            self.batch_sizes,
+            partition,
+            optimizer,
+        )
+        return state, reducer
 
     def _basic_optimizer(self, given: Any, model_parameters: Any) -> torch.optim.Optimizer | None:
         values = self.config.values
@@ -114,7 +128,7 @@ class Builder:
         partition: Partition,
         before_reduction: Callable[[], None],
         on_discard: Callable[[], None],
-    ) -> Built:
+    ) -> tuple[ZeroOptimizer, GradientReducer]:
         values, backend, precision = self.config.values, self.backend, self.precision
         zero = values.zero_optimization
         scale = make_loss_scale(
@@ -149,7 +163,7 @@ class Builder:
             apply_non_finite=precision.apply_non_finite,
         )
         register(optimizer)
-        return Built(partition, optimizer, reducer)
+        return optimizer, reducer
 
 
 def as_param_groups(parameters: Iterable[Any] | None, module: nn.Module) -> list[dict[str, Any]]:

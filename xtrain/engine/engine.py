@@ -20,21 +20,19 @@ from xtrain.backends import Backend
 from xtrain.base.errors import ConfigError, TrainingError
 from xtrain.base.log import log_dist
 from xtrain.checkpoint.loads import Loads
-from xtrain.config import XtrainConfig, solve_batch_sizes
+from xtrain.config import XtrainConfig
 from xtrain.engine import gc
-from xtrain.engine.build import Builder, check_agreement, place_module
+from xtrain.engine.build import Builder
 from xtrain.engine.hooks import Hooks
 from xtrain.engine.loss_guard import LossGuard, check_unused
 from xtrain.engine.untrained import Untrained
 from xtrain.optim.schedules import build_scheduler
 from xtrain.parallel import DataParallelGrid
 from xtrain.parallel import mpu as mpus
-from xtrain.precision import PrecisionPolicy, autocast_region, direct_backward, for_backend, make_policy
+from xtrain.precision import PrecisionPolicy, autocast_region, direct_backward
 from xtrain.reproducible.aligned_random import AlignedRandom
-from xtrain.reproducible.perturbation import perturb_if_asked
 from xtrain.zero.optimizer import ZeroOptimizer
 from xtrain.zero.reducer import GradientReducer
-from xtrain.zero.train_state import TrainState
 
 
 class Engine(nn.Module):
@@ -59,43 +57,18 @@ class Engine(nn.Module):
     ) -> None:
         super().__init__()
         values = config.values
-        self.xtrain_config, self.backend, self.grid = config, backend, grid
-        self.mpu = mpu
+        self.xtrain_config, self.backend, self.grid, self.mpu = config, backend, grid, mpu
         mpus.remember(mpu)
         self.client_optimizer, self.client_lr_scheduler = optimizer, lr_scheduler
-        batch_sizes = solve_batch_sizes(
-            values.train_batch_size,
-            values.train_micro_batch_size_per_gpu,
-            values.gradient_accumulation_steps,
-            grid.replicas,
-        )
-        self.local_rank = comm.get_local_rank()
-        self.global_rank = comm.get_rank()
+        self.local_rank, self.global_rank = comm.get_local_rank(), comm.get_rank()
         self.world_size = comm.get_world_size()
-        self.device = backend.runtime.device(self.local_rank)
-        check_agreement(module, config, grid)
-        self.precision = for_backend(make_policy(values, grid.sequence > 1), values, backend)
-        place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
-        perturb_if_asked(module)
+        builder = Builder(module, config, backend, grid, optimizer, model_parameters, self._optimizer_class)
+        self.device, self.precision = builder.device, builder.precision
         self.module = module
         self.hooks = Hooks()
         self.loads = Loads(grid)
         self._loss_guard = LossGuard(grid, values.xtrain.max_skipped_steps or None)
-        builder = Builder(
-            module,
-            config,
-            backend,
-            grid,
-            self.precision,
-            batch_sizes,
-            optimizer,
-            model_parameters,
-            self._optimizer_class,
-        )
-        partition, built, self._reducer = builder.run(self.loads.check, self._discarded)
-        self.train_state = TrainState(
-            module, config, backend, self.device, grid, batch_sizes, partition, built
-        )
+        self.train_state, self._reducer = builder.run(self.loads.check, self._discarded)
         self._untrained = Untrained(module, partition)
         self.train_state.lr_scheduler = self._scheduler(lr_scheduler)
         self._random = (
