@@ -69,7 +69,7 @@ class Engine(nn.Module):
         self.loads = Loads(grid)
         self._loss_guard = LossGuard(grid, values.xtrain.max_skipped_steps or None)
         self.train_state, self._reducer = builder.run(self.loads.check, self._discarded)
-        self._untrained = Untrained(module, partition)
+        self._untrained = Untrained(module, self.train_state.partition)
         self.train_state.lr_scheduler = self._scheduler(lr_scheduler)
         self._random = (
             AlignedRandom(values.xtrain.seed, self.train_state.place) if values.xtrain.aligned else None

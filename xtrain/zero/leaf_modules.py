@@ -13,6 +13,17 @@ from torch import nn
 
 from xtrain.base.errors import ConfigError
 
+__all__ = [
+    "get_z3_leaf_modules",
+    "set_z3_leaf_module",
+    "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
+    "unset_z3_leaf_modules",
+    "z3_leaf_module",
+    "z3_leaf_parameter",
+]
+
 
 def z3_leaf_module(model: nn.Module) -> bool:
     """Whether the module itself is marked."""

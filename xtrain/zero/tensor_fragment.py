@@ -15,6 +15,22 @@ from xtrain.base.errors import ConfigError
 from xtrain.zero.foreign import follows_the_engine
 from xtrain.zero.owners import Owner, owner_of
 
+__all__ = [
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_grad",
+    "safe_set_local_optimizer_state",
+    "safe_update_full_grad_vectorized",
+]
+
 
 @follows_the_engine
 def safe_get_full_fp32_param(param: torch.nn.Parameter) -> torch.Tensor | None:
