@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from torch.utils.data import Dataset
 
+from xtrain.backends import Backend
 from xtrain.base import missing
+from xtrain.config import XtrainConfig
 from xtrain.deepspeed_api.engine_actions import EngineActions
 from xtrain.deepspeed_api.engine_settings import EngineSettings
 from xtrain.deepspeed_api.engine_state import EngineState
 from xtrain.deepspeed_api.optimizer_classes import optimizer_class
 from xtrain.metrics.metrics import Metrics
+from xtrain.parallel import DataParallelGrid
 
 
 class XtrainEngine(EngineActions, EngineState, EngineSettings):
@@ -33,13 +37,18 @@ class XtrainEngine(EngineActions, EngineState, EngineSettings):
 
     def __init__(
         self,
-        *args: Any,
+        module: nn.Module,
+        config: XtrainConfig,
+        backend: Backend,
+        grid: DataParallelGrid,
+        optimizer: Any = None,
+        model_parameters: Any = None,
+        lr_scheduler: Any = None,
         training_data: Dataset[Any] | None = None,
         collate_fn: Callable[..., Any] | None = None,
-        **kwargs: Any,
+        mpu: Any = None,
     ) -> None:
-        """A model's engine; the other arguments are those of Engine."""
-        super().__init__(*args, **kwargs)
+        super().__init__(module, config, backend, grid, optimizer, model_parameters, lr_scheduler, mpu)
         self.hooks.after_step.append(self._print_step)
         self.metrics = Metrics(self.train_state, self.hooks, self)
         self.training_dataloader = (
