@@ -1,6 +1,6 @@
 """One module per accelerator. Nothing in here imports the engine."""
 
-from xtrain.backends.base import (
+from xtrain.backends.backend import (
     Backend,
     CollectivesFacet,
     MemoryStatistics,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from xtrain.backends.base import Backend, CollectivesFacet, PrecisionFacet, ZeroFacet
+from xtrain.backends.backend import Backend, CollectivesFacet, PrecisionFacet, ZeroFacet
 from xtrain.backends.device import DeviceRuntime
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xtrain.backends.base import Backend, PrecisionFacet, ZeroFacet
+from xtrain.backends.backend import Backend, PrecisionFacet, ZeroFacet
 
 
 class CpuPrecision(PrecisionFacet):

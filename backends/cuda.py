@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from xtrain.backends.base import Backend, CollectivesFacet, PrecisionFacet, ZeroFacet
+from xtrain.backends.backend import Backend, CollectivesFacet, PrecisionFacet, ZeroFacet
 from xtrain.backends.device import DeviceRuntime
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from xtrain.backends.base import Backend
+from xtrain.backends.backend import Backend
 from xtrain.backends.cuda import CudaPrecision, CudaRuntime, CudaZero, NcclCollectives
 
 BFLOAT16_ARCHITECTURES = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from xtrain.backends.base import MemoryStatistics, RuntimeFacet
+from xtrain.backends.backend import MemoryStatistics, RuntimeFacet
 from xtrain.base.errors import BackendError
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from xtrain.backends.base import Backend
+from xtrain.backends.backend import Backend
 
 
 class EmulatingBackend(Backend, ABC):

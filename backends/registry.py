@@ -11,7 +11,7 @@ import os
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
-from xtrain.backends.base import Backend
+from xtrain.backends.backend import Backend
 from xtrain.base.errors import BackendError, unknown_name
 from xtrain.base.log import log_dist
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from xtrain.backends.base import Backend, CollectivesFacet, PrecisionFacet, RuntimeFacet, ZeroFacet
+from xtrain.backends.backend import Backend, CollectivesFacet, PrecisionFacet, RuntimeFacet, ZeroFacet
 from xtrain.base.errors import BackendError
 from xtrain.base.log import log_dist
 

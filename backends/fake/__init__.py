@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from xtrain.backends.base import PrecisionFacet, RuntimeFacet
+from xtrain.backends.backend import PrecisionFacet, RuntimeFacet
 from xtrain.backends.cpu import CpuZero
 from xtrain.backends.emulating import EmulatingBackend
 from xtrain.backends.fake.mode import mode, switch_off, switch_on, switched

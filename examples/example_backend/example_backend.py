@@ -2,7 +2,7 @@
 
 It computes on the host, so that it runs anywhere, and pretends to a chip's limits. To write your own, copy this
 package, replace the answers, and run `python -m tests.backends.contract NAME` from a checkout of xtrain until all
-checks pass. A facet that you leave out keeps the answers of `xtrain.backends.base`, which suit host memory and gloo.
+checks pass. A facet that you leave out keeps the answers of `xtrain.backends.backend`, which suit host memory and gloo.
 A chip whose torch module answers as torch.cuda does takes `xtrain.backends.DeviceRuntime` instead of `RuntimeFacet`
 and only says its `device_type` and why it may be unavailable: see xtrain/backends/ascend.py.
 """

@@ -9,7 +9,7 @@ import torch
 
 from xtrain.accelerator import Accelerator, get_accelerator
 from xtrain.backends import Backend
-from xtrain.backends.base import RuntimeFacet
+from xtrain.backends.backend import RuntimeFacet
 from xtrain.base.errors import BackendError, ConfigError, NotImplementedYetError
 
 

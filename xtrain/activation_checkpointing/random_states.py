@@ -14,7 +14,7 @@ import torch
 
 from xtrain import comm
 from xtrain.backends import Backend, registry
-from xtrain.backends.base import RuntimeFacet
+from xtrain.backends.backend import RuntimeFacet
 from xtrain.base.errors import ConfigError
 
 MODEL_PARALLEL = "model-parallel-rng"

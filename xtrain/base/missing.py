@@ -110,7 +110,7 @@ MISSING: tuple[Missing, ...] = (
     ),
     Missing(
         "inner functions of timers and profilers",
-        "use the config sections that docs/instruments.md describes, or torch.profiler",
+        "use the config sections that docs/metrics.md describes, or torch.profiler",
         ("profiling", "engine.engine_timer*", "engine.*flops*", "engine.*breakdown*",
          "engine.summary_events", "engine.fwd_duration", "comm.timers", "comm.*log*", "comm.timed_op"),
     ),

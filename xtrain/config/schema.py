@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from xtrain.config.compilation import CompileConfig
-from xtrain.config.instruments import (
+from xtrain.config.metrics import (
     CometConfig,
     CommsLoggerConfig,
     CsvConfig,
@@ -197,7 +197,7 @@ class Config(Section):
     steps_per_print: int | None = Field(None, ge=0)
     """Optimizer steps between two lines of progress with samples per second. 0, infinity or left out: none."""
     wall_clock_breakdown: bool = False
-    """Time forward, backward, reduction and step in milliseconds, print them on rank 0 (docs/instruments.md). The
+    """Time forward, backward, reduction and step in milliseconds, print them on rank 0 (docs/metrics.md). The
     device is waited for before each reading."""
     memory_breakdown: bool = False
     """Print the memory in use before and after forward, backward and step on rank 0."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from xtrain.base.errors import ConfigError, NotImplementedYetError
-from xtrain.checkpoint import contents, read, weights, write
+from xtrain.checkpoint import contents, plain_weights, read, write
 from xtrain.checkpoint.verify import Wanted
 from xtrain.config import solve_batch_sizes
 from xtrain.engine.dataloader import make_dataloader
@@ -331,13 +331,15 @@ class EngineActions(Engine):
         Raises:
             CheckpointError: on every rank, when the file cannot be written.
         """
-        return weights.save_16bit(self.train_state, Path(save_dir) / save_filename, exclude_frozen_parameters)
+        return plain_weights.save_16bit(
+            self.train_state, Path(save_dir) / save_filename, exclude_frozen_parameters
+        )
 
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False
     ) -> dict[str, Any] | None:
         """The whole weights on rank 0, None elsewhere; every rank must call it. Hugging Face's libraries do."""
-        return weights.consolidated(self.module, exclude_frozen_parameters)
+        return plain_weights.consolidated(self.module, exclude_frozen_parameters)
 
     def save_fp16_model(self, save_dir: str, save_filename: str = "pytorch_model.bin") -> bool:
         """The old name of `save_16bit_model`."""

@@ -27,7 +27,7 @@ from xtrain.deepspeed_engine.accelerator import import_deepspeed, present
 from xtrain.parallel import model_from_mpu
 from xtrain.zero import foreign
 from xtrain.zero.home import ZeroParamStatus, home_of
-from xtrain.zero.hooks import external_parameters
+from xtrain.zero.model_hooks import external_parameters
 
 _trained: Any = WeakIdKeyDictionary()
 """Parameters that DeepSpeed's engine trains."""

@@ -12,7 +12,7 @@ import torch
 
 from xtrain import comm
 from xtrain.base.log import log_dist
-from xtrain.config.instruments import ThroughputConfig
+from xtrain.config.metrics import ThroughputConfig
 from xtrain.engine.hooks import Hooks
 from xtrain.metrics.flops_profiler.profiler import FlopsProfiler
 from xtrain.metrics.memory_usage import see_memory_usage

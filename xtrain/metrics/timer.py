@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from xtrain.activation_checkpointing import random_states
 from xtrain.backends import host
-from xtrain.backends.base import RuntimeFacet
+from xtrain.backends.backend import RuntimeFacet
 from xtrain.base.errors import ConfigError
 from xtrain.base.log import logger, print_dist
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain.backends import registry
-from xtrain.backends.base import PrecisionFacet
+from xtrain.backends.backend import PrecisionFacet
 from xtrain.optim.chunked import ChunkedOptimizer
 
 

@@ -1,7 +1,7 @@
 """When the param groups of ZeRO stage 3 are whole: gathered at first use, the next ones ahead, freed after.
 
 The order of uses in one iteration (forward and backward) is recorded, and predicts the next iteration's.
-Who uses a group when is found out in hooks.py; how bytes move is in shards.py.
+Who uses a group when is found out in model_hooks.py; how bytes move is in shards.py.
 """
 
 from __future__ import annotations

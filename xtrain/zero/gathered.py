@@ -16,7 +16,7 @@ from xtrain.base.errors import ConfigError
 from xtrain.zero import foreign
 from xtrain.zero.gather import ShardedHome
 from xtrain.zero.home import Home, home_of
-from xtrain.zero.hooks import external_parameters
+from xtrain.zero.model_hooks import external_parameters
 from xtrain.zero.param_group import ParamGroup
 
 

@@ -19,7 +19,7 @@ from xtrain.zero.flat import FlatGroup, FlatOptions
 from xtrain.zero.gather import Gatherer, GatherPolicy, ShardedHome
 from xtrain.zero.gradients import Gradients, ShardedGradients, WholeGradients
 from xtrain.zero.home import describe_partitioned, full_shape, home_of, make_ordinary
-from xtrain.zero.hooks import ModelHooks
+from xtrain.zero.model_hooks import ModelHooks
 from xtrain.zero.param_group import ParamGroup, divide
 from xtrain.zero.shards import ShardedGroup
 from xtrain.zero.state_memory import Memory, OffloadStateTypeEnum, memory_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from xtrain.config import load_config
-from xtrain.config.instruments import CometConfig, CsvConfig, TensorBoardConfig, WandbConfig
+from xtrain.config.metrics import CometConfig, CsvConfig, TensorBoardConfig, WandbConfig
 from xtrain.config.schema import Config
 
 CSVConfig = CsvConfig

@@ -13,7 +13,7 @@ from xtrain.config.rules import Section
 
 
 class TensorBoardConfig(Section):
-    """Event files for TensorBoard, written by rank 0 (docs/instruments.md). Needs the package tensorboard."""
+    """Event files for TensorBoard, written by rank 0 (docs/metrics.md). Needs the package tensorboard."""
 
     enabled: bool = False
     """Write them."""
@@ -24,7 +24,7 @@ class TensorBoardConfig(Section):
 
 
 class WandbConfig(Section):
-    """Scalars to Weights & Biases from rank 0 (docs/instruments.md). Needs the package wandb."""
+    """Scalars to Weights & Biases from rank 0 (docs/metrics.md). Needs the package wandb."""
 
     enabled: bool = False
     """Send them."""
@@ -37,7 +37,7 @@ class WandbConfig(Section):
 
 
 class CsvConfig(Section):
-    """One CSV file for each tag, written by rank 0 (docs/instruments.md)."""
+    """One CSV file for each tag, written by rank 0 (docs/metrics.md)."""
 
     enabled: bool = False
     """Write them."""
@@ -48,7 +48,7 @@ class CsvConfig(Section):
 
 
 class CometConfig(Section):
-    """Scalars to Comet from rank 0 (docs/instruments.md). Needs the package comet_ml, 3.41.0 or newer. What is left
+    """Scalars to Comet from rank 0 (docs/metrics.md). Needs the package comet_ml, 3.41.0 or newer. What is left
     out here is taken from Comet's own configuration."""
 
     enabled: bool = False
