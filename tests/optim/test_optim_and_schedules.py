@@ -12,8 +12,10 @@ from torch import nn
 
 from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.config.schema import OptimizerConfig, SchedulerConfig
+from xtrain.ops.adam import FusedAdam
 from xtrain.optim import Adam, Lion, build_optimizer
 from xtrain.optim import schedules as schedulers
+from xtrain.optim.elementwise import updates_one_by_one
 from xtrain.optim.schedules import (
     LRRangeTest,
     OneCycle,
@@ -344,3 +346,20 @@ def test_a_warm_up_that_is_longer_than_the_run_is_said(kind: str, caplog: pytest
         assert len(caplog.records) == warnings
     assert "warms up over 101 steps" in caplog.text
     assert "100 (total_num_steps)" in caplog.text
+
+
+def test_gradients_are_converted_one_at_a_time() -> None:
+    """torch wraps `step` of each class: that must not hide that it is the one that updates parameter by parameter."""
+
+    class Other(Adam):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    weight = torch.nn.Parameter(torch.zeros(3))
+    assert updates_one_by_one(Adam([weight]))
+    assert updates_one_by_one(FusedAdam([weight]))
+    assert not updates_one_by_one(Other([weight]))
+    assert not updates_one_by_one(torch.optim.Adam([weight]))
+    hooked = Adam([weight])
+    hooked.register_step_pre_hook(lambda *_: None)
+    assert not updates_one_by_one(hooked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from typing import Any, TypeGuard
 
@@ -42,5 +43,6 @@ def updates_one_by_one(optimizer: torch.optim.Optimizer) -> TypeGuard[Elementwis
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None) or getattr(
         optimizer, "_optimizer_step_post_hooks", None
     )
-    own_step = type(optimizer).step is ElementwiseOptimizer.step
+    # torch wraps the `step` of each class when it makes the first instance.
+    own_step = inspect.unwrap(type(optimizer).step) is inspect.unwrap(ElementwiseOptimizer.step)
     return isinstance(optimizer, ElementwiseOptimizer) and own_step and not hooks
