@@ -6,13 +6,15 @@ all ranks are data parallel. Expert parallelism is not there.
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import torch.distributed as dist
 
 from xtrain import comm
 from xtrain.parallel import DataParallelGrid, grid_from_mpu
-from xtrain.parallel.mpu import current
+from xtrain.parallel.mpu import current, remember
 
 
 def _grid() -> DataParallelGrid:
@@ -109,8 +111,22 @@ def get_tensor_model_parallel_rank() -> int:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "mpu":
-        return current()
     if name.startswith("__"):
         raise AttributeError(f"module 'xtrain.utils.groups' has no attribute {name!r}")
     raise AttributeError(f"xtrain.utils.groups has no {name!r} yet: expert parallelism is not there")
+
+
+class _Groups(ModuleType):
+    """This module, whose `mpu` is the engine's; as in DeepSpeed, a script may set it."""
+
+    @property
+    def mpu(self) -> Any:
+        """The mpu of the engine that was built last, or the one that was set since."""
+        return current()
+
+    @mpu.setter
+    def mpu(self, mpu: Any) -> None:
+        remember(mpu)
+
+
+sys.modules[__name__].__class__ = _Groups
