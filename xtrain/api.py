@@ -139,8 +139,8 @@ def initialize(
         collate_fn=collate_fn,
         mpu=mpu,
     )
-    faults.attach(engine.train_state, engine.hooks)
-    corruption_check.attach(engine.train_state, engine.hooks, checked.values.xtrain.sdc_check)
+    faults.attach(engine.train_state, engine.train_hooks)
+    corruption_check.attach(engine.train_state, engine.train_hooks, checked.values.xtrain.sdc_check)
     run_recording.attach(engine, checked, backend, {"engine": "native"}, engine.grid.model.reports_loss)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 

@@ -44,7 +44,7 @@ def _watch(engine: Any) -> list[str]:
             told = [value for value in rest if isinstance(value, bool)]
             seen.append(" ".join([name, *map(str, told)]))
 
-        getattr(engine.hooks, name).append(note)
+        getattr(engine.train_hooks, name).append(note)
     return seen
 
 
@@ -91,7 +91,7 @@ def test_before_forward_may_replace_what_the_model_gets() -> None:
     engine.eval()
     x = torch.ones(4, training.FEATURES)
     expected = engine(2 * x)
-    engine.hooks.before_forward.append(lambda state, args, kwargs: ((2 * args[0],), kwargs))
+    engine.train_hooks.before_forward.append(lambda state, args, kwargs: ((2 * args[0],), kwargs))
     assert torch.equal(engine(x), expected)
     engine.destroy()
 
@@ -101,7 +101,7 @@ def test_destroy_releases_everybody() -> None:
     seen = _watch(engine)
     engine.destroy()
     assert seen == ["on_destroy"]
-    assert not any(getattr(engine.hooks, name) for name in ALL)
+    assert not any(getattr(engine.train_hooks, name) for name in ALL)
 
 
 def test_a_loss_that_was_given_up_is_not_recorded(tmp_path: Path) -> None:

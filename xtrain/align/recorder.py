@@ -130,7 +130,7 @@ class Recorder:
         # Instance attributes in what follows; nn.Module keeps functions apart from parameters and modules.
         if callable(train_batch := getattr(engine, "train_batch", None)):
             engine.train_batch = self._recorded_train_batch(engine, train_batch, after_step)
-        elif isinstance(hooks := getattr(engine, "hooks", None), Hooks):
+        elif isinstance(hooks := getattr(engine, "train_hooks", None), Hooks):
             self._register(engine, hooks, after_step)
         else:
             self._wrap(engine, after_step)

@@ -312,7 +312,7 @@ class EngineActions(Engine):
             return read.load(self.train_state, self.loads, load_dir, tag, wanted, custom_load_fn)
         finally:
             self._tell_boundary()
-            for hook in self.hooks.on_load:
+            for hook in self.train_hooks.on_load:
                 hook(self.train_state)
 
     def save_16bit_model(

@@ -39,7 +39,7 @@ def _counter(name: str) -> Any:
 class EngineState(Engine):
     """Getters for what training has made."""
 
-    metrics: Metrics
+    train_metrics: Metrics
 
     global_steps = _counter("global_steps")
     micro_steps = _counter("micro_steps")
@@ -175,17 +175,17 @@ class EngineState(Engine):
     @property
     def monitor(self) -> MonitorMaster:
         """Where scalars go; a script may write its own with `engine.monitor.write_events`."""
-        return self.metrics.monitor
+        return self.train_metrics.monitor
 
     @property
     def timers(self) -> SynchronizedWallClockTimer:
         """Timers by name; those of `wall_clock_breakdown`, and the script's own."""
-        return self.metrics.timers
+        return self.train_metrics.timers
 
     @property
     def tput_timer(self) -> ThroughputTimer:
         """Samples per second."""
-        return self.metrics.tput_timer
+        return self.train_metrics.tput_timer
 
     @property
     def flops_profiler(self) -> FlopsProfiler:
@@ -194,16 +194,16 @@ class EngineState(Engine):
         Raises:
             AttributeError: the section is not enabled.
         """
-        if self.metrics.flops_profiler is None:
+        if self.train_metrics.flops_profiler is None:
             raise AttributeError("the engine has no flops_profiler: set flops_profiler.enabled in the config")
-        return self.metrics.flops_profiler
+        return self.train_metrics.flops_profiler
 
     def get_wall_clock_timers(self) -> dict[str, float]:
         """Milliseconds of each timer of `wall_clock_breakdown` at the end of the last `step()`; else nothing.
 
         Those ending in `_microstep` are of the last micro-batch, the others of the window that it ended or is in.
         """
-        return dict(self.metrics.last_times)
+        return dict(self.train_metrics.last_times)
 
     # The rest
 

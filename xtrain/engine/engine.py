@@ -40,8 +40,8 @@ class Engine(nn.Module):
 
     Attributes:
         module: the user's model.
-        train_state: all that training has made; `hooks` get it.
-        hooks: who is called when.
+        train_state: all that training has made; `train_hooks` get it.
+        train_hooks: who is called when.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Engine(nn.Module):
         builder = Builder(module, config, backend, grid, optimizer, model_parameters, self._optimizer_class)
         self.device, self.precision = builder.device, builder.precision
         self.module = module
-        self.hooks = Hooks()
+        self.train_hooks = Hooks()
         self.loads = Loads(grid)
         self._loss_guard = LossGuard(grid, values.xtrain.max_skipped_steps or None)
         self.train_state, self._reducer = builder.run(self.loads.check, self._discarded)
@@ -107,6 +107,10 @@ class Engine(nn.Module):
         """What updates the model; None when neither the config nor the call names an optimizer."""
         return self.train_state.optimizer
 
+    @optimizer.setter
+    def optimizer(self, optimizer: ZeroOptimizer | None) -> None:
+        self.train_state.optimizer = optimizer
+
     @property
     def lr_scheduler(self) -> Any:
         """Stepped once per optimizer step that was not skipped."""
@@ -132,14 +136,14 @@ class Engine(nn.Module):
         """The gradients of the running window were given up."""
         self._loss_guard.clear()
         self._backwards = 0
-        for hook in self.hooks.on_discard:
+        for hook in self.train_hooks.on_discard:
             hook(self.train_state)
 
     # ---------------------------------------------------------------- the training step
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        state, hooks = self.train_state, self.hooks
+        state, hooks = self.train_state, self.train_hooks
         gatherer = state.partition.gatherer
         aligned = self._random if self._random is not None and self.module.training else nullcontext()
         running = nullcontext() if gatherer is None or gatherer.hooks is None else gatherer.hooks.forward()
@@ -174,7 +178,7 @@ class Engine(nn.Module):
             raise ConfigError(
                 f"backward() takes a scalar loss, got shape {tuple(loss.shape)}: average it first"
             )
-        state, hooks = self.train_state, self.hooks
+        state, hooks = self.train_state, self.train_hooks
         self._backwards += 1
         divided = loss / state.batch_sizes.accumulation if scale_wrt_gas else loss
         scaled = self._scaled(divided, optimizer)
@@ -227,7 +231,7 @@ class Engine(nn.Module):
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Close a micro-batch; at a boundary, update the weights and the schedule."""
-        state, hooks = self.train_state, self.hooks
+        state, hooks = self.train_state, self.train_hooks
         if not self._syncing:
             raise ConfigError(
                 "It is illegal to call Engine.step() inside no_sync context manager: leave the context before it"
@@ -264,7 +268,7 @@ class Engine(nn.Module):
         state = self.train_state
         counters, zero = state.counters, state.values.zero_optimization
         reducer.reduce_rest()
-        for hook in self.hooks.before_update:
+        for hook in self.train_hooks.before_update:
             hook(state)
         unused = reducer.finish_window()
         if not zero.ignore_unused_parameters:
@@ -370,7 +374,7 @@ class Engine(nn.Module):
         In stage 3 they stay sharded until then; `zero.GatheredParameters` makes them whole.
         """
         gc.release(id(self))
-        self.hooks.release(self.train_state)
+        self.train_hooks.release(self.train_state)
         if self._reducer is not None:
             self._reducer.detach()
         if self.train_state.partition.gatherer is not None:

@@ -49,8 +49,8 @@ class XtrainEngine(EngineActions, EngineState, EngineSettings):
         mpu: Any = None,
     ) -> None:
         super().__init__(module, config, backend, grid, optimizer, model_parameters, lr_scheduler, mpu)
-        self.hooks.after_step.append(self._print_step)
-        self.metrics = Metrics(self.train_state, self.hooks, self)
+        self.train_hooks.after_step.append(self._print_step)
+        self.train_metrics = Metrics(self.train_state, self.train_hooks, self)
         self.training_dataloader = (
             None if training_data is None else self.deepspeed_io(training_data, collate_fn=collate_fn)
         )
