@@ -8,20 +8,9 @@ import torch
 from torch import nn
 
 import xtrain
+from tests.toys import FEATURES, OUTPUTS, TwoLayers
 
-GLOBAL_BATCH, FEATURES, OUTPUTS = 16, 7, 5
-
-
-class TwoLayers(nn.Module):
-    """Odd sizes, so that slices cut through parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(FEATURES, 33)
-        self.second = nn.Linear(33, OUTPUTS)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.tanh(self.first(x)))
+GLOBAL_BATCH = 16
 
 
 def build_model() -> nn.Module:

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from benchmarks.detection.training import perform
+from benchmarks.detection.cases import perform
 from xtrain.comm import init_distributed
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import traceback
 from pathlib import Path
 
 from benchmarks.detection.case import Case
-from benchmarks.detection.training import STEPS, perform
+from benchmarks.detection.cases import perform
+from benchmarks.detection.training import STEPS
 from tests.pool import pool
 from xtrain.align.record import Record, read_record
 from xtrain.base.errors import RecordError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 
 import xtrain
-from xtrain.base.run_folder import PERTURB_VARIABLE
 from xtrain.data.corpus import find_files
 from xtrain.data.infilling import InfillingSampler
 from xtrain.data.tokens import prepare
@@ -147,20 +145,3 @@ class Training:
                     self._begin_again()
             if hasattr(self.engine, "destroy"):
                 self.engine.destroy()
-
-
-def perform(title: str, folder: str, perturbation: str) -> None:
-    """Train the case with this title on this rank.
-
-    Args:
-        folder: where the record goes.
-        perturbation: value of XTRAIN_PERTURB; "": none.
-    """
-    from benchmarks.detection.cases import find
-
-    os.environ.pop(PERTURB_VARIABLE, None)
-    if perturbation:
-        os.environ[PERTURB_VARIABLE] = perturbation
-    training = Training(Path(folder), dist.get_world_size())
-    find(title).change(training)
-    training.run()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.activation_checkpointing import checkpointing, random_states
 from xtrain.activation_checkpointing.checkpointing import (
     checkpoint,
@@ -33,52 +33,16 @@ def _forget() -> None:
     random_states.tracker.reset()
 
 
-class Block(nn.Module):
-    """Dropout from the default and from a named state; an integer, a string, a mask and None among the arguments."""
-
-    def __init__(self, width: int, named: bool) -> None:
-        super().__init__()
-        self.inner, self.outer, self.named = nn.Linear(width, width), nn.Linear(width, width), named
-
-    def forward(self, x: torch.Tensor, times: int, kind: str, mask: torch.Tensor, nothing: None) -> Any:
-        x = nn.functional.dropout(torch.tanh(self.inner(x)), 0.3) * times
-        if self.named:
-            with get_cuda_rng_tracker().fork():
-                x = nn.functional.dropout(x, 0.5)
-        return self.outer(x) + mask, kind, mask.bool()
-
-
 RUNNERS = {"reentrant": checkpoint, "not": non_reentrant_checkpoint}
 
 
-class Stack(nn.Module):
-    def __init__(self, how: str, nested: bool = False, named: bool = True, width: int = 6) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width, named) for _ in range(4))
-        self.run = RUNNERS.get(how, lambda f, *args: f(*args))
-        self.nested = nested
-
-    def _pair(self, i: int, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks[i : i + 2]:
-            if self.nested:
-                x, kind, flags = self.run(block, x, 3, "kind", mask, None)
-            else:
-                x, kind, flags = block(x, 3, "kind", mask, None)
-            assert kind == "kind"
-            assert flags.dtype == torch.bool
-        return x
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask = torch.ones(x.shape[-1])
-        for i in (0, 2):
-            # The input is used after the checkpoint, too: it must not have been emptied.
-            x = x + self.run(self._pair, i, x, mask)
-        return x
+def _plain(function: Any, *args: Any) -> Any:
+    return function(*args)
 
 
 def _gradients(how: str, steps: int = 2, **options: Any) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    model = Stack(how, **options)
+    model = toys.DropoutStack(RUNNERS.get(how, _plain), **options)
     checkpointing.model_parallel_cuda_manual_seed(11)
     results = []
     for step in range(steps):
@@ -327,17 +291,16 @@ def test_initialize_applies_the_section_unless_the_script_has_configured(ranks: 
     assert ranks(1, _from_config)[0] == [False, True, True, False]
 
 
-class Trained(nn.Module):
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.inputs, self.outputs = nn.Linear(training.FEATURES, 6), nn.Linear(6, training.OUTPUTS)
-        self.stack = Stack(how, named=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.outputs(self.stack(self.inputs(x)))
-
-
 def _train(how: str, stage: int) -> list[float]:
+    class Trained(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.inputs, self.outputs = nn.Linear(toys.FEATURES, 6), nn.Linear(6, toys.OUTPUTS)
+            self.stack = toys.DropoutStack(RUNNERS.get(how, _plain), named=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.outputs(self.stack(self.inputs(x)))
+
     torch.manual_seed(2)
     model = Trained(how)
     engine = xtrain.initialize(model=model, config=training.config(stage, micro=8))[0]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from tests.align.records import write
 from tests.live_deepspeed import live_deepspeed
 from xtrain.align.module_table import PHASES, STATISTICS
@@ -123,21 +123,10 @@ def test_what_is_not_a_record(tmp_path: Path, content: bytes, said: str) -> None
         read_record(path)
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(3, 4)
-        self.act = nn.Tanh()
-        self.second = nn.Linear(4, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.act(self.first(x)))
-
-
 def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     """Every statistic against float64 by hand."""
     torch.manual_seed(0)
-    model = Net()
+    model = toys.ThreeModules()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected: dict[tuple[str, str], Any] = {}
     with Recorder(tmp_path / "r.jsonl", model=model, modules_every=2, config={"lr": 0.1}) as recorder:
@@ -196,7 +185,7 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_are_counted(tmp_path: Path) -> None:
-    model = Net()
+    model = toys.ThreeModules()
     with Recorder(tmp_path / "r.jsonl", model=model, modules_every=1) as recorder:
         x = torch.ones(2, 3)
         x[0, 0] = float("nan")
@@ -214,7 +203,7 @@ def test_what_a_recorder_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RecordError, match="modules_every is 0"):
         Recorder(tmp_path / "r", modules_every=0)
     with pytest.raises(RecordError, match="no module is called block"):
-        Recorder(tmp_path / "r", model=Net(), modules_every=1, modules=["block*"])
+        Recorder(tmp_path / "r", model=toys.ThreeModules(), modules_every=1, modules=["block*"])
     with pytest.raises(RecordError, match="one element"):
         Recorder(tmp_path / "r").step(loss=torch.ones(2))
 
@@ -284,23 +273,22 @@ def test_gradients_are_measured_where_only_step_ends_a_window(ranks: Any, tmp_pa
             np.testing.assert_allclose(pair[1], pair[0], rtol=1e-5, err_msg=f"{phase} {statistic}")
 
 
-class _Crosswise(nn.Module):
-    """Modules that run in another order than they are registered in, and one that does not run at first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.late = nn.Linear(3, 3)
-        self.unused = nn.Linear(3, 3)
-        self.early = nn.Linear(3, 3)
-        self.use_all = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.late(self.early(x))
-        return self.unused(x) if self.use_all else x
-
-
 def test_modules_are_in_the_order_in_which_they_ran(tmp_path: Path) -> None:
-    model = _Crosswise()
+    class Crosswise(nn.Module):
+        """Modules that run in another order than they are registered in, and one that does not run at first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.late = nn.Linear(3, 3)
+            self.unused = nn.Linear(3, 3)
+            self.early = nn.Linear(3, 3)
+            self.use_all = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.late(self.early(x))
+            return self.unused(x) if self.use_all else x
+
+    model = Crosswise()
     with Recorder(tmp_path / "r.jsonl", model=model, modules_every=1) as recorder:
         for step in range(2):
             model.use_all = step == 1

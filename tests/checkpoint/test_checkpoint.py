@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import xtrain
-from tests import training
-from tests.zero.test_stage3 import Model, engine_of, ids_of
+from tests import toys, training
+from tests.zero.test_stage3 import engine_of, ids_of
 from xtrain.base.errors import CheckpointError
 from xtrain.checkpoint import contents, find_tag, is_checkpoint, write
 from xtrain.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -318,18 +318,8 @@ def test_client_state_of_plain_values(ranks: Any, tmp_path: Path) -> None:
         assert "cannot be saved" in message
 
 
-class Extra(training.TwoLayers):
-    notes: Any = None
-
-    def get_extra_state(self) -> Any:
-        return {"notes": self.notes}
-
-    def set_extra_state(self, state: Any) -> None:
-        self.notes = state["notes"]
-
-
 def _extra_state(folder: str) -> Any:
-    first, second = Extra(), Extra()
+    first, second = toys.WithState(), toys.WithState()
     first.notes = [1, "two"]
     xtrain.initialize(model=first, config=training.config(1))[0].save_checkpoint(folder)
     xtrain.initialize(model=second, config=training.config(1))[0].load_checkpoint(folder)
@@ -382,12 +372,11 @@ def test_overwriting_and_loading_weights_only(ranks: Any, tmp_path: Path) -> Non
     assert not list(tmp_path.glob(".*"))
 
 
-class Dropping(training.TwoLayers):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.dropout(super().forward(x), 0.3)
-
-
 def _dropout(folder: str, save: bool) -> list[float]:
+    class Dropping(toys.TwoLayers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(super().forward(x), 0.3)
+
     torch.manual_seed(5 if save else 6)
     engine, _, _, _ = xtrain.initialize(model=Dropping(), config=training.config(1, 8))
     if save:
@@ -406,7 +395,9 @@ def test_random_states_continue(ranks: Any, tmp_path: Path) -> None:
 
 def _odd_engine(stage: int) -> Any:
     """Tied, frozen, unused and root-owned parameters; all divided in stage 3."""
-    return engine_of(Model("tied"), stage, bf16={"enabled": True}), engine_of(Model("frozen"), stage)
+    return engine_of(toys.LanguageModel("tied"), stage, bf16={"enabled": True}), engine_of(
+        toys.LanguageModel("frozen"), stage
+    )
 
 
 def _save_odd(folder: str, stage: int) -> list[dict[str, torch.Tensor]]:
@@ -446,7 +437,7 @@ def test_tied_and_frozen_weights_in_stage_3(
 
 def _state_dicts() -> bool:
     """load_module_state_dict of whole tensors in stage 3, strict and not."""
-    engine = engine_of(Model("tied"))
+    engine = engine_of(toys.LanguageModel("tied"))
     state = {name: torch.full_like(value, 0.5) for name, value in engine.module_state_dict().items()}
     engine.load_module_state_dict(state)
     assert all(bool((value == 0.5).all()) for value in engine.module_state_dict().values())

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import xtrain
+from tests import toys
 from xtrain.base.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.checkpoint.export import _bytes, _shards
 from xtrain.utils import safe_get_full_fp32_param
@@ -28,21 +28,6 @@ from xtrain.utils.zero_to_fp32 import (
 )
 
 
-class _Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen = nn.Linear(3, 3)
-        self.frozen.requires_grad_(False)
-        self.norm = nn.BatchNorm1d(3)
-        self.out = nn.Linear(3, 3, bias=False)
-        self.tied = nn.Linear(3, 3, bias=False)
-        self.tied.weight = self.out.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.tied(self.out(self.norm(self.frozen(x))))
-        return y
-
-
 def _save(folder: str, stage: int, half: bool) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     config = {
@@ -52,7 +37,7 @@ def _save(folder: str, stage: int, half: bool) -> dict[str, torch.Tensor]:
         "optimizer": {"type": "Adam", "params": {"lr": 0.1}},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 4},
     }
-    engine, *_ = xtrain.initialize(model=_Model(), config=config)
+    engine, *_ = xtrain.initialize(model=toys.FrozenNormTied(), config=config)
     dtype = torch.bfloat16 if half else torch.float32
     for _ in range(2):
         engine.backward(engine(torch.randn(4, 3, dtype=dtype)).float().square().sum())
@@ -81,7 +66,7 @@ def test_the_masters_come_out(
     )
     assert set(state) - set(trained) == {"frozen.weight", "frozen.bias"}
 
-    model = load_state_dict_from_zero_checkpoint(_Model(), tmp_path)
+    model = load_state_dict_from_zero_checkpoint(toys.FrozenNormTied(), tmp_path)
     assert torch.equal(model.tied.weight, expected["out.weight"].float())
     assert torch.equal(model.norm.running_mean, expected["norm.running_mean"].float())
 

@@ -140,4 +140,4 @@ def _through_a_checkpoint(folder: str) -> tuple[bool, str]:
 def test_client_state(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     for same, said in ranks(2, _through_a_checkpoint, str(tmp_path)):
         assert same
-        assert "client_state['a']['b'] is of class tests.training.TwoLayers" in said
+        assert "client_state['a']['b'] is of class tests.toys.TwoLayers" in said

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.base.errors import CheckpointError
 from xtrain.checkpoint import contents
 from xtrain.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -25,24 +25,9 @@ from xtrain.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 Ranks = Callable[..., list[Any]]
 
 
-class Model(training.TwoLayers):
-    """With a buffer, and a state that is no tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.ones(3))
-        self.notes: Any = ["as built"]
-
-    def get_extra_state(self) -> Any:
-        return {"notes": self.notes}
-
-    def set_extra_state(self, state: Any) -> None:
-        self.notes = state["notes"]
-
-
 def _engine(stage: int) -> Any:
     torch.manual_seed(0)
-    model = Model()
+    model = toys.WithState()
     settings = training.config(stage, bf16=stage == 2)
     return xtrain.initialize(model=model, model_parameters=training.param_groups(model), config=settings)[0]
 
@@ -252,28 +237,27 @@ def test_no_name_in_common_is_an_error_even_when_not_strict(ranks: Ranks, tmp_pa
         assert "have no name in common: it has '0.bias', '0.weight', '1.bias', ..., the model" in said
 
 
-class Renamed(nn.Module):
-    """Reads what it was saved as when its layer had another name."""
-
-    def __init__(self, old: bool) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(2)
-        setattr(self, "old" if old else "new", nn.Linear(2, 2))
-        if not old:
-            self.register_load_state_dict_pre_hook(self._rename)
-
-    @staticmethod
-    def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name in ("weight", "bias"):
-            if f"{prefix}old.{name}" in state:
-                state[f"{prefix}new.{name}"] = state.pop(f"{prefix}old.{name}")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.norm(x)
-        return y
-
-
 def _load_hook(folder: str) -> bool:
+    class Renamed(nn.Module):
+        """Reads what it was saved as when its layer had another name."""
+
+        def __init__(self, old: bool) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+            setattr(self, "old" if old else "new", nn.Linear(2, 2))
+            if not old:
+                self.register_load_state_dict_pre_hook(self._rename)
+
+        @staticmethod
+        def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+            for name in ("weight", "bias"):
+                if f"{prefix}old.{name}" in state:
+                    state[f"{prefix}new.{name}"] = state.pop(f"{prefix}old.{name}")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.norm(x)
+            return y
+
     models = [Renamed(old=True), Renamed(old=False)]
     engines = [xtrain.initialize(model=model, config=training.config(0))[0] for model in models]
     engines[0].save_checkpoint(folder)
@@ -285,20 +269,8 @@ def test_modules_that_rename_what_they_load(ranks: Ranks, tmp_path: Path) -> Non
     assert all(ranks(2, _load_hook, str(tmp_path)))
 
 
-class Tied(nn.Module):
-    def __init__(self, tied: bool) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
-        if tied:
-            self.second.weight = self.first.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.second(self.first(x))
-        return y
-
-
 def _untied(folder: str, stage: int) -> bool:
-    tied, model = Tied(True), Tied(False)
+    tied, model = toys.Tied(), toys.Tied(tied=False)
     settings = training.config(stage)
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     saved = xtrain.initialize(model=tied, config=settings)[0]

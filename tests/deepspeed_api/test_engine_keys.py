@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import xtrain
-from tests import training
-from tests.engine.test_corners import Weight, _engine
+from tests import toys, training
+from tests.engine.test_corners import _engine
 from xtrain.base.errors import ConfigError
 from xtrain.config import load_config
 from xtrain.engine import gc as garbage
 
 
 def _sum(stage: int, aligned: bool) -> list[float]:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, stage, accumulation=2, gradient_allreduce_op="SUM", xtrain={"aligned": aligned})
     for index in range(2):
         engine.backward(engine(float(1 + engine.grid.rank + 10 * index)))
@@ -41,7 +41,7 @@ def _no_norm(stage: int, bf16: bool) -> tuple[list[Any], list[Any], list[bool]]:
     settings["zero_optimization"]["compute_grad_norm"] = False
     without = training.train(settings, 4)
     assert without["losses"] == plain["losses"]
-    engine = xtrain.initialize(model=Weight(), config=settings)[0]
+    engine = xtrain.initialize(model=toys.Weight(), config=settings)[0]
     applied = []
     for bad in (False, True, False):
         engine.backward(engine(float("inf") if bad and engine.grid.rank else 1.0))
@@ -60,7 +60,7 @@ def test_the_norm_can_be_left_out(ranks: Any, stage: int, bf16: bool) -> None:
 
 
 def _unmanaged(stage: int, own: bool, folder: str) -> tuple[list[float], list[Any]]:
-    model = Weight()
+    model = toys.Weight()
     record = str(Path(folder) / f"{stage}{own}.jsonl")
     engine = _engine(
         model, stage, accumulation=2, managed_gradient_accumulation=False, xtrain={"record": record}
@@ -95,7 +95,7 @@ def test_every_step_is_an_update_without_managed_accumulation(
 
 
 def _buffers(dtype: str | None) -> list[torch.dtype]:
-    model = Weight()
+    model = toys.Weight()
     model.register_buffer("frequencies", torch.ones(3))
     model.register_buffer("count", torch.ones(3, dtype=torch.int32))
     _engine(model, bf16={"enabled": True}, data_types={"param_dtype": "bfloat16", "buffer_dtype": dtype})
@@ -110,8 +110,8 @@ def test_buffers_can_be_cast(ranks: Any) -> None:
 def _garbage() -> list[bool]:
     gc.enable()
     seen = []
-    first = _engine(Weight(), disable_python_gc=True)
-    second = _engine(Weight(), disable_python_gc=True)
+    first = _engine(toys.Weight(), disable_python_gc=True)
+    second = _engine(toys.Weight(), disable_python_gc=True)
     seen.append(gc.isenabled())
     assert first.collect_python_gc() >= 0
     first.destroy()
@@ -119,7 +119,7 @@ def _garbage() -> list[bool]:
     seen.append(gc.isenabled())
     second.destroy()
     seen.append(gc.isenabled())
-    third = _engine(Weight(), disable_python_gc=True)
+    third = _engine(toys.Weight(), disable_python_gc=True)
     seen.append(gc.isenabled())
     garbage._in_child()
     seen.append(gc.isenabled())

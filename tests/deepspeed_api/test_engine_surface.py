@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import xtrain
-from tests import training
-from tests.engine.test_corners import Weight, _engine
+from tests import toys, training
+from tests.engine.test_corners import _engine
 from xtrain.base.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.deepspeed_api.engine_settings import EngineSettings
 from xtrain.runtime.engine import XtrainEngine
@@ -118,12 +118,12 @@ def test_what_the_getters_answer(ranks: Any) -> None:
 
 
 def _client() -> tuple[str, list[Any], str | None]:
-    model = Weight()
+    model = toys.Weight()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.75)
     engine = xtrain.initialize(
         model=model, optimizer=optimizer, config={"train_micro_batch_size_per_gpu": 1}
     )[0]
-    bare = xtrain.initialize(model=Weight(), config={"train_micro_batch_size_per_gpu": 1})[0]
+    bare = xtrain.initialize(model=toys.Weight(), config={"train_micro_batch_size_per_gpu": 1})[0]
     return engine.optimizer_name(), engine.get_mom(), bare.optimizer_name()
 
 
@@ -142,7 +142,7 @@ def test_what_is_not_there_says_what_to_use(name: str) -> None:
 
 
 def _micro_batches() -> list[Any]:
-    engine = _engine(Weight(), accumulation=2)
+    engine = _engine(toys.Weight(), accumulation=2)
     seen: list[Any] = [engine.get_batch_info()]
     engine.set_train_micro_batch_size(3)
     seen.append(engine.get_batch_info())
@@ -158,7 +158,7 @@ def test_the_micro_batch_can_change(ranks: Any) -> None:
 
 
 def _allreduce(stage: int) -> tuple[list[float], list[float], list[float]]:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, stage)
     engine(float(1 + engine.grid.rank)).backward()
     before = [] if model.weight.grad is None else model.weight.grad.tolist()
@@ -201,7 +201,7 @@ def _compile_mistakes() -> list[str]:
         ({}, {"schedule": []}),
         ({}, {"compiled_autograd_enabled": True}),
     ):
-        engine = _engine(Weight(), **settings)
+        engine = _engine(toys.Weight(), **settings)
         with pytest.raises((ConfigError, NotImplementedYetError)) as caught:
             engine.compile(**kwargs)
         said.append(str(caught.value))
@@ -215,17 +215,10 @@ def test_compile_says_what_it_cannot(ranks: Any) -> None:
     assert "compiled_autograd_enabled" in autograd
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.frozen = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.ones(2))
-        self.b.weight = self.a.weight
-        self.frozen.requires_grad_(False)
-        self.register_buffer("count", torch.arange(3))
-
-
 def _save(folder: str, stage: int, bf16: bool) -> dict[str, torch.Tensor]:
-    model = Tied()
+    model = toys.Tied(8, bias=True)
+    model.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    model.register_buffer("count", torch.arange(3))
     engine = _engine(model, stage, bf16={"enabled": bf16})
     assert engine.save_16bit_model(f"{folder}/deep/er") is True
     assert engine.save_fp16_model(folder, "other.bin") is True
@@ -246,8 +239,8 @@ def test_plain_weights_are_one_file(ranks: Any, tmp_path: Path, stage: int, bf16
         state = torch.load(file, weights_only=True)
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], expected[name]) for name in expected)
-        assert state["a.weight"].dtype == (torch.bfloat16 if bf16 else torch.float32)
-        assert state["a.weight"].data_ptr() == state["b.weight"].data_ptr()
+        assert state["first.weight"].dtype == (torch.bfloat16 if bf16 else torch.float32)
+        assert state["first.weight"].data_ptr() == state["second.weight"].data_ptr()
     assert "frozen" not in torch.load(tmp_path / "thin.bin", weights_only=True)
     assert path.stat().st_size < 4000  # one copy of the tied weight, and no flat buffer
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "file", "other.bin", "thin.bin"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain import utils
 from xtrain.base.errors import ConfigError
 from xtrain.utils import groups
@@ -64,28 +64,24 @@ def test_groups_that_are_not_there() -> None:
         groups._get_expert_parallel_group("ep_size_2")
 
 
-class Expert(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w1, self.w2 = nn.Linear(2, 2), nn.Linear(2, 2)
-
-
 def _mixture() -> nn.Module:
-    return nn.ModuleDict({"router": nn.Linear(2, 2), "experts": nn.ModuleList([Expert(), Expert()])})
+    return nn.ModuleDict(
+        {"router": nn.Linear(2, 2), "experts": nn.ModuleList([toys.TwoLayers(2, 2, 2) for _ in range(2)])}
+    )
 
 
 def test_leaf_modules_by_class() -> None:
     model = _mixture()
     experts = list(model["experts"])
-    for kind in (Expert, "Expert", f"{__name__}.Expert"):
+    for kind in (toys.TwoLayers, "TwoLayers", f"{toys.__name__}.TwoLayers"):
         assert utils.set_z3_leaf_modules(model, [kind]) == experts
         assert utils.get_z3_leaf_modules(model) == experts
         assert all(utils.z3_leaf_module(expert) and expert._z3_leaf for expert in experts)
-        assert utils.z3_leaf_parameter(experts[0].w1.weight)
+        assert utils.z3_leaf_parameter(experts[0].first.weight)
         assert not utils.z3_leaf_parameter(model["router"].weight)
         assert utils.unset_z3_leaf_modules(model, [kind]) == experts
         assert utils.get_z3_leaf_modules(model) == []
-        assert not utils.z3_leaf_parameter(experts[0].w1.weight)
+        assert not utils.z3_leaf_parameter(experts[0].first.weight)
     with pytest.raises(ConfigError, match="no module of class Conv2d"):
         utils.set_z3_leaf_modules(model, [nn.Conv2d])
     assert utils.set_z3_leaf_modules(model, [nn.Conv2d], raise_if_not_found=False) == []
@@ -97,8 +93,8 @@ def test_leaf_modules_by_name() -> None:
     model = _mixture()
     found, missing = utils.set_z3_leaf_modules_by_name(model, ["experts.1", "x"], raise_if_not_found=False)
     assert (found, missing) == ([model["experts"][1]], ["x"])
-    found, missing = utils.set_z3_leaf_modules_by_suffix(model, [".w1"])
-    assert (found, missing) == ([expert.w1 for expert in model["experts"]], [])
+    found, missing = utils.set_z3_leaf_modules_by_suffix(model, [".first"])
+    assert (found, missing) == ([expert.first for expert in model["experts"]], [])
     utils.set_z3_leaf_module(model["experts"][1], False)
     assert utils.get_z3_leaf_modules(model) == found
     with pytest.raises(ConfigError, match="is named x"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import xtrain
-from tests import training
+from tests import toys, training
 from tests.live_deepspeed import fresh_deepspeed, live_deepspeed
 from tests.parity.cases import flags, load_script
 from tests.parity.corpus import write_corpus
@@ -172,34 +172,33 @@ def test_zero_init_follows_the_engine(ranks: Any) -> None:
     for native, theirs in ranks(2, _zero_init):
         assert native[0] == theirs[0] == [0, 0, 0, 0]
         assert native[1] == pytest.approx(theirs[1], rel=1e-4)
-        assert native[2][0] == theirs[2][0] == [33, training.FEATURES]
+        assert native[2][0] == theirs[2][0] == [33, toys.FEATURES]
         assert native[2][1] == pytest.approx(theirs[2][1], rel=1e-4)
-
-
-class Tied(torch.nn.Module):
-    """The second layer's forward uses the first one's weight, from a list, which is announced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = torch.nn.Linear(training.FEATURES, 12)
-        self.last = Last([self.first.weight])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(torch.tanh(self.first(x)))
-
-
-class Last(torch.nn.Module):
-    def __init__(self, given: list[torch.nn.Parameter]) -> None:
-        super().__init__()
-        self.given = given
-        xtrain.zero.register_external_parameter(self, given[0])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x @ self.given[0])[:, : training.OUTPUTS]
 
 
 def _helpers(engine: str, stage: int) -> list[list[float]]:
     """Masters and gradients by xtrain.utils: of a step, and after a script has changed the gradient."""
+
+    class Last(torch.nn.Module):
+        def __init__(self, given: list[torch.nn.Parameter]) -> None:
+            super().__init__()
+            self.given = given
+            xtrain.zero.register_external_parameter(self, given[0])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.given[0])[:, : toys.OUTPUTS]
+
+    class Tied(torch.nn.Module):
+        """The second layer's forward uses the first one's weight, from a list, which is announced."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Linear(toys.FEATURES, 12)
+            self.last = Last([self.first.weight])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.tanh(self.first(x)))
+
     torch.manual_seed(0)
     model = Tied()
     trained = xtrain.initialize(
@@ -234,7 +233,7 @@ def test_helpers_on_parameters_follow_the_engine(ranks: Any, stage: int) -> None
     for ours, theirs in ranks(2, _both_helpers, stage):
         assert len(ours) == len(theirs) == 6
         for mine, its in zip(ours, theirs, strict=True):
-            assert len(mine) == training.FEATURES * 12
+            assert len(mine) == toys.FEATURES * 12
             assert mine == pytest.approx(its, rel=0.02, abs=0.002)
 
 

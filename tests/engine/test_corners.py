@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.align import run_recording as managed
 from xtrain.base.errors import ConfigError, NotImplementedYetError, RunInterrupted
 from xtrain.base.log import logger
@@ -37,26 +36,15 @@ def _engine(model: nn.Module, stage: int = 1, accumulation: int = 1, **more: Any
     return xtrain.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
 
 
-class Weight(nn.Module):
-    """loss = sum(weight * x): the gradient is x."""
-
-    def __init__(self, size: int = 4) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
-
-    def forward(self, x: float) -> torch.Tensor:
-        return (self.weight * x).sum()
-
-
 def _weight(engine: Any) -> torch.Tensor:
     return engine.module_state_dict()["weight"].clone()
 
 
 def _default_clipping(stage: int) -> tuple[float, float]:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, stage)
     del engine
-    model = Weight()
+    model = toys.Weight()
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": training.zero(stage, 0),
@@ -76,7 +64,7 @@ def test_clipping_defaults_to_one_as_in_deepspeed(ranks: Any, stage: int) -> Non
 
 
 def _buffers() -> tuple[torch.dtype, list[float], torch.dtype]:
-    model = Weight()
+    model = toys.Weight()
     model.register_buffer("frequencies", torch.tensor([300.0, 301.0, 302.5]))
     _engine(model, bf16={"enabled": True})
     return model.frequencies.dtype, model.frequencies.tolist(), model.weight.dtype
@@ -88,7 +76,7 @@ def test_buffers_keep_their_precision(ranks: Any) -> None:
 
 def _script_clips(stage: int) -> tuple[torch.Tensor, float]:
     """The script's own clipping between backward and step, as many PyTorch scripts have it."""
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, stage)
     norm = 0.0
     for step in range(3):
@@ -114,7 +102,7 @@ def test_a_scripts_clipping_does_not_reach_divided_gradients(ranks: Any, stage: 
 
 
 def _discard(how: str, stage: int) -> list[float]:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, stage, accumulation=2 if "mid" in how else 1)
     if how == "load":
         raise AssertionError
@@ -148,7 +136,7 @@ def test_a_discarded_backward_leaves_nothing(ranks: Any, how: str, stage: int) -
 
 
 def _module_zero_grad_in_the_window() -> list[float]:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, 0, accumulation=2)
     engine.backward(engine(100.0))
     engine.step()
@@ -159,7 +147,7 @@ def _module_zero_grad_in_the_window() -> list[float]:
 
 
 def _create_graph() -> list[float]:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, 1)
     engine(3.0).backward(create_graph=True)
     engine.step()
@@ -172,7 +160,7 @@ def test_a_replaced_gradient_is_the_gradient(ranks: Any) -> None:
 
 
 def _load_in_the_window(folder: str) -> list[float]:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, 1, accumulation=2)
     engine.save_checkpoint(folder)
     engine.backward(engine(100.0))
@@ -222,25 +210,9 @@ def test_two_engines_whose_backwards_overlap(ranks: Any, stage: int, through_eng
     assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
 
 
-class Shared(nn.Module):
-    """One layer in two checkpointed segments, and a tied head."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.inputs, self.layer, self.other = nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 7)
-        self.head = nn.Linear(7, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.inputs(x)
-        for layer in (self.layer, self.other, self.layer):
-            x = checkpoint(lambda y, f=layer: torch.tanh(f(y)), x, use_reentrant=self.reentrant)
-        return self.head(x)
-
-
 def _checkpointed(reentrant: bool, stage: int) -> list[float]:
     torch.manual_seed(0)
-    model = Shared(reentrant)
+    model = toys.SharedByCheckpoints(reentrant)
     settings = training.config(stage, micro=8)
     settings["zero_optimization"]["reduce_bucket_size"] = 10
     engine = xtrain.initialize(model=model, config=settings)[0]
@@ -255,7 +227,7 @@ def test_activation_checkpointing_with_shared_layers(ranks: Any, stage: int) -> 
 
 
 def _again() -> list[float]:
-    model = Weight()
+    model = toys.Weight()
     _engine(model, 1)
     engine = _engine(model, 1)
     engine.backward(engine(4.0))
@@ -267,15 +239,7 @@ def test_a_model_can_be_given_to_a_second_engine(ranks: Any) -> None:
     assert ranks(2, _again)[0] == [-4.0] * 4
 
 
-class KeepsItsLoss(Weight):
-    """The garbage collector does not see through the graph that hangs on the attribute."""
-
-    def forward(self, x: float) -> torch.Tensor:
-        self.loss = super().forward(x)
-        return self.loss
-
-
-def _dropped(stage: int, destroy: bool, model_class: type[Weight]) -> list[bool]:
+def _dropped(stage: int, destroy: bool, model_class: type[toys.Weight]) -> list[bool]:
     model = model_class()
     engine, optimizer, _, _ = xtrain.initialize(
         model=model,
@@ -296,17 +260,17 @@ def _dropped(stage: int, destroy: bool, model_class: type[Weight]) -> list[bool]
     return [state() is None for state in states]
 
 
-@pytest.mark.parametrize("model_class", [Weight, KeepsItsLoss])
+@pytest.mark.parametrize("model_class", [toys.Weight, toys.KeepsItsLoss])
 @pytest.mark.parametrize("destroy", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_what_a_script_drops_is_freed(
-    ranks: Any, stage: int, destroy: bool, model_class: type[Weight]
+    ranks: Any, stage: int, destroy: bool, model_class: type[toys.Weight]
 ) -> None:
     assert ranks(2, _dropped, stage, destroy, model_class)[0] == [True] * 4
 
 
 def _optimizers() -> list[float]:
-    model = Weight()
+    model = toys.Weight()
     settings = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0}
     engine, returned, _, _ = xtrain.initialize(
         model=model, optimizer=torch.optim.Adagrad(model.parameters(), lr=0.5), config=settings
@@ -329,7 +293,7 @@ def _managed(folder: str) -> tuple[bool, list[str]]:
     os.environ["XTRAIN_RUN_DIR"] = folder
     managed._engines.clear()
     try:
-        engines = [_engine(Weight(), 1), _engine(Weight(), 1)]
+        engines = [_engine(toys.Weight(), 1), _engine(toys.Weight(), 1)]
         (Path(folder) / "logs").mkdir(exist_ok=True)
         for _ in range(2):
             for engine in engines:
@@ -356,7 +320,7 @@ def test_two_engines_in_a_run_folder(ranks: Any, tmp_path: Path) -> None:
 
 def _put_back(stage: int, bf16: bool) -> torch.Tensor:
     """An adversarial attack as scripts have it: change in place, run, put a copy back by `.data =`."""
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, stage, bf16={"enabled": bf16})
     for _ in range(3):
         kept = {name: param.data.clone() for name, param in model.named_parameters()}
@@ -378,7 +342,7 @@ def test_weights_put_back_by_assignment_go_on_learning(ranks: Any, stage: int, b
 
 
 def _converted() -> None:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, stage=2)
     model.double()
     engine.backward(engine(1.0).float())
@@ -393,7 +357,7 @@ def test_a_model_converted_after_initialize_is_refused(ranks: Any) -> None:
 
 
 def _optimizer_steps(stage: int, own_backward: bool, zero_grad: bool) -> torch.Tensor:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, stage)
     for _ in range(3):
         loss = engine(1.0 + engine.grid.rank)
@@ -416,26 +380,25 @@ def test_the_optimizers_own_step_reduces(ranks: Any, stage: int, own_backward: b
 
 def _adds_a_group() -> None:
     with pytest.raises(NotImplementedYetError, match="add_param_group"):
-        _engine(Weight()).optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+        _engine(toys.Weight()).optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
 
 def test_param_groups_cannot_be_added_later(ranks: Any) -> None:
     ranks(2, _adds_a_group)
 
 
-class Lookup(nn.Module):
-    """A sparse gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(3, 2, sparse=True)
-        nn.init.zeros_(self.table.weight)
-
-    def forward(self, index: int) -> torch.Tensor:
-        return self.table(torch.tensor([index, index])).sum()
-
-
 def _sparse(stage: int) -> torch.Tensor:
+    class Lookup(nn.Module):
+        """A sparse gradient."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(3, 2, sparse=True)
+            nn.init.zeros_(self.table.weight)
+
+        def forward(self, index: int) -> torch.Tensor:
+            return self.table(torch.tensor([index, index])).sum()
+
     model = Lookup()
     engine = _engine(model, stage)
     for _ in range(2):
@@ -453,7 +416,7 @@ def test_sparse_gradients_after_zero_grad_of_the_module(ranks: Any, stage: int) 
 
 
 def _pickled(stage: int) -> torch.Tensor:
-    model = Weight()
+    model = toys.Weight()
     engine = _engine(model, stage)
     engine.backward(engine(1.0))
     engine.step()
@@ -472,7 +435,7 @@ def test_the_module_can_be_pickled(ranks: Any, stage: int) -> None:
 
 
 def _destroyed_late() -> torch.Tensor:
-    model = Weight()
+    model = toys.Weight()
     former = _engine(model)
     engine = _engine(model)
     former.destroy()
@@ -485,17 +448,8 @@ def test_destroying_a_former_engine_leaves_the_present_one_alone(ranks: Any) -> 
     assert torch.equal(ranks(2, _destroyed_late)[0], torch.full((4,), -1.0))
 
 
-class Pair(Weight):
-    def __init__(self) -> None:
-        super().__init__()
-        self.other = nn.Parameter(torch.zeros(4))
-
-    def forward(self, x: float) -> torch.Tensor:
-        return super().forward(x) + (self.other * x).sum()
-
-
 def _unfrozen(stage: int) -> tuple[int, Any]:
-    model = Pair()
+    model = toys.TwoWeights()
     model.other.requires_grad_(False)
     engine = _engine(model, stage)
     model.other.requires_grad_(True)

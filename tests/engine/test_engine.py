@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.base.errors import ConfigError, XtrainError
 from xtrain.optim.schedules import WarmupDecayLR
 
@@ -183,30 +183,9 @@ def test_fp32_accumulation_is_more_exact_than_bf16(ranks: Any) -> None:
     assert fp32_error < 1e-3 < bf16_error
 
 
-class Odd(nn.Module):
-    """Tied weights, an unused parameter, a frozen one, one used twice and an empty one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(7, 7)
-        self.b = nn.Linear(7, 7)
-        self.b.weight = self.a.weight
-        self.unused = nn.Parameter(torch.ones(3))
-        self.frozen = nn.Parameter(torch.full((7,), 0.5), requires_grad=False)
-        self.empty = nn.Parameter(torch.empty(0, 4))
-        self.out = nn.Linear(7, 5)
-        self.register_buffer("count", torch.zeros(2))
-        self.register_buffer("flags", torch.tensor([True, False]))
-        self.register_buffer("scalar", torch.tensor(3, dtype=torch.int16))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.a(x)) + torch.tanh(self.b(x)) * self.frozen
-        return self.out(torch.tanh(self.a(x)))
-
-
 def _train_odd(stage: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.manual_seed(1)
-    model = Odd()
+    model = toys.Odd()
     if xtrain.comm.get_rank() == 1:  # rank 0's values must win
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data.copy_(tensor.data == 0)
@@ -217,7 +196,7 @@ def _train_odd(stage: int) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 def test_tied_unused_frozen_and_empty_parameters(ranks: Any) -> None:
     torch.manual_seed(1)
-    model = Odd()
+    model = toys.Odd()
     start = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0

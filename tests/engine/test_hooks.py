@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import xtrain
-from tests import training
+from tests import toys
 from xtrain.align.record import read_record
 from xtrain.align.recorder import Recorder
 from xtrain.base.errors import CheckpointError
@@ -24,7 +24,7 @@ def _engine(stage: int = 2, **more: Any) -> Any:
     torch.manual_seed(0)
     config = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, **more}
     return xtrain.initialize(
-        model=training.TwoLayers(),
+        model=toys.TwoLayers(),
         config={
             **config,
             "optimizer": {"type": "Adam", "params": {"lr": 0.01}},
@@ -49,7 +49,7 @@ def _watch(engine: Any) -> list[str]:
 
 
 def _micro_batch(engine: Any) -> None:
-    engine.backward(engine(torch.ones(4, training.FEATURES)).square().mean())
+    engine.backward(engine(torch.ones(4, toys.FEATURES)).square().mean())
     engine.step()
 
 
@@ -89,7 +89,7 @@ def test_errors_discards_and_loads_are_told(tmp_path: Path) -> None:
 def test_before_forward_may_replace_what_the_model_gets() -> None:
     engine = _engine()
     engine.eval()
-    x = torch.ones(4, training.FEATURES)
+    x = torch.ones(4, toys.FEATURES)
     expected = engine(2 * x)
     engine.train_hooks.before_forward.append(lambda state, args, kwargs: ((2 * args[0],), kwargs))
     assert torch.equal(engine(x), expected)
@@ -108,7 +108,7 @@ def test_a_loss_that_was_given_up_is_not_recorded(tmp_path: Path) -> None:
     """zero_grad() in the middle of a window begins it anew: the record has the losses that were trained on."""
     engine = _engine(gradient_accumulation_steps=1)
     Recorder(tmp_path / "r.jsonl").attach(engine)
-    x = torch.ones(4, training.FEATURES)
+    x = torch.ones(4, toys.FEATURES)
     engine.backward(engine(1000 * x).square().mean())
     engine.zero_grad()
     loss = engine(x).square().mean()

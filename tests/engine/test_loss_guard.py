@@ -10,20 +10,13 @@ import torch
 from torch import nn
 
 import xtrain
-from tests import training
-from tests.engine.test_corners import Weight, _engine
+from tests import toys, training
+from tests.engine.test_corners import _engine
 from xtrain.base.errors import ConfigError, TrainingError
 
 
-class Offset(Weight):
-    """The loss is not finite where `extra` says so; its gradient always is."""
-
-    def forward(self, x: float, extra: float = 0.0) -> torch.Tensor:
-        return super().forward(x) + extra
-
-
 def _losses(how: str, stage: int, more: dict[str, Any]) -> tuple[str, list[float], int, int]:
-    model = Offset()
+    model = toys.Offset()
     engine = _engine(model, stage, **more)
     rank = engine.grid.rank
     said = ""
@@ -72,7 +65,7 @@ def test_a_bad_loss_on_one_rank(ranks: Any, how: str, stage: int, more: dict[str
 def _unchecked(stage: int, bad: float) -> tuple[list[float], int, float]:
     """The first of two steps has one gradient that is not finite."""
     bf16 = {"enabled": True, "check_grad_overflow": False}
-    engine = _engine(Offset(), stage, gradient_clipping=1.0, bf16=bf16)
+    engine = _engine(toys.Offset(), stage, gradient_clipping=1.0, bf16=bf16)
     for step in range(2):
         x = torch.ones(4, dtype=torch.bfloat16)
         x[0] = 1.0 if step else bad
@@ -96,7 +89,7 @@ def test_bf16_without_the_check(ranks: Any, stage: int, bad: float) -> None:
 
 
 def _in_a_row(precision: dict[str, Any], limit: int, accumulation: int) -> tuple[str, int]:
-    engine = _engine(Offset(), 1, accumulation, xtrain={"max_skipped_steps": limit}, **precision)
+    engine = _engine(toys.Offset(), 1, accumulation, xtrain={"max_skipped_steps": limit}, **precision)
     for step in range(12):
         for index in range(accumulation):
             good = step < 2 or step == 3
@@ -127,16 +120,15 @@ def test_the_smallest_loss_scale_is_the_limit_of_a_dynamic_one(ranks: Any) -> No
         assert "the loss was nan on rank 0" in said
 
 
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.always, self.left, self.right = (nn.Parameter(torch.ones(2)) for _ in range(3))
-
-    def forward(self, which: str) -> torch.Tensor:
-        return (self.always * getattr(self, which)).sum()
-
-
 def _branches(stage: int, by_rank: tuple[str, str], check: bool) -> str:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.left, self.right = (nn.Parameter(torch.ones(2)) for _ in range(3))
+
+        def forward(self, which: str) -> torch.Tensor:
+            return (self.always * getattr(self, which)).sum()
+
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "ignore_unused_parameters": not check},

@@ -10,10 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.activation_checkpointing.activations import Arena
 from xtrain.backends.alignment import HOST_BYTES, aligned_unit, is_aligned, round_up
 from xtrain.zero.offload import DiskMemory
@@ -67,20 +66,6 @@ def test_rows_of_activations_are_aligned(dtype: torch.dtype) -> None:
     assert (second.data_ptr() - first.data_ptr()) % 512 == 0
 
 
-class Mixed(training.TwoLayers):
-    """Odd sizes, three dtypes, a frozen layer and a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.low, self.frozen = nn.Linear(7, 9).to(torch.bfloat16), nn.Linear(7, 13)
-        self.frozen.requires_grad_(False)
-        self.register_buffer("mean", torch.zeros(7))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        more = self.low(x.bfloat16()).sum(-1, keepdim=True) + self.frozen(x - self.mean).sum(-1, keepdim=True)
-        return super().forward(x) + more
-
-
 def _engine_addresses(stage: int, communication: str | None, folder: str) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
 
@@ -93,7 +78,7 @@ def _engine_addresses(stage: int, communication: str | None, folder: str) -> dic
         "zero_optimization": training.zero(stage, **offload),
         **({"communication_data_type": communication} if communication else {}),
     }
-    model = Mixed()
+    model = toys.MixedDtypes()
     seen = training.config(stage, micro=8, **options)
     engine = xtrain.initialize(model=model, config=seen)[0]
     model.frozen.register_forward_pre_hook(lambda module, args: note("gathered", *module.parameters()))
@@ -130,7 +115,7 @@ def test_everything_an_engine_holds_is_aligned(
 
 def _built_divided() -> set[int]:
     with xtrain.zero.Init():
-        model = Mixed()
+        model = toys.MixedDtypes()
     with xtrain.zero.GatheredParameters(list(model.parameters())):
         addresses = {_address(param) for param in model.parameters()}
     return addresses | {_address(param.ds_tensor) for param in model.parameters() if param.ds_tensor.numel()}
@@ -158,23 +143,9 @@ def test_shared_memory_is_aligned(ranks: Any) -> None:
 # ---------------------------------------------------------------- models whose weights are views of a file
 
 
-class Adapted(nn.Module):
-    """A frozen base and a trained head, as with adapters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.odd = nn.Parameter(torch.ones(3), requires_grad=False)
-        self.base = nn.Sequential(nn.Linear(7, 61), nn.Tanh(), nn.Linear(61, 37)).requires_grad_(False)
-        self.register_buffer("scale", torch.rand(37))
-        self.head = nn.Linear(37, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.base(x) * self.scale)
-
-
 def _train_in_views(stage: int, file: str) -> tuple[list[float], bool, set[int]]:
     torch.manual_seed(1)
-    model = Adapted()
+    model = toys.FrozenBase()
     if file:
         # One block in which everything lies at odd places, as tensors of a mapped checkpoint do.
         model.load_state_dict(load_file(file), assign=True)
@@ -195,7 +166,7 @@ def _train_in_views(stage: int, file: str) -> tuple[list[float], bool, set[int]]
 @pytest.mark.bits
 def test_frozen_weights_in_views_of_a_file_give_the_bits_of_other_memory(ranks: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    model = Adapted()
+    model = toys.FrozenBase()
     save_file(
         {name: tensor.clone() for name, tensor in model.state_dict().items()},
         tmp_path / "weights.safetensors",

@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain import comm
 from xtrain.base.errors import ConfigError, NotImplementedYetError, TrainingError
 from xtrain.config import load_config
@@ -172,21 +171,6 @@ def test_a_checkpoint_that_is_loaded_is_no_corruption(ranks: Any, tmp_path: Any)
 # ---------------------------------------------------------------- a neighbour computes again
 
 
-class Dropping(nn.Module):
-    """Dropout, running statistics, several outputs in a dictionary; the loss is the script's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(training.FEATURES, 33)
-        self.norm = nn.BatchNorm1d(33)
-        self.dropout = nn.Dropout(0.3)
-        self.second = nn.Linear(33, training.OUTPUTS)
-
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
-        hidden = self.dropout(torch.tanh(self.norm(self.first(x))))
-        return {"out": self.second(hidden) * scale, "unused": hidden.detach(), "mean": hidden.mean()}
-
-
 def _recomputed(
     stage: int, faults: list[dict[str, Any]], precision: dict[str, Any], odd: bool = False
 ) -> Any:
@@ -203,7 +187,7 @@ def _recomputed(
             **precision,
             "xtrain": {**section, "fake": {"faults": faults if recompute else []}},
         }
-        engine = xtrain.initialize(model=Dropping(), config=config)[0]
+        engine = xtrain.initialize(model=toys.SeveralOutputs(), config=config)[0]
         dtype = engine.module.first.weight.dtype
         try:
             for step in range(3):

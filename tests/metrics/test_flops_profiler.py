@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.base.errors import ConfigError
 from xtrain.models.glm import GLM, GLMConfig
 from xtrain.profiling.flops_profiler import (
@@ -54,14 +54,13 @@ def test_convolutions(channels: int, outputs: int, size: int, kernel: int) -> No
     assert params == outputs * channels * kernel**2 + outputs
 
 
-class Fused(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(x, x, x)
-
-
 @settings(max_examples=10, deadline=None)
 @given(SIZE, SIZE, SIZE, SIZE)
 def test_fused_attention(batch: int, heads: int, length: int, width: int) -> None:
+    class Fused(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
     flops, _, params = get_model_profile(
         Fused(), (batch, heads, length, width), print_profile=False, as_string=False
     )
@@ -124,35 +123,21 @@ def test_modules_add_up() -> None:
     assert [profiler.cost(layer).flops for layer in model.layers] == [layer.flops for layer in layers]
 
 
-class Shared(nn.Module):
-    """One layer used three times."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(self.layer(self.layer(x)))
-
-    def generate(self, x: torch.Tensor) -> torch.Tensor:
-        return self(self(x))
-
-
 def test_calls_of_one_module_add_up() -> None:
-    assert get_model_profile(Shared(), (2, 4), print_profile=False, as_string=False) == (192, 96, 20)
+    assert get_model_profile(toys.Repeated(), (2, 4), print_profile=False, as_string=False) == (192, 96, 20)
     twice = get_model_profile(
-        Shared(), args=[torch.ones(2, 4)], mode="generate", print_profile=False, as_string=False
+        toys.Repeated(), args=[torch.ones(2, 4)], mode="generate", print_profile=False, as_string=False
     )
     assert twice == (384, 192, 20)
 
 
 def test_mistakes_are_told() -> None:
     with pytest.raises(ConfigError, match="needs input_shape, args or kwargs"):
-        get_model_profile(Shared())
+        get_model_profile(toys.Repeated())
     with pytest.raises(ConfigError, match="use 'forward' or 'generate'"):
-        get_model_profile(Shared(), (2, 4), mode="backward")
+        get_model_profile(toys.Repeated(), (2, 4), mode="backward")
     with pytest.raises(ConfigError, match="no figures yet"):
-        FlopsProfiler(Shared()).print_model_profile()
+        FlopsProfiler(toys.Repeated()).print_model_profile()
 
 
 @pytest.mark.deepspeed
@@ -230,17 +215,16 @@ def test_a_profile_is_printed_once(ranks: Any) -> None:
     assert second["out"] == ""
 
 
-class Failing(Shared):
-    """Raises when told to."""
-
-    def forward(self, x: torch.Tensor, fail: bool = False) -> torch.Tensor:
-        if fail:
-            self.layer(x)
-            raise RuntimeError("failed")
-        return super().forward(x).sum()
-
-
 def _failing(compiled: bool) -> tuple[int, float]:
+    class Failing(toys.Repeated):
+        """Raises when told to."""
+
+        def forward(self, x: torch.Tensor, fail: bool = False) -> torch.Tensor:
+            if fail:
+                self.layer(x)
+                raise RuntimeError("failed")
+            return super().forward(x).sum()
+
     config = {
         "train_batch_size": 2,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},

@@ -162,23 +162,22 @@ def test_throughput_before_anything_is_measured(clock: Clock) -> None:
     assert off.global_step_count == 0
 
 
-class Slow(nn.Module):
-    """Takes 30 ms forward, 60 ms backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4))
-
-    def forward(self, fail: bool = False) -> torch.Tensor:
-        time.sleep(0.03)
-        if fail:
-            raise RuntimeError("failed")
-        loss = (self.weight * 1.0).sum()
-        loss.register_hook(lambda _: time.sleep(0.06))
-        return loss
-
-
 def _phases(stage: int, settings: dict[str, Any]) -> tuple[list[dict[str, float]], str]:
+    class Slow(nn.Module):
+        """Takes 30 ms forward, 60 ms backward."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, fail: bool = False) -> torch.Tensor:
+            time.sleep(0.03)
+            if fail:
+                raise RuntimeError("failed")
+            loss = (self.weight * 1.0).sum()
+            loss.register_hook(lambda _: time.sleep(0.06))
+            return loss
+
     engine = xtrain.initialize(
         model=Slow(),
         config={

@@ -105,20 +105,19 @@ def test_masters_have_the_parameters_shapes(ranks: Any) -> None:
     assert ranks(2, _bf16_masters)[0] == [(shape, torch.float32) for shape in shapes]
 
 
-class Mixed(nn.Module):
-    """A bf16 embedding before an fp32 head, under a config that casts nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.embedding = nn.Embedding(11, 6, dtype=torch.bfloat16)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.embedding(x).float()).square().mean()
-
-
 def _mixed(which: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    class Mixed(nn.Module):
+        """A bf16 embedding before an fp32 head, under a config that casts nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.embedding = nn.Embedding(11, 6, dtype=torch.bfloat16)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embedding(x).float()).square().mean()
+
     found = []
     for plain in (True, False):
         model = Mixed()

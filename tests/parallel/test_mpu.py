@@ -13,8 +13,9 @@ from torch import nn
 
 import xtrain
 from tests.live_deepspeed import fresh_deepspeed, live_deepspeed
-from tests.parallel.models import CLIP, MLP, config, reference, shard, train, whole_weights
-from tests.training import FEATURES, GLOBAL_BATCH, OUTPUTS, samples
+from tests.parallel.training import CLIP, config, reference, train
+from tests.toys import FEATURES, OUTPUTS, Half, ParallelMLP, shard
+from tests.training import GLOBAL_BATCH, samples
 from xtrain.align.record import read_record
 from xtrain.base.errors import CheckpointError, ConfigError, NotImplementedYetError
 from xtrain.checkpoint import loads as agreement
@@ -34,7 +35,9 @@ class OldMegatron:
 
 def _build(stage: int, dtype: str, old: bool = False, **more: Any) -> tuple[Any, ProcessGrid]:
     grid = ProcessGrid(tensor=2)
-    model = MLP(grid.get_tensor_model_parallel_group(), "model_parallel" if old else "tensor_model_parallel")
+    model = ParallelMLP(
+        grid.get_tensor_model_parallel_group(), "model_parallel" if old else "tensor_model_parallel"
+    )
     mpu = OldMegatron(grid) if old else grid
     engine = xtrain.initialize(model=model, config=config(stage, dtype, **more), mpu=mpu)[0]
     assert engine.grid.model.size == engine.mp_world_size == 2
@@ -165,7 +168,7 @@ def _load_elsewhere(folder: str, stage: int) -> Any:
     engine.load_checkpoint(folder)
     loaded = _weights(engine)
     losses = train(engine, grid.get_data_parallel_rank(), range(2, STEPS))
-    whole = xtrain.initialize(model=MLP(), config=config(1, "fp32"))[0]
+    whole = xtrain.initialize(model=ParallelMLP(), config=config(1, "fp32"))[0]
     with pytest.raises(CheckpointError) as error:
         whole.load_checkpoint(folder)
     return loaded, losses, str(error.value)
@@ -195,7 +198,7 @@ def test_checkpoints_have_a_part_for_each_part_of_the_model(
 
 
 def _from_one_checkpoint_to_two_parts(folder: str) -> str:
-    xtrain.initialize(model=MLP(), config=config(1, "fp32"))[0].save_checkpoint(folder)
+    xtrain.initialize(model=ParallelMLP(), config=config(1, "fp32"))[0].save_checkpoint(folder)
     engine, _ = _build(1, "fp32")
     with pytest.raises(CheckpointError) as error:
         engine.load_checkpoint(folder)
@@ -231,7 +234,7 @@ def _zero_init(sequence: bool) -> Any:
     grid = ProcessGrid(sequence=2) if sequence else ProcessGrid(tensor=2)
     given = _sequence_config(3, "fp32") if sequence else config(3, "fp32")
     with xtrain.zero.Init(config_dict_or_path=given, mpu=grid):
-        model = Tokens() if sequence else MLP(grid.get_tensor_model_parallel_group())
+        model = ParallelMLP(None if sequence else grid.get_tensor_model_parallel_group())
     divided = next(param.numel() for name, param in model.named_parameters() if name.endswith("row"))
     engine = xtrain.initialize(model=model, config=given, mpu=grid)[0]
     if sequence:
@@ -247,17 +250,6 @@ def test_models_built_divided_over_the_ranks_that_share_them(ranks: Any, sequenc
 
 
 # ---------------------------------------------------------------- sequence parallelism
-
-
-class Tokens(nn.Module):
-    """The whole network on every rank, for a part of each sample's features-as-tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = MLP()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp(x)
 
 
 def _sequences(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,14 +281,14 @@ def _sequence_config(stage: int, dtype: str) -> dict[str, Any]:
 
 def _sequence_parallel(stage: int, dtype: str) -> Any:
     grid = ProcessGrid(sequence=2)
-    engine = xtrain.initialize(model=Tokens(), config=_sequence_config(stage, dtype), mpu=grid)[0]
+    engine = xtrain.initialize(model=ParallelMLP(), config=_sequence_config(stage, dtype), mpu=grid)[0]
     assert (engine.dp_world_size, engine.seq_dp_world_size, engine.train_micro_batch_size_per_gpu()) == (
         2,
         4,
         4,
     )
     losses, norms = _train_sequences(engine, grid)
-    return losses, norms, {name.removeprefix("mlp."): value for name, value in _weights(engine).items()}
+    return losses, norms, _weights(engine)
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
@@ -316,26 +308,11 @@ def test_sequence_parallel_training_is_that_of_one_process(ranks: Any, stage: in
 # ---------------------------------------------------------------- pipelines
 
 
-class Stage(nn.Module):
-    """Half of the network: scale and column, or row."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-        for name in (("scale", "column", "column_bias"), ("row", "row_bias"))[number]:
-            setattr(self, name, nn.Parameter(whole_weights()[name].float()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.number == 0:
-            return torch.tanh(nn.functional.linear(x * self.scale, self.column, self.column_bias))
-        return nn.functional.linear(x, self.row, self.row_bias)
-
-
 def _pipeline(record: str, stage: int) -> Any:
     grid = ProcessGrid(pipeline=2)
     last = grid.is_pipeline_last_stage()
     given = config(stage, "fp32", gradient_accumulation_steps=1, xtrain={"record": record})
-    engine = xtrain.initialize(model=Stage(int(last)), config=given, mpu=grid)[0]
+    engine = xtrain.initialize(model=Half(int(last)), config=given, mpu=grid)[0]
     peer = dist.get_process_group_ranks(grid.get_pipeline_model_parallel_group())[0 if last else 1]
     micro, norms = engine.train_micro_batch_size_per_gpu(), []
     for step in range(STEPS):
@@ -359,7 +336,7 @@ def _pipeline(record: str, stage: int) -> Any:
     folder = str(Path(record).parent)
     engine.save_checkpoint(folder)
     trained = _weights(engine)
-    again = xtrain.initialize(model=Stage(int(last)), config=given, mpu=grid)[0]
+    again = xtrain.initialize(model=Half(int(last)), config=given, mpu=grid)[0]
     again.load_checkpoint(folder)
     assert all(torch.equal(value, trained[name]) for name, value in _weights(again).items())
     assert again.global_steps == STEPS
@@ -397,7 +374,7 @@ def test_only_ranks_with_the_same_parameters_are_compared_and_all_fail(ranks: An
 
 def _unused() -> str:
     grid = ProcessGrid(tensor=2)
-    model = MLP(grid.get_tensor_model_parallel_group())
+    model = ParallelMLP(grid.get_tensor_model_parallel_group())
     if grid.get_tensor_model_parallel_rank() == 1:
         model.spare = nn.Parameter(torch.zeros(2))
     given = config(1, "fp32")
@@ -420,7 +397,7 @@ def test_a_missing_gradient_in_one_part_of_the_model_fails_everywhere(ranks: Any
 def _both(stage: int, dtype: str, sequence: bool) -> Any:
     def build(module: Any, **more: Any) -> Any:
         grid = ProcessGrid(sequence=2) if sequence else ProcessGrid(tensor=2)
-        model = Tokens() if sequence else MLP(grid.get_tensor_model_parallel_group())
+        model = ParallelMLP(None if sequence else grid.get_tensor_model_parallel_group())
         given = _sequence_config(stage, dtype) if sequence else config(stage, dtype)
         given.update(more)
         params = model.parameters()

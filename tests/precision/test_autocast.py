@@ -10,26 +10,25 @@ import torch
 from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.base.errors import ConfigError
 from xtrain.precision import autocast
 
 STEPS = 6
 
 
-class OwnRegion(training.TwoLayers):
-    """Autocast in the first layer only, as models do it themselves."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = torch.tanh(self.first(x))
-        assert hidden.dtype == torch.bfloat16
-        return self.second(hidden.float())
-
-
 def _model(own: bool) -> nn.Module:
+    class OwnRegion(toys.TwoLayers):
+        """Autocast in the first layer only, as models do it themselves."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = torch.tanh(self.first(x))
+            assert hidden.dtype == torch.bfloat16
+            return self.second(hidden.float())
+
     torch.manual_seed(0)
-    return OwnRegion() if own else training.TwoLayers()
+    return OwnRegion() if own else toys.TwoLayers()
 
 
 def _train(stage: int, own: bool, section: dict[str, Any]) -> tuple[list[float], torch.dtype, torch.dtype]:
@@ -38,7 +37,7 @@ def _train(stage: int, own: bool, section: dict[str, Any]) -> tuple[list[float],
     engine = xtrain.initialize(model=_model(own), config=settings)[0]
     return (
         [result["losses"], result["rates"]],  # type: ignore[return-value]
-        engine(torch.ones(1, training.FEATURES)).dtype,
+        engine(torch.ones(1, toys.FEATURES)).dtype,
         engine.module.first.weight.dtype,
     )
 
@@ -112,7 +111,7 @@ def _around(enabled: bool) -> tuple[torch.dtype, list[str]]:
     logger.addHandler(handler)
     try:
         with torch.autocast("cpu", torch.float16):
-            dtypes = {engine(torch.ones(1, training.FEATURES)).dtype for _ in range(3)}
+            dtypes = {engine(torch.ones(1, toys.FEATURES)).dtype for _ in range(3)}
     finally:
         logger.removeHandler(handler)
     (dtype,) = dtypes

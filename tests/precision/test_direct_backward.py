@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.base.errors import ConfigError, TrainingError
 
 STAGES = (0, 1, 2, 3)
@@ -34,28 +35,18 @@ class Kept(dict[str, Any]):
     """A subclass that torch does not know."""
 
 
-class Model(nn.Module):
-    """y = w x, returned in some way."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.kind = kind
-
-    def forward(self, x: torch.Tensor) -> Any:
-        y = x * self.weight
-        wrap: dict[str, Any] = {
-            "tensor": lambda: y,
-            "pair": lambda: (y, 2 * y),
-            "twice": lambda: (y, y),
-            "dependent": lambda: (y.mean(), y),
-            "nested": lambda: {"a": y, "b": [2 * y, (None, 3)]},
-            "named": lambda: Named(y, 2 * y),
-            "dataclass": lambda: Output(y.mean(), y),
-            "subclass": lambda: Kept(a=y),
-            "view": lambda: y.view(1, -1),
-        }
-        return wrap[self.kind]()
+WRAPS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "tensor": lambda y: y,
+    "pair": lambda y: (y, 2 * y),
+    "twice": lambda y: (y, y),
+    "dependent": lambda y: (y.mean(), y),
+    "nested": lambda y: {"a": y, "b": [2 * y, (None, 3)]},
+    "named": lambda y: Named(y, 2 * y),
+    "dataclass": lambda y: Output(y.mean(), y),
+    "subclass": lambda y: Kept(a=y),
+    "view": lambda y: y.view(1, -1),
+}
+"""Ways to return y."""
 
 
 def _loss(kind: str, out: Any) -> torch.Tensor:
@@ -104,8 +95,8 @@ def _backward(engine: Any, how: str, loss: torch.Tensor) -> None:
 
 def _accumulated(stage: int, how: str) -> dict[str, float]:
     result = {}
-    for kind in ("tensor", "pair", "twice", "dependent", "nested", "named", "dataclass", "subclass", "view"):
-        engine = _engine(Model(kind), stage, accumulation=4)
+    for kind, wrap in WRAPS.items():
+        engine = _engine(toys.Scaled(wrap), stage, accumulation=4)
         for _ in range(4):
             _backward(engine, how, _loss(kind, engine(torch.ones(1))))
             engine.step()
@@ -124,7 +115,7 @@ def _several_losses(stage: int) -> list[float]:
     """Two backward passes through one forward, and two forwards in one loss; the window's sum is 4 in both."""
     result = []
     for both in (False, True):
-        engine = _engine(Model("tensor"), stage, accumulation=2)
+        engine = _engine(toys.Scaled(), stage, accumulation=2)
         for _ in range(2):
             out = engine(torch.ones(1))
             if both:
@@ -148,7 +139,7 @@ def _own_boundaries(stage: int) -> list[float]:
     for by_hand in (True, False):
         if stage >= 2 and not by_hand:
             continue
-        engine = _engine(Model("tensor"), stage, accumulation=2)
+        engine = _engine(toys.Scaled(), stage, accumulation=2)
         if by_hand:
             for boundary in (False, False, True):
                 engine.set_gradient_accumulation_boundary(boundary)
@@ -172,7 +163,7 @@ def test_no_sync_and_boundaries_by_hand(ranks: Any, stage: int) -> None:
 
 def _not_by_the_engine(stage: int) -> float:
     """What does not come from the engine's outputs is not divided, as in DeepSpeed."""
-    model = Model("tensor")
+    model = toys.Scaled()
     engine = _engine(model, stage, accumulation=4)
     for _ in range(4):
         (engine(torch.ones(1)).mean() + model.weight.sum()).backward()
@@ -189,7 +180,7 @@ def _identity() -> tuple[bool, bool, bool]:
     """Outputs are handed on as they are where nothing is to be divided."""
     same = []
     for accumulation, grads in ((1, True), (4, False), (4, True)):
-        model = Model("nested")
+        model = toys.Scaled(WRAPS["nested"])
         kept: list[Any] = []
         engine = _engine(model, 0, accumulation=accumulation)
         model.register_forward_hook(lambda *args, kept=kept: kept.append(args[-1]))
@@ -207,7 +198,7 @@ def test_outputs_are_replaced_only_where_needed(ranks: Any) -> None:
 
 def _fp16(stage: int, how: str, scale: float) -> tuple[float, str]:
     fp16 = {"enabled": True, "loss_scale": scale, "initial_scale_power": 12}
-    engine = _engine(Model("tensor"), stage, fp16=fp16)
+    engine = _engine(toys.Scaled(), stage, fp16=fp16)
     said = ""
     try:
         _backward(engine, how, engine(torch.ones(1, dtype=torch.float16)).mean())
@@ -233,7 +224,7 @@ def test_a_loss_scale_that_was_not_applied_is_an_error(
 def _another_engine() -> tuple[str, float, float]:
     """One loss over two engines: right while their scales are the same, an error when they differ."""
     fp16: dict[str, Any] = {"enabled": True, "initial_scale_power": 4}
-    first, second = (_engine(Model("tensor"), 1, fp16=fp16) for _ in range(2))
+    first, second = (_engine(toys.Scaled(), 1, fp16=fp16) for _ in range(2))
     x = torch.ones(1, dtype=torch.float16)
     first.backward((first(x) + second(x)).mean())
     first.step()
@@ -254,7 +245,7 @@ def test_two_engines_with_different_scales(ranks: Any) -> None:
 
 
 def _scale_arguments() -> list[str]:
-    engine = _engine(Model("tensor"), 0)
+    engine = _engine(toys.Scaled(), 0)
     said = []
     for wrong in (torch.ones(2, requires_grad=True) * 2, torch.ones(()), 1.0):
         with pytest.raises(ConfigError) as caught:
@@ -271,7 +262,7 @@ def test_scale_takes_a_loss(ranks: Any) -> None:
 
 
 def _two_backwards(stage: int, aligned: bool, accumulation: int) -> tuple[float, float]:
-    engine = _engine(Model("tensor"), stage, accumulation=accumulation, xtrain={"aligned": aligned})
+    engine = _engine(toys.Scaled(), stage, accumulation=accumulation, xtrain={"aligned": aligned})
     for _ in range(accumulation):
         engine.backward(engine(torch.ones(1)).mean())
         engine.backward(engine(torch.full((1,), 2.0 + engine.global_rank)).mean())  # 2 and 3 on two ranks
@@ -290,7 +281,7 @@ def test_two_backwards_before_a_step(ranks: Any, stage: int, aligned: bool, accu
 
 def _given_up(stage: int) -> float:
     """zero_grad between the two: only the second counts."""
-    engine = _engine(Model("tensor"), stage)
+    engine = _engine(toys.Scaled(), stage)
     engine.backward(engine(torch.ones(1)).mean())
     engine.zero_grad()
     engine.backward(engine(torch.full((1,), 2.0)).mean())
@@ -307,7 +298,7 @@ def test_the_first_of_two_can_be_discarded(ranks: Any, stage: int) -> None:
 
 
 def _hooked(stage: int, kind: str) -> float:
-    model = Model("tensor")
+    model = toys.Scaled()
     engine = _engine(model, stage, accumulation=2)
 
     def in_place(param: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import xtrain
-from tests import training
+from tests import toys, training
 from tests.parity.cases import load_script
 from tests.parity.corpus import write_corpus
 from xtrain.base.errors import ConfigError, NotImplementedYetError
@@ -125,29 +125,28 @@ def test_words_are_uniform_and_depend_on_every_coordinate() -> None:
     assert (random_words(1000, 8, (1, 2, 3), torch.device("cpu")).numpy() != words[:1000]).mean() > 0.99
 
 
-class Random(nn.Module):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.weight, self.kind = nn.Parameter(torch.ones(1000)), kind
-        if kind == "heads":
-            self.layer: nn.Module = nn.MultiheadAttention(100, 2, dropout=0.1)
-        elif kind == "recurrent":
-            self.layer = nn.GRU(100, 2, num_layers=2, dropout=0.1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "dropout":
-            return nn.functional.dropout(x * self.weight, 0.25, self.training)
-        if self.kind == "heads":
-            return self.layer(*[(x * self.weight).view(5, 2, 100)] * 3)[0]
-        if self.kind == "recurrent":
-            return self.layer((x * self.weight).view(5, 2, 100))[0]
-        if self.kind == "attention":
-            q = x.view(1, 1, 10, 100) * self.weight.view(1, 1, 10, 100)
-            return nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
-        return x * self.weight + torch.rand_like(x)
-
-
 def _random(kind: str) -> Any:
+    class Random(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.weight, self.kind = nn.Parameter(torch.ones(1000)), kind
+            if kind == "heads":
+                self.layer: nn.Module = nn.MultiheadAttention(100, 2, dropout=0.1)
+            elif kind == "recurrent":
+                self.layer = nn.GRU(100, 2, num_layers=2, dropout=0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.kind == "dropout":
+                return nn.functional.dropout(x * self.weight, 0.25, self.training)
+            if self.kind == "heads":
+                return self.layer(*[(x * self.weight).view(5, 2, 100)] * 3)[0]
+            if self.kind == "recurrent":
+                return self.layer((x * self.weight).view(5, 2, 100))[0]
+            if self.kind == "attention":
+                q = x.view(1, 1, 10, 100) * self.weight.view(1, 1, 10, 100)
+                return nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+            return x * self.weight + torch.rand_like(x)
+
     settings = training.config(0, 8, xtrain={"aligned": True})
     engine, _, _, _ = xtrain.initialize(model=Random(kind), config=settings)
     x = torch.ones(1000)
@@ -196,28 +195,27 @@ CHECKPOINTS = (
 )
 
 
-class Checkpointed(nn.Module):
-    """Dropout in a layer, in a plain function, outside of any checkpoint, and in a checkpoint in a checkpoint."""
-
-    def __init__(self, run: Any) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(training.FEATURES, training.FEATURES) for _ in range(4))
-        self.out, self.run = nn.Linear(training.FEATURES, training.OUTPUTS), run
-
-    def _inner(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.dropout(torch.tanh(self.layers[1](x)), 0.5)
-
-    def _outer(self, x: torch.Tensor) -> torch.Tensor:
-        x = nn.functional.dropout(torch.tanh(self.layers[0](x)), 0.5)
-        return self.run(self._inner, x) + nn.functional.dropout(x, 0.1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.layers[2](x)
-        x = nn.functional.dropout(self.run(self._outer, x), 0.2)
-        return self.out(self.run(lambda y: nn.functional.dropout(self.layers[3](y), 0.3), x))
-
-
 def _checkpointed(which: int, own_backward: bool) -> tuple[list[float], bool]:
+    class Checkpointed(nn.Module):
+        """Dropout in a layer, in a plain function, outside of any checkpoint, and in a checkpoint in a checkpoint."""
+
+        def __init__(self, run: Any) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(toys.FEATURES, toys.FEATURES) for _ in range(4))
+            self.out, self.run = nn.Linear(toys.FEATURES, toys.OUTPUTS), run
+
+        def _inner(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(torch.tanh(self.layers[1](x)), 0.5)
+
+        def _outer(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.dropout(torch.tanh(self.layers[0](x)), 0.5)
+            return self.run(self._inner, x) + nn.functional.dropout(x, 0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layers[2](x)
+            x = nn.functional.dropout(self.run(self._outer, x), 0.2)
+            return self.out(self.run(lambda y: nn.functional.dropout(self.layers[3](y), 0.3), x))
+
     torch.manual_seed(0)
     untouched = torch.utils.checkpoint.CheckpointFunction
     engine = xtrain.initialize(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import xtrain
+from tests import toys
 from xtrain.base.errors import ConfigError
 from xtrain.zero import GatheredParameters, ZeroParamStatus
 
@@ -117,20 +118,19 @@ def test_assigned_masters_are_the_value_after_the_next_step(ranks: Ranks) -> Non
     ranks(2, _masters)
 
 
-class Rounding(nn.Module):
-    """Replaces its weight while it runs, as quantisation does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.inner(x)
-        self.inner.weight.data = torch.full_like(self.inner.weight, 0.5)
-        return y
-
-
 def _while_running() -> None:
+    class Rounding(nn.Module):
+        """Replaces its weight while it runs, as quantisation does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.inner(x)
+            self.inner.weight.data = torch.full_like(self.inner.weight, 0.5)
+            return y
+
     model = nn.Sequential(Rounding())
     engine = _engine(model)
     engine.module(torch.ones(1, 4))
@@ -215,22 +215,15 @@ def test_one_rank_is_divided_like_many(ranks: Ranks) -> None:
 # ---------------------------------------------------------------- leaf modules
 
 
-class Chosen(nn.Module):
-    """The ranks run different layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(2)])
-        for layer in self.layers:
-            nn.init.eye_(layer.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers[xtrain.comm.get_rank()](x)
+def _eye() -> nn.Module:
+    layer = nn.Linear(4, 4, bias=False)
+    nn.init.eye_(layer.weight)
+    return layer
 
 
 def _leaf(needs_grad: bool) -> list[torch.Tensor]:
-    model = nn.Sequential(Chosen())
-    xtrain.utils.set_z3_leaf_modules(model, [Chosen])
+    model = nn.Sequential(toys.ByRank(_eye, head=nn.Identity()))
+    xtrain.utils.set_z3_leaf_modules(model, [toys.ByRank])
     engine = _engine(
         model, zero_allow_untested_optimizer=True, optimizer={"type": "SGD", "params": {"lr": 1.0}}
     )

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.base.errors import CheckpointError
 from xtrain.base.log import logger
 from xtrain.checkpoint.export import (
@@ -36,35 +35,12 @@ LAYOUTS = {
 def _graph(seed: int) -> torch.Tensor:
     """Another number of edges for each seed."""
     generator = torch.Generator().manual_seed(seed)
-    edges = torch.rand(training.FEATURES + 1, training.FEATURES + 1, generator=generator)
+    edges = torch.rand(toys.FEATURES + 1, toys.FEATURES + 1, generator=generator)
     return edges * (edges > 0.3 + 0.2 * seed)
 
 
-class Graph(nn.Module):
-    """Features are sent along the edges of a graph that is kept sparse."""
-
-    def __init__(self, layout: str, seed: int) -> None:
-        super().__init__()
-        self.register_buffer("adjacency", LAYOUTS[layout](_graph(seed)))
-        self.lin = nn.Linear(training.FEATURES, training.OUTPUTS)
-        self.again = nn.Module()
-        self.again.register_buffer("same", self.adjacency)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padded = nn.functional.pad(x, (0, 1))
-        matrix = self.adjacency
-        mixed = (
-            matrix if matrix.layout in (torch.sparse_coo, torch.sparse_csr) else matrix.to_dense()
-        ) @ padded.t()
-        return self.lin(mixed.t()[:, : training.FEATURES])
-
-
-class Dense(Graph):
-    """The same computation by PyTorch alone, without sparse tensors."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__("coo", seed)
-        self.adjacency = self.adjacency.to_dense()
+def _model(layout: str, seed: int) -> toys.Graph:
+    return toys.Graph(LAYOUTS[layout](_graph(seed)))
 
 
 def _engine(layout: str, stage: int, seed: int) -> Any:
@@ -73,7 +49,7 @@ def _engine(layout: str, stage: int, seed: int) -> Any:
         stage, micro=8, optimizer={"type": "SGD", "params": {"lr": 0.1}}, gradient_clipping=0.0
     )
     del config["scheduler"]
-    return xtrain.initialize(model=Graph(layout, seed), config=config)[0]
+    return xtrain.initialize(model=_model(layout, seed), config=config)[0]
 
 
 def _sparse(layout: str, stage: int, folder: str) -> dict[str, Any]:
@@ -107,7 +83,7 @@ def _sparse(layout: str, stage: int, folder: str) -> dict[str, Any]:
 def test_sparse_buffers(ranks: Any, tmp_path: Path, layout: str, stage: int) -> None:
     expected = _graph(0)
     torch.manual_seed(0)
-    model = Dense(0)
+    model = toys.Graph(_graph(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for step in range(4):
@@ -125,7 +101,7 @@ def test_sparse_buffers(ranks: Any, tmp_path: Path, layout: str, stage: int) -> 
         assert found["losses"] == pytest.approx(losses, rel=1e-5)
     exported = get_fp32_state_dict_from_zero_checkpoint(tmp_path, "one")
     assert torch.equal(exported["adjacency"].to_dense(), expected)
-    assert exported["lin.weight"].shape == (training.OUTPUTS, training.FEATURES)
+    assert exported["lin.weight"].shape == (toys.OUTPUTS, toys.FEATURES)
     if stage < 3:
         plain = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
         assert torch.equal(plain["adjacency"].to_dense(), expected)
@@ -143,7 +119,7 @@ def _in_bf16() -> list[Any]:
     """Buffers in the model's dtype: a matrix whose dtype changes must not keep its old one, or lose its values."""
     found = []
     for layout in LAYOUTS:
-        model = Graph(layout, 0)
+        model = _model(layout, 0)
         model.lin.to(torch.bfloat16)
         model.adjacency = model.again.same = LAYOUTS[layout](_graph(0).double())
         config = {**training.config(1, micro=8, bf16=True), "bf16": {"enabled": True}}
@@ -159,35 +135,14 @@ def test_sparse_buffers_take_another_dtype(ranks: Any) -> None:
         assert torch.equal(dense, _graph(0).double().bfloat16().float())
 
 
-class Odd(training.TwoLayers):
-    """Dense buffers of every other kind."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        shift = float(rank)
-        values = torch.arange(12.0) + shift
-        self.register_buffer("flags", values.view(3, 4) % 2 == 0)
-        self.register_buffer("complex64", torch.complex(values, -values))
-        self.register_buffer("complex128", torch.complex(values.double(), -values.double()))
-        self.register_buffer("conjugated", torch.complex(values, values).conj())
-        self.register_buffer("whole", values.to(torch.int64))
-        self.register_buffer("bits", values.to(torch.uint16))
-        self.register_buffer("eight", values.to(torch.float8_e4m3fn))
-        self.register_buffer("nothing", torch.empty(0, 3))
-        self.register_buffer("scalar", torch.tensor(1.5 + shift))
-        self.register_buffer("turned", values.view(3, 4).t())
-        self.register_buffer("repeated", values.view(1, 12).expand(5, 12), persistent=False)
-        self.register_buffer("tied", self.whole)
-        self.register_buffer("absent", None)
-        self.register_buffer("passing", values.clone(), persistent=False)
-
-
 def _odd(stage: int, folder: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    engine = xtrain.initialize(model=Odd(xtrain.comm.get_rank()), config=training.config(stage, micro=8))[0]
+    engine = xtrain.initialize(
+        model=toys.WithBuffers(xtrain.comm.get_rank()), config=training.config(stage, micro=8)
+    )[0]
     training.engine_step(engine, 0)
     engine.save_checkpoint(folder, "one")
-    other = xtrain.initialize(model=Odd(7), config=training.config(stage, micro=8))[0]
+    other = xtrain.initialize(model=toys.WithBuffers(7), config=training.config(stage, micro=8))[0]
     other.load_checkpoint(folder, "one")
     assert other.module.tied is other.module.whole
     buffers = {name: b.resolve_conj().clone() for name, b in engine.module.named_buffers()}
@@ -202,7 +157,7 @@ def _odd(stage: int, folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_dense_buffers_of_every_kind(ranks: Any, tmp_path: Path, stage: int) -> None:
-    expected = dict(Odd(0).named_buffers())
+    expected = dict(toys.WithBuffers(0).named_buffers())
     for found in ranks(2, _odd, stage, str(tmp_path)):
         for kind in ("buffers", "loaded"):
             for name, value in found[kind].items():

@@ -9,25 +9,11 @@ import torch
 from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.base.errors import TrainingError
 from xtrain.zero.order import GatherOrder, number_of
 
 WIDTH = 6
-
-
-class Heads(nn.Module):
-    """A head for each modality; which one runs is the batch's choice."""
-
-    def __init__(self, hidden: tuple[int, int]) -> None:
-        super().__init__()
-        self.trunk = nn.Linear(WIDTH, WIDTH)
-        self.image = nn.Sequential(nn.Linear(WIDTH, hidden[0]), nn.Linear(hidden[0], 1))
-        self.text = nn.Sequential(nn.Linear(WIDTH, hidden[1]), nn.Linear(hidden[1], 1))
-
-    def forward(self, x: torch.Tensor, heads: list[str]) -> torch.Tensor:
-        x = self.trunk(x)
-        return sum(getattr(self, head)(x).square().mean() for head in heads)
 
 
 def _engine(model: nn.Module, lr: float = 1.0, **more: Any) -> Any:
@@ -62,7 +48,7 @@ def _step(engine: Any, x: torch.Tensor, heads: list[str], own_backward: bool) ->
 def _differ(case: str, own_backward: bool, warm: bool, **more: Any) -> list[str]:
     hidden, choice = CASES[case]
     torch.manual_seed(0)
-    engine = _engine(Heads(hidden), **more)
+    engine = _engine(toys.Heads(WIDTH, hidden), **more)
     x = torch.randn(2, WIDTH)
     if warm:  # gathers ahead from then on
         for _ in range(2):
@@ -94,8 +80,8 @@ def test_ranks_that_run_different_modules(ranks: Any, case: str, own_backward: b
 def _leaves() -> dict[str, torch.Tensor]:
     """What the error proposes."""
     torch.manual_seed(0)
-    model = Heads((5, 5))
-    xtrain.utils.set_z3_leaf_modules(model, [Heads])
+    model = toys.Heads(WIDTH, (5, 5))
+    xtrain.utils.set_z3_leaf_modules(model, [toys.Heads])
     engine = _engine(model, lr=0.1)
     for _ in range(2):
         engine.backward(engine(torch.ones(2, WIDTH), [("image", "text")[engine.global_rank]]))
@@ -106,7 +92,7 @@ def _leaves() -> dict[str, torch.Tensor]:
 def test_leaf_modules_may_differ(ranks: Any) -> None:
     found = ranks(2, _leaves)[0]
     torch.manual_seed(0)
-    model = Heads((5, 5))
+    model = toys.Heads(WIDTH, (5, 5))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
     for _ in range(2):
         optimizer.zero_grad()
@@ -117,7 +103,7 @@ def test_leaf_modules_may_differ(ranks: Any) -> None:
 
 
 def _other_parameters() -> str:
-    model = Heads((5, 5))
+    model = toys.Heads(WIDTH, (5, 5))
     _engine(model)
     mine = (model.image, model.text)[xtrain.comm.get_rank()]
     with pytest.raises(TrainingError) as caught, xtrain.zero.GatheredParameters(mine[0].weight):
@@ -132,7 +118,7 @@ def test_gathering_different_parameters_by_hand(ranks: Any) -> None:
 
 
 def _evaluate_and_train(batches: int) -> None:
-    engine = _engine(Heads((5, 70)))
+    engine = _engine(toys.Heads(WIDTH, (5, 70)))
     x = torch.randn(2, WIDTH)
     with torch.no_grad():
         for _ in range(batches):

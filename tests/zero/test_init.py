@@ -10,42 +10,41 @@ import torch
 from torch import nn
 
 import xtrain
-from tests import training
-from tests.zero.test_stage3 import Model, engine_of, ids_of
+from tests import toys, training
+from tests.zero.test_stage3 import engine_of, ids_of
 from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.zero.home import home_of
 
 
-class Initialised(nn.Module):
-    """Initialises its children's weights in every way that models do it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first = nn.Linear(6, 6)
-        self.first.weight.data.normal_(std=0.5)
-        nn.init.zeros_(self.first.bias)
-        self.list = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
-        self.apply(self._init)
-        with torch.no_grad():
-            self.list[0].weight.mul_(2.0)
-        self.last = nn.Linear(6, 6)
-        self.last.weight = self.first.weight
-
-    @staticmethod
-    def _init(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.kaiming_uniform_(module.weight)
-            module.bias.data.fill_(0.1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        for layer in self.list:
-            x = layer(x)
-        return self.last(x)
-
-
 def _built() -> dict[str, Any]:
+    class Initialised(nn.Module):
+        """Initialises its children's weights in every way that models do it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.first = nn.Linear(6, 6)
+            self.first.weight.data.normal_(std=0.5)
+            nn.init.zeros_(self.first.bias)
+            self.list = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+            self.apply(self._init)
+            with torch.no_grad():
+                self.list[0].weight.mul_(2.0)
+            self.last = nn.Linear(6, 6)
+            self.last.weight = self.first.weight
+
+        @staticmethod
+        def _init(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight)
+                module.bias.data.fill_(0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            for layer in self.list:
+                x = layer(x)
+            return self.last(x)
+
     original = nn.Module.__init__
     with xtrain.zero.Init():
         model = Initialised()
@@ -72,10 +71,10 @@ def _trained(kind: str, init: bool, stage: int, bf16: bool) -> list[float]:
     settings = {"train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": bf16}}
     if init:
         with xtrain.zero.Init(config_dict_or_path=settings):
-            model = Model(kind)
+            model = toys.LanguageModel(kind)
         assert model.embed.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
     else:
-        model = Model(kind)
+        model = toys.LanguageModel(kind)
     engine = engine_of(model, stage, bf16={"enabled": bf16})
     losses = []
     for step in range(4):
@@ -112,15 +111,14 @@ def _tensor_bytes() -> int:
     return sum(storages.values())
 
 
-class Watched(nn.Linear):
-    most = 0
-
-    def __init__(self) -> None:
-        super().__init__(256, 256)
-        Watched.most = max(Watched.most, _tensor_bytes())
-
-
 def _peak_of_construction() -> tuple[int, int, int]:
+    class Watched(nn.Linear):
+        most = 0
+
+        def __init__(self) -> None:
+            super().__init__(256, 256)
+            Watched.most = max(Watched.most, _tensor_bytes())
+
     kept = _tensors()  # of earlier tests, which must not go away in between
     before = _tensor_bytes()
     Watched.most = 0
@@ -222,23 +220,24 @@ def test_disagreement_is_found_with_divided_parameters(ranks: Any) -> None:
     assert "different configs" in ranks(2, _disagree)[0]
 
 
-class InitialisesByShape(nn.Module):
-    """Initialises what it is made of in its constructor, as nn.Transformer and many scripts do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 6) for _ in range(5)])
-        for index, init in enumerate((nn.init.xavier_uniform_, nn.init.kaiming_normal_, nn.init.orthogonal_)):
-            init(self.layers[index].weight)
-        self.layers[3].weight[0].data.fill_(3.0)
-        self.layers[4].weight.data[:, 1] = self.layers[3].weight.clone().data[0, 0]
-        for param in self.parameters():
-            if param.dim() > 1 and param.size(-1) == 4 and param.shape[0] == 6 and param.numel() == 24:
-                with torch.no_grad():
-                    param.mul_(2.0)
-
-
 def _initialised_by_shape() -> None:
+    class InitialisesByShape(nn.Module):
+        """Initialises what it is made of in its constructor, as nn.Transformer and many scripts do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 6) for _ in range(5)])
+            for index, init in enumerate(
+                (nn.init.xavier_uniform_, nn.init.kaiming_normal_, nn.init.orthogonal_)
+            ):
+                init(self.layers[index].weight)
+            self.layers[3].weight[0].data.fill_(3.0)
+            self.layers[4].weight.data[:, 1] = self.layers[3].weight.clone().data[0, 0]
+            for param in self.parameters():
+                if param.dim() > 1 and param.size(-1) == 4 and param.shape[0] == 6 and param.numel() == 24:
+                    with torch.no_grad():
+                        param.mul_(2.0)
+
     torch.manual_seed(3)
     plain = InitialisesByShape()
     torch.manual_seed(3)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import xtrain
-from tests import training
-from tests.zero.test_stage3 import Model, engine_of, ids_of
+from tests import toys, training
+from tests.zero.test_stage3 import engine_of, ids_of
 from xtrain.base.errors import ConfigError
 from xtrain.zero.flat import FlatGroup, FlatOptions
 from xtrain.zero.gradients import WholeGradients
@@ -23,7 +23,7 @@ def _disk(folder: str) -> dict[str, Any]:
 
 
 def _train(folder: str, stage: int, what: tuple[str, ...], bf16: bool, kind: str) -> list[float]:
-    model = Model("tied")
+    model = toys.LanguageModel("tied")
     optimizer = {"type": kind, "params": {"lr": 0.01}}
     offload = {f"offload_{name}": _disk(folder) for name in what}
     engine = engine_of(model, stage, bf16={"enabled": bf16}, optimizer=optimizer, zero=offload)
@@ -74,7 +74,7 @@ def _storages(engine: Any) -> dict[str, set[int]]:
 
 def _move(folder: str, stage: int, include: list[str] | None) -> list[float]:
     engine = engine_of(
-        Model("tied"), stage, bf16={"enabled": True}, zero={"offload_optimizer": _disk(folder)}
+        toys.LanguageModel("tied"), stage, bf16={"enabled": True}, zero={"offload_optimizer": _disk(folder)}
     )
     losses = []
     for step in range(4):
@@ -114,12 +114,12 @@ def _mistakes(folder: str) -> list[str]:
     file.touch()
     for offload in ({"device": "nvme"}, _disk(str(file))):
         with pytest.raises(ConfigError) as caught:
-            engine_of(Model(), 1, zero={"offload_optimizer": offload})
+            engine_of(toys.LanguageModel(), 1, zero={"offload_optimizer": offload})
         said.append(str(caught.value))
     with pytest.raises(ConfigError) as caught:
-        engine_of(Model(), 0, zero={"offload_optimizer": _disk(folder)})
+        engine_of(toys.LanguageModel(), 0, zero={"offload_optimizer": _disk(folder)})
     said.append(str(caught.value))
-    engine = engine_of(Model(), 1)
+    engine = engine_of(toys.LanguageModel(), 1)
     for arguments in ({"include": ["weights"]}, {"device": "nvme"}, {"device": "tape"}):
         with pytest.raises(ConfigError) as caught:
             engine.offload_states(**arguments)

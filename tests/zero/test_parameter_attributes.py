@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import xtrain
+from tests import toys
 from xtrain.runtime.zero.offload_states import get_state_devices
 from xtrain.runtime.zero.partition_parameters import is_zero_param
 from xtrain.utils import safe_get_local_fp32_param
@@ -26,22 +27,16 @@ def _config(threshold: int = 0, **extra: Any) -> dict[str, Any]:
     }
 
 
-class _Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 5)
-        self.second = nn.Linear(5, 4)
-        self.second.bias.requires_grad_(False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.second(self.first(x))
-        return y
+def _two() -> nn.Module:
+    model = toys.TwoLayers(4, 5, 4)
+    model.second.bias.requires_grad_(False)
+    return model
 
 
 def _attributes(from_init: bool) -> list[list[float]]:
     torch.manual_seed(3)
     with Init(config_dict_or_path=_config(10), enabled=from_init):
-        model = _Two()
+        model = _two()
     if from_init:
         assert model.first.weight.ds_tensor.numel() == 10
         assert model.first.bias.ds_tensor.numel() == 3
@@ -79,7 +74,7 @@ def test_every_parameter_of_stage_3_describes_itself(ranks: Callable[..., list[A
 
 
 def _taken_out() -> None:
-    model = _Two()
+    model = _two()
     engine, *_ = xtrain.initialize(model=model, config=_config())
     with GatheredParameters(model.first.weight):
         kept = model.first.weight.detach().cpu()
@@ -114,18 +109,17 @@ def test_what_is_taken_out_of_a_gathered_parameter_stays(ranks: Callable[..., li
 
 
 def _skip_init() -> None:
+    class WithDevice(nn.Module):
+        def __init__(self, width: int, device: Any = None) -> None:
+            super().__init__()
+            self.inner = nn.Linear(width, width, device=device)
+
     with Init():
         layer = nn.utils.skip_init(nn.Linear, 4, 4)
-        block = nn.utils.skip_init(_WithDevice, 4)
+        block = nn.utils.skip_init(WithDevice, 4)
     assert layer.weight.ds_tensor.numel() == block.inner.weight.ds_tensor.numel() == 8
     with GatheredParameters(layer.weight):
         assert layer.weight.shape == (4, 4)
-
-
-class _WithDevice(nn.Module):
-    def __init__(self, width: int, device: Any = None) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, width, device=device)
 
 
 def test_modules_that_are_built_without_values(ranks: Callable[..., list[Any]]) -> None:
@@ -135,7 +129,7 @@ def test_modules_that_are_built_without_values(ranks: Callable[..., list[Any]]) 
 def _devices(stage: int) -> None:
     config = _config(bf16={"enabled": True})
     config["zero_optimization"]["stage"] = stage
-    engine, *_ = xtrain.initialize(model=_Two(), config=config)
+    engine, *_ = xtrain.initialize(model=_two(), config=config)
     assert get_state_devices(engine, OffloadStateTypeEnum.optim_states) == set()
     engine.backward(engine(torch.ones(1, 4, dtype=torch.bfloat16)).sum())
     engine.step()

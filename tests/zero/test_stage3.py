@@ -10,14 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import xtrain
-from tests import training
+from tests import toys, training
 from xtrain.base.errors import ConfigError
 from xtrain.zero.home import ZeroParamStatus
-
-WIDTH, BLOCKS = 24, 4
 
 
 def engine_of(model: nn.Module, stage: int = 3, persistent: int = 0, **more: Any) -> Any:
@@ -32,86 +29,6 @@ def engine_of(model: nn.Module, stage: int = 3, persistent: int = 0, **more: Any
         **more,
     }
     return xtrain.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
-
-
-class Block(nn.Module):
-    def __init__(self, kind: str = "") -> None:
-        super().__init__()
-        self.kind = kind
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-        self.unused = nn.Parameter(torch.ones(3))
-        self.side: Any = None
-        self.uses_all = False
-
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.up(self.norm(x)))
-        self.side = hidden.square().mean()
-        return x + self.down(hidden) + (self.unused.sum() * 0.01 if self.uses_all else 0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind == "inside":
-            return checkpoint(self.inner, x, use_reentrant=False)
-        return self.inner(x)
-
-
-class Bias(nn.Module):
-    """Returns its parameter for the caller to add, as Megatron's layers do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.full((WIDTH,), 0.5))
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Parameter]:
-        return x * 2, self.bias
-
-
-class Model(nn.Module):
-    """A small language model with everything that makes gathering hard, chosen by `kind`."""
-
-    def __init__(self, kind: str = "") -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.kind = kind
-        self.embed = nn.Embedding(11, WIDTH)
-        self.blocks = nn.ModuleList([Block(kind) for _ in range(BLOCKS)])
-        self.bias = Bias()
-        self.scale = nn.Parameter(torch.ones(WIDTH))
-        self.head = nn.Linear(WIDTH, 11, bias=False)
-        self.pooler = nn.Linear(WIDTH, WIDTH)  # never used
-        self.step = 0
-        if kind == "tied":
-            self.head.weight = self.embed.weight
-        if kind == "frozen":
-            for param in [*self.blocks[1].parameters(), *self.embed.parameters()]:
-                param.requires_grad_(False)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
-        order = list(range(BLOCKS))
-        if self.kind == "shared":
-            order = [0, 1, 0, 2, 3, 0]
-        if self.kind == "dropped":
-            order = [i for i in order if (self.step + i) % 3]
-        for i in order:
-            if self.kind == "reentrant":
-                x = checkpoint(self.blocks[i], x, use_reentrant=True)
-            elif self.kind == "shared reentrant":
-                x = checkpoint(self.blocks[i // 2], x, use_reentrant=True)
-            elif self.kind == "outside":
-                x = checkpoint(self.blocks[i], x, use_reentrant=False)
-            elif self.kind == "direct":
-                x = x + self.blocks[i].down(torch.tanh(self.blocks[i].up(x)))
-            else:
-                x = self.blocks[i](x)
-        x, bias = self.bias(x)
-        x = (x + bias) * self.scale
-        logits = F.linear(x, self.embed.weight) if self.kind == "functional" else self.head(x)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten())
-        if self.kind == "side":
-            loss = loss + 0.1 * sum(block.side for block in self.blocks)
-        return loss
 
 
 KINDS = (
@@ -146,7 +63,7 @@ def three_steps(engine: Any) -> list[float]:
 
 
 def _train(kind: str, stage: int, own_backward: bool = False, **more: Any) -> list[float]:
-    model = Model(kind)
+    model = toys.LanguageModel(kind)
     engine = engine_of(model, stage, **more)
     losses = []
     for step in range(6):
@@ -217,7 +134,7 @@ def _live(model: nn.Module, engine: Any) -> int:
 
 def _peak(kind: str) -> tuple[int, int, list[str]]:
     """(most bytes of whole parameters at any hook, bytes of the two largest module groups, order of uses)."""
-    model = Model(kind)
+    model = toys.LanguageModel(kind)
     engine = engine_of(model)
     peak, order = [0], []
     gatherer = engine.partition.gatherer
@@ -242,7 +159,7 @@ def test_at_most_two_module_groups_are_whole(ranks: Any) -> None:
     """The root's own small parameter beside them: it is used at the end of forward and first in backward."""
     peak, two, order = ranks(2, _peak, "")[0]
     assert peak <= two + 4 * 64 * 2
-    blocks = [f"blocks.{i}" for i in range(BLOCKS)]
+    blocks = [f"blocks.{i}" for i in range(toys.LANGUAGE_BLOCKS)]
     used = [name for name in order if name in ("embed", *blocks, "head")]
     assert used == ["embed", *blocks, "head", "head", *blocks[::-1], "embed"]
 
@@ -297,7 +214,7 @@ def test_the_peak_is_the_formula_and_two_module_groups(ranks: Any, bf16: bool) -
 
 def _staged(kind: str) -> int:
     """Most bytes of gradients that wait for their reduction at any moment of the *first* backward."""
-    model = Model(kind)
+    model = toys.LanguageModel(kind)
     engine = engine_of(model)
     most = [0]
     held = engine.partition.gradients
@@ -316,14 +233,14 @@ def _staged(kind: str) -> int:
 
 def test_unused_parameters_do_not_pile_gradients_up(ranks: Any) -> None:
     """`pooler` is the first in the queue and never gets a gradient; each block has an unused parameter."""
-    block = sum(p.numel() for p in Block().parameters()) * 4
+    block = sum(p.numel() for p in toys.LanguageBlock().parameters()) * 4
     for kind in ("", "outside", "reentrant"):
         assert ranks(2, _staged, kind)[0] <= 2 * block + 4 * 64 * 8
 
 
 def _unused_on_one_rank() -> list[float]:
     """Rank 1 skips a parameter inside each block: buckets are then ready at different moments."""
-    model = Model()
+    model = toys.LanguageModel()
     engine = engine_of(model)
     for block in model.blocks:
         block.uses_all = engine.global_rank == 0
@@ -344,7 +261,7 @@ def test_a_parameter_used_on_one_rank_only_does_not_hang(ranks: Any) -> None:
 
 def _exceptions() -> list[float]:
     """A forward and a backward that raise leave nothing whole, and training goes on."""
-    model = Model()
+    model = toys.LanguageModel()
     engine = engine_of(model)
     ids = ids_of(0, 0)
     handle = model.blocks[2].register_forward_pre_hook(_boom)
@@ -377,7 +294,7 @@ def test_after_an_exception_training_goes_on(ranks: Any) -> None:
 
 
 def _gathered(bf16: bool) -> dict[str, Any]:
-    model = Model()
+    model = toys.LanguageModel()
     engine = engine_of(model, bf16={"enabled": bf16})
     weight, small = model.blocks[0].up.weight, model.scale
     seen: dict[str, Any] = {"outside": tuple(weight.shape), "ds": (tuple(weight.ds_shape), weight.ds_numel)}
@@ -406,10 +323,11 @@ def _gathered(bf16: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_gathered_parameters(ranks: Any, bf16: bool) -> None:
+    width = toys.LANGUAGE_WIDTH
     for seen in ranks(2, _gathered, bf16):
         assert seen["outside"] == (0,)
-        assert seen["ds"] == ((2 * WIDTH, WIDTH), 2 * WIDTH * WIDTH)
-        assert seen["inside"] == (2 * WIDTH, WIDTH)
+        assert seen["ds"] == ((2 * width, width), 2 * width * width)
+        assert seen["inside"] == (2 * width, width)
         assert not seen["kept"]
         assert seen["changed"] == ([0.25], [3.0])
         assert seen["after"] == [0.25]
@@ -429,7 +347,7 @@ def test_gathered_parameters_keep_changes_in_other_stages_too(ranks: Any) -> Non
 
 
 def _mistakes() -> list[str]:
-    model = Model()
+    model = toys.LanguageModel()
     engine = engine_of(model)
     said = []
     with pytest.raises(ConfigError) as caught:
@@ -452,23 +370,22 @@ def test_mistakes_are_one_sentence(ranks: Any) -> None:
     assert "GatheredParameters" in third
 
 
-class External(nn.Module):
-    """Uses another module's parameter that it keeps in a list, out of sight."""
-
-    def __init__(self, register: bool) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.layer, self.user = nn.Linear(5, 5), nn.Linear(5, 5)
-        self.hidden = [self.layer.weight]
-        self.late = not register
-        if register:
-            xtrain.zero.register_external_parameter(self, self.layer.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.user(self.layer(x)), self.hidden[0]).square().mean()
-
-
 def _external(register: bool, stage: int) -> list[float]:
+    class External(nn.Module):
+        """Uses another module's parameter that it keeps in a list, out of sight."""
+
+        def __init__(self, register: bool) -> None:
+            super().__init__()
+            torch.manual_seed(2)
+            self.layer, self.user = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.hidden = [self.layer.weight]
+            self.late = not register
+            if register:
+                xtrain.zero.register_external_parameter(self, self.layer.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(self.user(self.layer(x)), self.hidden[0]).square().mean()
+
     model = External(register)
     engine = engine_of(model, stage)
     if not register:
@@ -492,7 +409,7 @@ def test_external_parameters(ranks: Any, register: bool) -> None:
 
 def _again() -> tuple[list[float], list[float]]:
     """destroy(), another engine of stage 0 on the same model, then stage 3 again."""
-    model = Model()
+    model = toys.LanguageModel()
     ids = ids_of(0, 0)
     losses = []
     for stage, destroy in ((3, True), (0, True), (3, False), (3, False)):
@@ -513,7 +430,7 @@ def test_engines_one_after_the_other(ranks: Any) -> None:
 
 
 def _inference() -> float:
-    model = Model()
+    model = toys.LanguageModel()
     engine, *_ = xtrain.initialize(
         model=model,
         config={"train_micro_batch_size_per_gpu": 2, "zero_optimization": training.zero(3, 0)},
@@ -524,15 +441,15 @@ def _inference() -> float:
 
 
 def test_without_an_optimizer(ranks: Any) -> None:
-    assert ranks(2, _inference)[0] == Model()(ids_of(0, 0)).item()
+    assert ranks(2, _inference)[0] == toys.LanguageModel()(ids_of(0, 0)).item()
 
 
 def _plain_weights(folder: str) -> bool:
-    engine = engine_of(Model("tied"), zero={"stage3_gather_16bit_weights_on_model_save": True})
+    engine = engine_of(toys.LanguageModel("tied"), zero={"stage3_gather_16bit_weights_on_model_save": True})
     assert engine.save_16bit_model(folder)
     state = engine.module_state_dict()
     saved = torch.load(f"{folder}/pytorch_model.bin", weights_only=True)
-    plain = Model("tied")
+    plain = toys.LanguageModel("tied")
     plain.load_state_dict(saved)
     assert plain.head.weight is plain.embed.weight
     consolidated = engine._zero3_consolidated_16bit_state_dict()

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import xtrain
-from tests import training
+from tests import toys, training
 
-WIDTH, STEPS, RATE = 8, 4, 0.01
+STEPS, RATE = 4, 0.01
 Loss = Callable[[Any, nn.Module, torch.Tensor], torch.Tensor]
 """(engine or module, module, inputs) -> loss."""
 
@@ -30,35 +30,13 @@ def _engine(model: nn.Module, stage: int = 3, **more: Any) -> Any:
     return xtrain.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(WIDTH, WIDTH)
-        self.down = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Net(nn.Module):
-    def __init__(self, block: Callable[[], nn.Module] = Block) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([block() for _ in range(3)])
-        self.head = nn.Linear(WIDTH, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def _build(block: Callable[[], nn.Module] = Block) -> nn.Module:
+def _build(block: Callable[[], nn.Module] = toys.Block) -> nn.Module:
     torch.manual_seed(0)
-    return Net(block)
+    return toys.Stack(block)
 
 
 def _inputs(step: int, rank: int) -> torch.Tensor:
-    return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(100 * step + rank))
+    return torch.randn(4, toys.WIDTH, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
 def _square(model: Any, _: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -146,19 +124,6 @@ class OwnMapping(dict[str, Any]):
     """Nor this one."""
 
 
-class Returns(nn.Module):
-    """Uses its parameter itself and returns a class of its own."""
-
-    def __init__(self, wrap: Callable[[torch.Tensor], Any], unwrap: Callable[[Any], torch.Tensor]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH)
-        self.wrap, self.unwrap = wrap, unwrap
-
-    def forward(self, x: Any) -> Any:
-        x = x if torch.is_tensor(x) else self.unwrap(x)
-        return self.wrap(x + torch.tanh(x @ self.weight))
-
-
 WRAPPERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], torch.Tensor]]] = {
     "dataclass": (lambda x: Result((x, None)), lambda y: y.hidden[0]),
     "mapping": (lambda x: OwnMapping(hidden=Result([x])), lambda y: y["hidden"].hidden[0]),
@@ -166,14 +131,27 @@ WRAPPERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], torch.Tensor]]] 
 }
 
 
-class Unwrapping(Net):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.blocks[0].unwrap(x))
-
-
 def _returns(kind: str) -> None:
+    class Returns(nn.Module):
+        """Uses its parameter itself and returns a class of its own."""
+
+        def __init__(
+            self, wrap: Callable[[torch.Tensor], Any], unwrap: Callable[[Any], torch.Tensor]
+        ) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(toys.WIDTH, toys.WIDTH) / toys.WIDTH)
+            self.wrap, self.unwrap = wrap, unwrap
+
+        def forward(self, x: Any) -> Any:
+            x = x if torch.is_tensor(x) else self.unwrap(x)
+            return self.wrap(x + torch.tanh(x @ self.weight))
+
+    class Unwrapping(toys.Stack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.blocks[0].unwrap(x))
+
     def build() -> nn.Module:
         torch.manual_seed(0)
         return Unwrapping(lambda: Returns(*WRAPPERS[kind]))
@@ -186,21 +164,20 @@ def test_outputs_in_classes_of_the_scripts_own(ranks: Any, kind: str) -> None:
     ranks(2, _returns, kind)
 
 
-class Aside(Block):
-    """Keeps a loss of its own in an attribute, as routers of experts do."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.up(x))
-        y = x + self.down(hidden)
-        self.aside = self.up(hidden).square().mean()
-        return y
-
-
 def _with_asides(model: Any, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model(x).square().mean() + sum(block.aside for block in module.blocks)
 
 
 def _asides() -> None:
+    class Aside(toys.Block):
+        """Keeps a loss of its own in an attribute, as routers of experts do."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.tanh(self.up(x))
+            y = x + self.down(hidden)
+            self.aside = self.up(hidden).square().mean()
+            return y
+
     _train_and_compare(lambda: _build(Aside), _with_asides)
 
 
@@ -259,25 +236,13 @@ def test_a_copy_of_the_model_runs_on_its_own(ranks: Any) -> None:
     ranks(2, _copied)
 
 
-class Experts(nn.Module):
-    """Which blocks run differs between ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block() for _ in range(2)])
-        self.head = nn.Linear(WIDTH, 3)
-
-    def forward(self, x: torch.Tensor, rank: int) -> torch.Tensor:
-        return self.head(self.blocks[rank](x))
-
-
 def _whole_model_is_a_leaf(stage: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = Experts()
-    xtrain.utils.set_z3_leaf_modules(model, [Experts])
+    model = toys.ByRank()
+    xtrain.utils.set_z3_leaf_modules(model, [toys.ByRank])
     engine = _engine(model, stage)
     for step in range(2):
-        engine.backward(engine(_inputs(step, engine.grid.rank), engine.grid.rank).square().mean())
+        engine.backward(engine(_inputs(step, engine.grid.rank)).square().mean())
         engine.step()
     return {name: value.clone() for name, value in engine.module_state_dict().items()}
 

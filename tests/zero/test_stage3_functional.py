@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import xtrain
-from tests.zero.test_stage3 import Model, engine_of, three_steps
-from tests.zero.test_stage3_corners import WIDTH, _build, _engine, _inputs, _train_and_compare
+from tests import toys
+from tests.zero.test_stage3 import engine_of, three_steps
+from tests.zero.test_stage3_corners import _build, _engine, _inputs, _train_and_compare
 from xtrain.base.errors import ConfigError
 from xtrain.zero import GatheredParameters
 
@@ -22,7 +23,7 @@ Ranks = Callable[..., list[Any]]
 
 def _compiled(kind: str, what: str, stage: int) -> list[float]:
     torch._dynamo.reset()
-    model: Any = Model(kind)
+    model: Any = toys.LanguageModel(kind)
     if what == "model":
         model = torch.compile(model, backend="aot_eager")
     if what == "blocks":
@@ -79,21 +80,9 @@ def test_functional_call_of_what_was_made_from_nothing(ranks: Ranks) -> None:
 COUNT = 300
 
 
-class Many(nn.Module):
-    """One module group of many small parameters and one that all ranks have a part of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.small = nn.ParameterList([nn.Parameter(torch.full((8,), float(i))) for i in range(COUNT)])
-        self.large = nn.Parameter(torch.arange(10_000.0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * sum(param.sum() for param in self.small) + self.large.sum()
-
-
 def _read_one_by_one(detached: bool) -> tuple[float, int]:
     """(bytes this rank sent, calls) for reading every parameter alone."""
-    model = Many()
+    model = toys.Many(COUNT)
     engine = engine_of(nn.Sequential(model))
     assert len(engine.partition.gatherer.units) <= 2
     if detached:
@@ -122,7 +111,7 @@ def test_reading_parameters_one_by_one_moves_each_once(ranks: Ranks, count: int,
 
 def _changed_one_by_one() -> None:
     """Alone, a few together, all, and one inside another: values come from the modifier and reach the masters."""
-    model = Many()
+    model = toys.Many(COUNT)
     engine = engine_of(nn.Sequential(model), optimizer={"type": "AdamW", "params": {"lr": 0.0}})
     for number, some in enumerate(
         ([model.small[3]], list(model.small)[5:9], [model.large], list(model.parameters()))
@@ -174,7 +163,7 @@ def _read_in_the_middle() -> None:
     for step in range(3):
         engine.backward(engine(_inputs(step, engine.grid.rank)).square().mean())
         engine.step()
-    assert seen == [(WIDTH, WIDTH)] * 6
+    assert seen == [(toys.WIDTH, toys.WIDTH)] * 6
 
 
 def test_reading_a_parameter_while_its_module_runs(ranks: Ranks) -> None:
