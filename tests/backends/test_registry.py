@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xtrain.backends import available, base, detect, get, names, registry
+from xtrain.backends import available, backend, detect, get, names, registry
 from xtrain.base.errors import BackendError
 
 
@@ -30,26 +30,26 @@ def test_environment_and_argument(monkeypatch: pytest.MonkeyPatch) -> None:
         detect("cpuu")
 
 
-class Broken(base.Backend):
+class Broken(backend.Backend):
     name = "broken"
 
-    class _Runtime(base.RuntimeFacet):
+    class _Runtime(backend.RuntimeFacet):
         def unavailable_reason(self) -> str:
             return "its driver is missing"
 
     runtime = _Runtime()
 
 
-class Chip(base.Backend):
+class Chip(backend.Backend):
     name = "chip"
 
 
 def test_plugins_are_found_preferred_and_refused_with_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     class Entry:
-        def __init__(self, kind: type[base.Backend]) -> None:
+        def __init__(self, kind: type[backend.Backend]) -> None:
             self.kind = kind
 
-        def load(self) -> type[base.Backend]:
+        def load(self) -> type[backend.Backend]:
             return self.kind
 
     plugins = {"broken": Entry(Broken)}

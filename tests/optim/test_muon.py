@@ -21,7 +21,7 @@ from xtrain.ops.muon import Muon, MuonWithAuxAdam
 from xtrain.optim import build_optimizer, muon
 from xtrain.optim.exchange import assign, rounds
 from xtrain.optim.newton_schulz import muon_direction, orthogonalize
-from xtrain.optim.parameterwise import Holding, Run
+from xtrain.optim.parameterwise import Fragment, ParamFragments
 from xtrain.zero.layout import cut
 
 MUON = {
@@ -244,9 +244,9 @@ def test_work_is_shared() -> None:
     assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def _item(size: int) -> Holding:
+def _item(size: int) -> ParamFragments:
     nothing = torch.empty(0)
-    return Holding(nothing, torch.Size([size]), nothing, 0, Run(0, 0, 0), ())
+    return ParamFragments(nothing, torch.Size([size]), nothing, 0, Fragment(0, 0, 0), ())
 
 
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 4), st.integers(1, 60))
