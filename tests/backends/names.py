@@ -18,10 +18,10 @@ PROMISED = [
 ]
 """Of the objects that a device module's Stream and Event make."""
 SHARED = [
-    ROOT / "backends" / "base.py",
+    ROOT / "backends" / "backend.py",
     ROOT / "backends" / "device.py",
-    ROOT / "xtrain" / "accelerator" / "facade.py",
-    ROOT / "xtrain" / "accelerator" / "memory.py",
+    ROOT / "xtrain" / "deepspeed_engine" / "facade.py",
+    ROOT / "xtrain" / "deepspeed_engine" / "facade_memory.py",
 ]
 """Sources that speak to any device module."""
 

@@ -238,12 +238,12 @@ def _resume_from_another_device(folder: str) -> None:
     original = backend.runtime
     engine, *_ = xtrain.initialize(model=training.build_model(), config=training.config(1, micro=16))
     backend.runtime = Runtime()
-    engine.device = torch.device("meta")  # what the checkpoint says it was written on
+    engine.train_state.device = torch.device("meta")  # what the checkpoint says it was written on
     try:
         engine.save_checkpoint(folder)
     finally:
         backend.runtime = original
-        engine.device = torch.device("cpu")
+        engine.train_state.device = torch.device("cpu")
     before = torch.get_rng_state()
     path, _ = engine.load_checkpoint(folder)
     assert path is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from pathlib import Path
@@ -149,6 +150,8 @@ def test_every_name_can_be_imported() -> None:
         assert getattr(utils, name) is not None
     assert utils.RepeatingLoader is xtrain.RepeatingLoader
     assert utils.tensor_fragment.safe_get_full_grad is utils.safe_get_full_grad
+    importlib.import_module("xtrain.utils.z3_leaf_module")  # does not put the module in the function's place
+    assert utils.z3_leaf_module(torch.nn.Linear(1, 1)) is False
     with pytest.raises(AttributeError, match=r"utils\.link_hp_params \(.*\) is not there yet"):
         _ = utils.link_hp_params
 

@@ -63,7 +63,7 @@ class Engine(nn.Module):
         self.local_rank, self.global_rank = comm.get_local_rank(), comm.get_rank()
         self.world_size = comm.get_world_size()
         builder = Builder(module, config, backend, grid, optimizer, model_parameters, self._optimizer_class)
-        self.device, self.precision = builder.device, builder.precision
+        self.precision = builder.precision
         self.module = module
         self.train_hooks = Hooks()
         self.loads = Loads(grid)
@@ -101,6 +101,11 @@ class Engine(nn.Module):
             "engine.module_state_dict(), or the model, copy.deepcopy(engine.module) (in ZeRO stage 3 inside "
             "zero.GatheredParameters(engine.module.parameters())); engine.save_checkpoint() saves all states"
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return self.train_state.device
 
     @property
     def optimizer(self) -> ZeroOptimizer | None:
