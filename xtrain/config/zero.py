@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from xtrain.config.rules import FeatureDict, NoEffect, NotYet, OnlyInStage3, Section
 
 ONE_BUFFER = NoEffect("xtrain always reduces and gathers whole buckets of one flat buffer")
-_WHOLE_GROUPS = NoEffect("stage 3 gathers module groups, each with one all-gather, and frees them after use")
+_WHOLE_GROUPS = NoEffect("stage 3 gathers param groups, each with one all-gather, and frees them after use")
 _NO_QUANTIZED = NotYet("leave it out: communication uses the gradients' own dtype")
 _ALL_RANKS = NotYet("leave it out: parameters are divided over all data-parallel ranks")
 _MAPPED = NoEffect("files are mapped into memory, and the operating system reads and writes them")
@@ -62,7 +62,7 @@ class ZeroConfig(Section):
     too."""
     reduce_bucket_size: int | None = Field(None, gt=0)
     """Elements that are reduced at a time. Left out: the backend's size in bytes (docs/backends.md). DeepSpeed's
-    default is 5e8, which is one bucket for most models. Stage 3 reduces by module groups instead."""
+    default is 5e8, which is one bucket for most models. Stage 3 reduces by param groups instead."""
     overlap_comm: bool | None = None
     """Reduce a bucket as soon as its last gradient has arrived, while backward goes on. Left out: the backend's choice,
     which is true on all of xtrain's own."""
@@ -118,7 +118,7 @@ class ZeroConfig(Section):
     prefetch_bucket_size: Annotated[int, OnlyInStage3()] = Field(
         50_000_000, ge=0, alias="stage3_prefetch_bucket_size"
     )
-    """Elements gathered ahead of use; 0: none. Left out: the next module group, whatever its size."""
+    """Elements gathered ahead of use; 0: none. Left out: the next param group, whatever its size."""
     param_persistence_threshold: Annotated[int, OnlyInStage3()] = Field(
         100_000, ge=0, alias="stage3_param_persistence_threshold"
     )
@@ -130,12 +130,12 @@ class ZeroConfig(Section):
     max_live_parameters: Annotated[int, OnlyInStage3()] = Field(
         1_000_000_000, ge=0, alias="stage3_max_live_parameters"
     )
-    """A module group is kept for its next use only while no more elements than this are whole. Matters only with
+    """A param group is kept for its next use only while no more elements than this are whole. Matters only with
     stage3_max_reuse_distance."""
     max_reuse_distance: Annotated[int, OnlyInStage3()] = Field(
         1_000_000_000, ge=0, alias="stage3_max_reuse_distance"
     )
-    """A module group is kept if no more elements than this are used before it is used again. Left out: every group is
+    """A param group is kept if no more elements than this are used before it is used again. Left out: every group is
     freed after use."""
     gather_16bit_weights_on_model_save: Annotated[bool, OnlyInStage3()] = Field(
         False, alias="stage3_gather_16bit_weights_on_model_save"

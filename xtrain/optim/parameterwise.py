@@ -107,7 +107,7 @@ class ParameterwiseOptimizer(ChunkedOptimizer):
         """Work on slices from now on.
 
         Args:
-            holdings: for each parameter group; the same parameters in the same order on every rank.
+            param_fragments: for each parameter group; the same parameters in the same order on every rank.
             process_group, ranks: over which parameters are divided; 1 when every rank holds all.
         """
         self._attached = param_fragments
