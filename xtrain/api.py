@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from xtrain import comm
 from xtrain.activation_checkpointing import checkpointing, random_states
 from xtrain.align import run_recording
+from xtrain.backends import Backend
 from xtrain.base import log
 from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.base.log import log_dist
-from xtrain.config import load_config
+from xtrain.config import XtrainConfig, load_config
 from xtrain.config.backend import choose_backend
 from xtrain.deepspeed_engine import start as deepspeed_engine
 from xtrain.integrity import corruption_check
@@ -42,6 +43,28 @@ def _one_config(args: Any, config: Any, config_params: Any) -> Any:
             "no config was given: pass --deepspeed_config FILE, or initialize(config=...) with a dictionary or path"
         )
     return chosen
+
+
+def _start(
+    checked: XtrainConfig, distributed_port: int, dist_init_required: bool | None, mpu: Any
+) -> Backend:
+    """Everything before there is an engine: log, backend, process group, random states."""
+    log.configure(checked.values.log_level)
+    backend = choose_backend(checked)
+    backend.prepare(comm.find_local_rank(), checked.values.xtrain.aligned)
+    comm.init_distributed(
+        dist_backend=backend.collectives.process_group_backend,
+        distributed_port=distributed_port,
+        dist_init_required=dist_init_required,
+    )
+    comm.check_same("backend", backend.name)
+    comm.tell_other_library(backend.name, backend.collectives.process_group_backend)
+    random_states.use_backend(backend)
+    if "activation_checkpointing" in checked.values.model_fields_set:
+        checkpointing.configure_from_engine(checked.values.activation_checkpointing, mpu)
+    for warning in checked.warnings:
+        log_dist(warning, ranks=[0], level=logging.WARNING)
+    return backend
 
 
 def initialize(
@@ -92,21 +115,7 @@ def initialize(
     checked = load_config(_one_config(args, config, config_params))
     if mesh_param is not None and checked.values.xtrain.engine == "native":
         raise NotImplementedYetError("initialize(mesh_param=...)", "leave it out, or pass an mpu")
-    log.configure(checked.values.log_level)
-    backend = choose_backend(checked)
-    backend.prepare(comm.find_local_rank(), checked.values.xtrain.aligned)
-    comm.init_distributed(
-        dist_backend=backend.collectives.process_group_backend,
-        distributed_port=distributed_port,
-        dist_init_required=dist_init_required,
-    )
-    comm.check_same("backend", backend.name)
-    comm.tell_other_library(backend.name, backend.collectives.process_group_backend)
-    random_states.use_backend(backend)
-    if "activation_checkpointing" in checked.values.model_fields_set:
-        checkpointing.configure_from_engine(checked.values.activation_checkpointing, mpu)
-    for warning in checked.warnings:
-        log_dist(warning, ranks=[0], level=logging.WARNING)
+    backend = _start(checked, distributed_port, dist_init_required, mpu)
     if checked.values.xtrain.engine == "deepspeed":
         return deepspeed_engine.initialize(
             checked,
