@@ -191,12 +191,12 @@ def _one_rank() -> list[float]:
     # Nothing is copied to make them whole.
     with GatheredParameters(model.parameters()):
         shard = engine.partition.sharded[0].shard
-    engine.partition.gatherer.hold(unit := engine.partition.gatherer.units[0])
+    engine.partition.gatherer.unshard(unit := engine.partition.gatherer.param_groups[0])
     assert any(
         param.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
         for param in model.parameters()
     )
-    engine.partition.gatherer.drop(unit)
+    engine.partition.gatherer.reshard(unit)
     return losses
 
 

@@ -81,7 +81,7 @@ def _train(kind: str, stage: int, own_backward: bool = False, **more: Any) -> li
             engine.train()
         losses.append(loss.item())
     gatherer = engine.partition.gatherer
-    assert gatherer is None or not any(unit.whole for unit in gatherer.units)
+    assert gatherer is None or not any(unit.whole for unit in gatherer.param_groups)
     return losses
 
 
@@ -138,20 +138,20 @@ def _peak(kind: str) -> tuple[int, int, list[str]]:
     engine = engine_of(model)
     peak, order = [0], []
     gatherer = engine.partition.gatherer
-    original = gatherer.use
+    original = gatherer.fetch
 
     def use(unit: Any) -> None:
         original(unit)
         order.append(unit.name)
         peak[0] = max(peak[0], _live(model, engine))
 
-    gatherer.use = use
+    gatherer.fetch = use
     for step in range(3):
         order.clear()
         engine.backward(engine(ids_of(engine.global_rank, step)))
         engine.step()
         assert _live(model, engine) == 0
-    sizes = sorted((unit.elements * 4 for unit in gatherer.units), reverse=True)
+    sizes = sorted((unit.elements * 4 for unit in gatherer.param_groups), reverse=True)
     return peak[0], sum(sizes[:2]), order
 
 
@@ -190,8 +190,8 @@ def _peak_of_states(bf16: bool) -> tuple[int, int, int, int]:
         peak[0] = max(peak[0], _live_bytes() - before)
 
     gatherer = engine.partition.gatherer
-    original = gatherer.use
-    gatherer.use = lambda unit: (original(unit), look())
+    original = gatherer.fetch
+    gatherer.fetch = lambda unit: (original(unit), look())
     for param in model.parameters():
         param.register_post_accumulate_grad_hook(look)
     x = torch.ones(2, width, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -200,7 +200,7 @@ def _peak_of_states(bf16: bool) -> tuple[int, int, int, int]:
         engine.step()
     resting = _live_bytes() - before
     gc.unfreeze()
-    return peak[0], resting, 8 * (width * width + width), 2 * max(unit.elements for unit in gatherer.units)
+    return peak[0], resting, 8 * (width * width + width), 2 * max(unit.elements for unit in gatherer.param_groups)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

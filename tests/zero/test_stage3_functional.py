@@ -84,7 +84,7 @@ def _read_one_by_one(detached: bool) -> tuple[float, int]:
     """(bytes this rank sent, calls) for reading every parameter alone."""
     model = toys.Many(COUNT)
     engine = engine_of(nn.Sequential(model))
-    assert len(engine.partition.gatherer.units) <= 2
+    assert len(engine.partition.gatherer.param_groups) <= 2
     if detached:
         engine.destroy()
     xtrain.comm.ledger.reset()
