@@ -200,7 +200,12 @@ def _peak_of_states(bf16: bool) -> tuple[int, int, int, int]:
         engine.step()
     resting = _live_bytes() - before
     gc.unfreeze()
-    return peak[0], resting, 8 * (width * width + width), 2 * max(unit.elements for unit in gatherer.param_groups)
+    return (
+        peak[0],
+        resting,
+        8 * (width * width + width),
+        2 * max(unit.elements for unit in gatherer.param_groups),
+    )
 
 
 @pytest.mark.parametrize("bf16", [False, True])
