@@ -54,7 +54,11 @@ def _micro_batch(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_they_are_called_in_order(stage: int) -> None:
+def test_they_are_called_in_order(ranks: Any, stage: int) -> None:
+    ranks(1, _order, stage)
+
+
+def _order(stage: int) -> None:
     engine = _engine(stage)
     seen = _watch(engine)
     _micro_batch(engine)
@@ -66,7 +70,11 @@ def test_they_are_called_in_order(stage: int) -> None:
     engine.destroy()
 
 
-def test_errors_discards_and_loads_are_told(tmp_path: Path) -> None:
+def test_errors_discards_and_loads_are_told(ranks: Any, tmp_path: Path) -> None:
+    ranks(1, _told, tmp_path)
+
+
+def _told(folder: Path) -> None:
     engine = _engine()
     seen = _watch(engine)
     with pytest.raises(RuntimeError):
@@ -75,18 +83,22 @@ def test_errors_discards_and_loads_are_told(tmp_path: Path) -> None:
     seen.clear()
     engine.zero_grad()
     assert seen == ["on_discard"]
-    engine.save_checkpoint(str(tmp_path), tag="a")
+    engine.save_checkpoint(str(folder), tag="a")
     seen.clear()
-    engine.load_checkpoint(str(tmp_path), tag="a")
+    engine.load_checkpoint(str(folder), tag="a")
     assert seen == ["on_discard", "on_load"]
     seen.clear()
     with pytest.raises(CheckpointError):
-        engine.load_checkpoint(str(tmp_path), tag="b")
+        engine.load_checkpoint(str(folder), tag="b")
     assert seen == ["on_load"]
     engine.destroy()
 
 
-def test_before_forward_may_replace_what_the_model_gets() -> None:
+def test_before_forward_may_replace_what_the_model_gets(ranks: Any) -> None:
+    ranks(1, _replaced)
+
+
+def _replaced() -> None:
     engine = _engine()
     engine.eval()
     x = torch.ones(4, toys.FEATURES)
@@ -96,7 +108,11 @@ def test_before_forward_may_replace_what_the_model_gets() -> None:
     engine.destroy()
 
 
-def test_destroy_releases_everybody() -> None:
+def test_destroy_releases_everybody(ranks: Any) -> None:
+    ranks(1, _released)
+
+
+def _released() -> None:
     engine = _engine(xtrain={"sdc_check": {}}, wall_clock_breakdown=True)
     seen = _watch(engine)
     engine.destroy()
@@ -104,15 +120,19 @@ def test_destroy_releases_everybody() -> None:
     assert not any(getattr(engine.train_hooks, name) for name in ALL)
 
 
-def test_a_loss_that_was_given_up_is_not_recorded(tmp_path: Path) -> None:
+def test_a_loss_that_was_given_up_is_not_recorded(ranks: Any, tmp_path: Path) -> None:
     """zero_grad() in the middle of a window begins it anew: the record has the losses that were trained on."""
+    ranks(1, _given_up, tmp_path)
+
+
+def _given_up(folder: Path) -> None:
     engine = _engine(gradient_accumulation_steps=1)
-    Recorder(tmp_path / "r.jsonl").attach(engine)
+    Recorder(folder / "r.jsonl").attach(engine)
     x = torch.ones(4, toys.FEATURES)
     engine.backward(engine(1000 * x).square().mean())
     engine.zero_grad()
     loss = engine(x).square().mean()
     engine.backward(loss)
     engine.step()
-    assert read_record(tmp_path / "r.jsonl").losses() == {1: loss.item()}
+    assert read_record(folder / "r.jsonl").losses() == {1: loss.item()}
     engine.destroy()
