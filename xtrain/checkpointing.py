@@ -1,1 +1,1 @@
-deepspeed_api/checkpointing.py
+deepspeed_api/runtime/activation_checkpointing/checkpointing.py

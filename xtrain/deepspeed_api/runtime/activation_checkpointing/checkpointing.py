@@ -1,4 +1,4 @@
-"""`deepspeed.runtime.activation_checkpointing.checkpointing`: another path to the same names."""
+"""`deepspeed.checkpointing`, and its other path: whatever xtrain.activation_checkpointing.checkpointing offers."""
 
 from typing import TYPE_CHECKING, Any
 
