@@ -142,7 +142,8 @@ class ModuleStatistics:
         every: steps 1, 1 + every, 1 + 2 * every, ... are measured.
         patterns: names of modules to measure, with * and ?; None: all that have parameters of their own or no
             children.
-        projected: measure `projection`, for which every rank must have whole rows of features.
+        projected: measure `projection`. Only where every rank has whole rows of features: not with parameters that
+            Megatron's layers mark as `tensor_model_parallel`.
     """
 
     def __init__(
@@ -153,8 +154,9 @@ class ModuleStatistics:
         projected: bool = True,
     ) -> None:
         chosen = list(patterns) if patterns is not None else None
-        self.every, self.projected = every, projected
         model = unwrapped(model)
+        divided = any(getattr(param, "tensor_model_parallel", False) for param in model.parameters())
+        self.every, self.projected = every, projected and not divided
         named = ((plain_name(name), module) for name, module in model.named_modules())
         self.modules = {name: module for name, module in named if self._wanted(name, module, chosen)}
         self.names = list(self.modules)
