@@ -69,7 +69,9 @@ class Fp16(LlamaTraining):
     """
 
     overflows = (1, 2, 3, 4, 5, 6, 60)
-    precision = {"fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 30, "hysteresis": 1}}
+    precision = {
+        "fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 30, "hysteresis": 1}
+    }
 
     def __init__(self, folder: Path, ranks: int) -> None:
         super().__init__(folder, ranks)

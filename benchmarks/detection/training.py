@@ -37,6 +37,7 @@ class Training:
         restart: save, build everything anew and load after step `middle`.
         load_options: of `load_checkpoint` then.
         model_made, engine_made: called with the model, and with the engine, each time one was made.
+        after_load: called with the engine when a restart has loaded the checkpoint.
         before_update, after_update: called with the step around the call that ends it.
         batch: (step, slot) -> arguments of the model.
         loss: arguments of the model -> scalar.
@@ -71,6 +72,7 @@ class Training:
         self.load_options: dict[str, Any] = {}
         self.model_made: list[Callable[[nn.Module], None]] = []
         self.engine_made: list[Callable[[Any], None]] = []
+        self.after_load: list[Callable[[Any], None]] = []
         self.before_update: list[Callable[[int], None]] = []
         self.after_update: list[Callable[[int], None]] = []
         self.batch: Callable[[int, int], dict[str, Any]] = self.read
@@ -133,6 +135,8 @@ class Training:
         self.restarted = True
         self._build()
         self.engine.load_checkpoint(str(self.folder / "checkpoint"), **self.load_options)
+        for change in self.after_load:
+            change(self.engine)
 
     def run(self) -> None:
         """All steps."""
