@@ -66,20 +66,34 @@ def _run(
 
     from xtrain.comm import ledger
 
+    store = dist.FileStore(store_file, world_size)
     try:
-        store = dist.FileStore(store_file, world_size)
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE)
         )
         dist.barrier()  # else a rank that is done already could leave while another still connects to it
         ledger.reset()
         torch.manual_seed(0)
-        return function(*args), None, ""
+        value = function(*args)
+        _wait_for_all(store, world_size)
+        return value, None, ""
     except BaseException as error:  # whatever it was, the test must see it
+        store.add("ended", 1)
         return None, _portable(error), traceback.format_exc()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _wait_for_all(store: Any, world_size: int) -> None:
+    """Until no rank needs this one's groups any more: who leaves earlier closes them while others still connect.
+
+    A rank that failed does not wait, and closes its groups: that is what frees the others from a collective.
+    """
+    store.add("ended", 1)
+    deadline = time.monotonic() + PATIENCE
+    while store.add("ended", 0) < world_size and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 class WorkerPool:

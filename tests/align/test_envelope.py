@@ -300,8 +300,24 @@ def test_gradient_norms_are_judged_too() -> None:
     assert align_records(runs[0], runs[5], policy, envelope).norm is None
     runs[5].columns["grad_norm"] = 2 * right
     assert align_records(runs[0], runs[5], Policy("relative", 0.5)).norm is None
-    runs[1].columns["grad_norm"][3] = np.inf  # an overflow: nothing to measure by
+    del runs[1].columns["grad_norm"]
     assert measure_records(runs[:5]).norms is None
+
+
+def test_a_norm_that_overflows_in_a_correct_run_is_not_judged_there_and_is_elsewhere() -> None:
+    runs = _records(6, 0)
+    for run, norms in zip(runs, _runs(6, 1), strict=True):
+        run.columns["grad_norm"] = norms
+    whole = measure_records(runs[:5])
+    runs[1].columns["grad_norm"][3] = np.inf
+    envelope = measure_records(runs[:5])
+    assert envelope.factors.lasting == pytest.approx(whole.factors.lasting, rel=0.2)
+    far = np.arange(STEPS) > 10
+    np.testing.assert_allclose(envelope.limit["grad_norm"][far], whole.limit["grad_norm"][far], rtol=0.2)
+    for step, change, aligned in ((3, np.inf, True), (3, 1.5, True), (4, np.inf, False), (39, 1.5, False)):
+        candidate = make(runs[5].losses(), grad_norm=runs[5].columns["grad_norm"].tolist())
+        candidate.columns["grad_norm"][step : step + 1 if change == np.inf or step == 3 else STEPS] *= change
+        assert align_records(runs[0], candidate, Policy("envelope"), envelope).aligned is aligned
 
 
 def test_saved_and_read(tmp_path: Path) -> None:

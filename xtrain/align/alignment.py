@@ -175,6 +175,7 @@ def align_records(
     """`align` for records that were read already."""
     modules = None
     unmeasured: list[str] = []
+    apart: list[str] = []
     if reference.modules is not None and candidate.modules is not None:
         bands = None if envelope is None else envelope.bands
         if bands is not None and sorted(bands.names) == sorted(reference.modules.names):
@@ -183,6 +184,7 @@ def align_records(
             bands = None
         if policy.kind != "envelope" or bands is not None:
             modules = compare_modules(reference.modules, candidate.modules, policy.tolerance, bands)
+            apart = modules.notes
             if not modules.heat:
                 modules = None
         else:
@@ -206,7 +208,7 @@ def align_records(
         for name, record in (("reference", reference), ("candidate", candidate))
         for doubt in record.doubts
     ]
-    left_out += [] if modules is None else modules.notes
+    left_out += apart
     if curve is not None:
         left_out = _not_compared(reference, candidate, curve, envelope) + left_out
     depart = policy.kind == "envelope" and modules is not None and modules.first is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,42 @@ SMALLEST_STRAY = 0.5
 WINDOW, MAJORITY = 5, 3
 """What lasts is beyond a limit at so many of so many steps in a row."""
 TINY = 1e-12
+COARSEST, FINEST = 2.0**-7, 2.0**-23
+"""Relative distance of neighbours on the grids of bfloat16 and of float32."""
+UNIFORM = 1 / math.sqrt(12)
+"""Standard deviation of what rounding to a grid does, in steps of the grid."""
+AVERAGED = 1 / 64
+"""Share of a step of the grid by which an average over many elements may differ in any case."""
+
+
+def grid_of(values: Floats) -> Floats:
+    """The grid that all values lie on: the relative distance of neighbours, 2^-7 for bfloat16 and 2^-10 for float16.
+
+    Seen from the values, so that it is known of every record: of those that fit no 16-bit grid it is 2^-23.
+
+    Args:
+        values: shape (runs, steps, ...).
+
+    Returns:
+        shape (...), between COARSEST and FINEST.
+    """
+    bits = 53  # of a float64
+    significand, _ = np.frexp(np.where(np.isfinite(values), values, 0.0).astype(np.float64))
+    whole = (np.abs(significand) * 2.0**bits).astype(np.int64)  # exact
+    lowest = np.where(whole == 0, 2**bits, whole & -whole)  # the last bit that is set
+    lowest = lowest.reshape(-1, *values.shape[2:]).min(axis=0)
+    return np.asarray(np.clip(lowest / 2.0 ** (bits - 1), FINEST, COARSEST))
+
+
+def allow_grid(grid: Any, floor: float) -> tuple[Any, Any]:
+    """(floor, smallest scale) of numbers that lie on a grid: one step of it is always allowed, and says nothing."""
+    return np.maximum(floor, grid), np.maximum(RESOLUTION * floor, UNIFORM * grid)
+
+
+def allow_average(grid: Any, floor: float) -> tuple[Any, Any]:
+    """The same for averages over numbers that do, in which rounding cancels but for a small share of a step."""
+    least = np.maximum(floor, AVERAGED * grid)
+    return least, RESOLUTION * least
 
 
 def floors(size: float) -> tuple[float, float, float]:
@@ -48,14 +85,17 @@ def chi_square_median(freedom: int) -> float:
 
 
 def smooth_scale(
-    variance: Floats, freedom: int, half_window: int = HALF_WINDOW, smallest: float = RESOLUTION * FLOOR
+    variance: Floats, freedom: int, half_window: int = HALF_WINDOW, smallest: Any = RESOLUTION * FLOOR
 ) -> Floats:
     """The scale of deviations at every step, from the variance over runs at every step (axis 0).
 
     A running median of the variances, corrected for the median of a chi-square being below its mean; never
-    smaller than at an earlier step, than what the step itself shows, or than `smallest`.
+    smaller than at an earlier step, than what the step itself shows, or than `smallest`. A step whose variance is NaN
+    is passed over, and its scale is infinite.
     """
     n = len(variance)
+    unknown = np.isnan(variance)
+    median = _nanmedian if unknown.any() else np.median
     medians = np.empty_like(variance)
     h = min(half_window, (n - 1) // 2)
     if n > 2 * h:
@@ -64,13 +104,20 @@ def smooth_scale(
             windows = np.lib.stride_tricks.sliding_window_view(
                 variance[start : stop + 2 * h], 2 * h + 1, axis=0
             )
-            medians[start + h : stop + h] = np.median(windows, axis=-1)
+            medians[start + h : stop + h] = median(windows, axis=-1)
     for row in range(h):  # at the ends the window shrinks
-        medians[row] = np.median(variance[: 2 * row + 1], axis=0)
-        medians[n - 1 - row] = np.median(variance[n - 1 - 2 * row :], axis=0)
+        medians[row] = median(variance[: 2 * row + 1], axis=0)
+        medians[n - 1 - row] = median(variance[n - 1 - 2 * row :], axis=0)
     smoothed = np.sqrt(medians / chi_square_median(freedom))
-    growing = np.maximum.accumulate(smoothed, axis=0)
-    return np.asarray(np.maximum(np.maximum(growing, np.sqrt(variance)), smallest))
+    growing = np.fmax.accumulate(smoothed, axis=0)
+    found = np.maximum(np.fmax(growing, np.sqrt(variance)), smallest)
+    return np.asarray(np.where(unknown, np.inf, found))
+
+
+def _nanmedian(values: Floats, axis: int) -> Floats:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice")  # of a module that never ran
+        return np.asarray(np.nanmedian(values, axis=axis))
 
 
 @dataclass(frozen=True)
@@ -79,31 +126,39 @@ class Band:
 
     centre: Floats
     scale: Floats
-    floor: float
+    floor: Any
 
     @classmethod
     def of(
-        cls, curves: Floats, floor: float = FLOOR, half_window: int = HALF_WINDOW, base: Any = None
+        cls,
+        curves: Floats,
+        floor: Any = FLOOR,
+        half_window: int = HALF_WINDOW,
+        base: Any = None,
+        smallest: Any = None,
     ) -> Band:
         """From curves of shape (K, steps, ...).
 
         Args:
-            floor: relative deviation that is always allowed.
+            floor: relative deviation that is always allowed; a number, or one for each curve.
             base: what deviations are relative to; None: the size of the centre.
+            smallest: scale, in the same units; None: a fiftieth of the floor.
         """
+        curves = _known(curves)
         centre = curves.mean(axis=0)
         size = np.maximum(np.abs(centre) if base is None else base, TINY)
         variance = (((curves - centre) / size) ** 2).sum(axis=0) / (len(curves) - 1)
         # A further run differs from the mean of K by its own deviation and that of the mean.
         more = math.sqrt(1 + 1 / len(curves))
-        scale = smooth_scale(variance, len(curves) - 1, half_window, RESOLUTION * floor) * more
+        least = RESOLUTION * floor if smallest is None else smallest
+        scale = smooth_scale(variance, len(curves) - 1, half_window, least) * more
         return cls(centre, scale, floor)
 
     def excess(self, curve: Floats, base: Any = None) -> Floats:
         """How many scales a curve is away, at every step; 0 where the floor allows it anyway."""
         size = np.maximum(np.abs(self.centre) if base is None else base, TINY)
         deviation = np.abs(curve - self.centre) / size
-        return np.asarray(np.where(deviation <= self.floor, 0.0, deviation / self.scale))
+        return np.asarray(np.where(deviation <= self.floor, 0.0, deviation / self.scale))  # NaN: not known
 
     def limit(self, factor: float) -> Floats:
         """The largest relative deviation that is allowed at every step."""
@@ -133,9 +188,15 @@ def _largest_lasting(excess: Floats) -> float:
     largest = 0.0
     for start in range(0, len(excess) - WINDOW + 1, 4096):  # in blocks, for memory
         rows = excess[start : start + 4096 + WINDOW - 1]
+        rows = np.nan_to_num(rows, nan=0.0)
         medians = np.median(np.lib.stride_tricks.sliding_window_view(rows, WINDOW, axis=0), axis=-1)
         largest = max(largest, float(np.nanmax(medians, initial=0.0)))
     return largest
+
+
+def _known(curves: Floats) -> Floats:
+    """NaN where one of the curves is not finite: gradients overflow in 16 bits, and values say nothing there."""
+    return np.asarray(np.where(np.isfinite(curves).all(axis=0), curves, np.nan))
 
 
 def strays(curves: Floats, **options: Any) -> Floats:
@@ -143,7 +204,7 @@ def strays(curves: Floats, **options: Any) -> Floats:
 
     The first row is at any step, the second what lasts.
     """
-    found = []
+    found, curves = [], _known(curves)
     for left_out in range(len(curves)):
         band = Band.of(np.delete(curves, left_out, axis=0), **options)
         excess = band.excess(curves[left_out], options.get("base"))

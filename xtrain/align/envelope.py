@@ -18,19 +18,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xtrain.align.band import TINY, Band, Factors, floors, outside, strays
+from xtrain.align.band import TINY, Band, Factors, allow_grid, floors, grid_of, outside, strays
 from xtrain.align.modules import ModuleBands, measure_bands
 from xtrain.align.record import Floats, Record, Steps
 from xtrain.base.errors import RecordError
 from xtrain.base.files import atomic_path
 from xtrain.base.run_folder import PERTURB_VARIABLE
 
-VERSION = 2
+VERSION = 3
 FALSE_ALARMS = 0.01
 FACTORS_OF_TWO = Factors(10.0, 100.0)
 """Widening for two runs, of which nothing can be left out: a guess, for which no false-alarm rate is claimed."""
 LOSS, NORM = "loss", "grad_norm"
 """The columns that are judged."""
+
+
+def _floors(curves: Floats, floor: float) -> dict[str, Any]:
+    """For Band.of: a loss that is computed in 16 bits lies on a grid."""
+    least, smallest = allow_grid(grid_of(curves), floor)
+    return {"floor": least, "smallest": smallest}
 
 
 @dataclass
@@ -39,7 +45,8 @@ class Envelope:
 
     Attributes:
         step, curves: steps that all runs have; their losses, shape (K, steps).
-        norms: their gradient norms, of the same shape; None when they have none that are all finite.
+        norms: their gradient norms, of the same shape; None when they have none. Steps at which one of them is not
+            finite are not judged.
         false_alarms: share of correct runs that it may call departed; None where none can be claimed (two runs).
         factors: scales that are allowed.
         centre, limit, once: mean, largest relative deviation from it that may last, and that may happen once, at
@@ -62,7 +69,9 @@ class Envelope:
 
     def __post_init__(self) -> None:
         allowed = dict(zip((LOSS, NORM), floors(self.size or 0.0), strict=False))
-        measured = {name: Band.of(curves, allowed[name]) for name, curves in self._judged().items()}
+        measured = {
+            name: Band.of(curves, **_floors(curves, allowed[name])) for name, curves in self._judged().items()
+        }
         self.centre: dict[str, Floats] = {name: band.centre for name, band in measured.items()}
         self.limit: dict[str, Floats] = {}
         self.once: dict[str, Floats] = {}
@@ -94,9 +103,9 @@ class Envelope:
         if len(curves) < 3:
             return cls(step, curves, None, FACTORS_OF_TWO, norms, **more)
         loss_floor, norm_floor, _ = floors(size or 0.0)
-        found = strays(curves, floor=loss_floor)
+        found = strays(curves, **_floors(curves, loss_floor))
         if norms is not None:
-            found = np.maximum(found, strays(norms, floor=norm_floor))
+            found = np.maximum(found, strays(norms, **_floors(norms, norm_floor)))
         share = false_alarms if bands is None else false_alarms / 2
         return cls(step, curves, false_alarms, Factors.of(found, share), norms, **more)
 
@@ -134,6 +143,7 @@ class Envelope:
             f"envelope of {len(self.curves)} runs{started}, steps {self.step[0]} to {self.step[-1]}: allows "
             f"the loss {limit[0]:.1e} at the first step and {limit[-1]:.1e} at the last; widened "
             f"{self.factors.lasting:.1f} times ({self.factors.once:.1f} for a single step), {rate}"
+            + ("" if self.bands is None else f"; {self.bands.sentence()}")
         )
 
     def save(self, path: Path) -> None:
@@ -247,7 +257,7 @@ def measure_records(
         steps,
         curves,
         false_alarms,
-        norms if np.isfinite(norms).all() else None,
+        norms if np.isfinite(norms).all(axis=0).mean() > 0.5 else None,  # in 16 bits some overflow
         header=records[0].header,
         sources=[str(record.path) for record in records],
         size=size,

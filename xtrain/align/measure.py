@@ -6,6 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from xtrain.align.band import Factors
 from xtrain.align.command import RUN, last_lines, run_command
 from xtrain.align.envelope import Envelope, measure_records
 from xtrain.align.record import Record
@@ -97,9 +98,19 @@ def _report(envelope: Envelope, output: Path) -> None:
         )
     elif len(envelope.curves) == 3 and envelope.factors.lasting <= WIDE:
         print("three runs are too few to check it by leaving one out: record one or two more")
-    if envelope.factors.lasting > WIDE and envelope.false_alarms is not None:
+    for what, factors in _wide(envelope):
         print(
-            f"so few runs, straying so differently, say little: {envelope.factors.lasting:.0f} times their spread is "
+            f"so few runs, straying so differently in {what}, say little: {factors.lasting:.0f} times their spread is "
             "allowed; record more of them"
         )
     print(f"envelope: {output}")
+
+
+def _wide(envelope: Envelope) -> list[tuple[str, Factors]]:
+    """What is allowed to stray so far that defects hide in it: curves, and statistics of modules."""
+    found = []
+    if envelope.false_alarms is not None:
+        found.append(("losses and gradient norms", envelope.factors))
+    if envelope.bands is not None:
+        found += [(f"{name} of modules", factors) for name, factors in envelope.bands.factors.items()]
+    return [(what, factors) for what, factors in found if factors.lasting > WIDE]

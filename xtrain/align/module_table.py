@@ -10,7 +10,12 @@ import numpy.typing as npt
 PHASES = ("forward", "backward", "gradient", "optimizer")
 """In the order of a step: outputs of the modules, gradients of the loss by those outputs, gradients of
 their parameters before clipping, their parameters after the update."""
-STATISTICS = ("mean", "abs_mean", "rms", "max_abs", "nonfinite")
+STATISTICS = ("mean", "abs_mean", "rms", "max_abs", "projection", "nonfinite")
+"""`projection` is the sum of all elements, each with a sign that depends on its place in the last dimension, over the
+root of their number: other roundings of single elements, which cancel in means, move it by their own relative size. It
+is there for outputs and the gradients by them, where no rank holds a part of the features."""
+OPTIONAL = ("projection",)
+"""Statistics that older records, and some phases, do not have."""
 
 Single = npt.NDArray[np.float32]
 Steps = npt.NDArray[np.int64]

@@ -8,8 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from xtrain.align.band import MODULE_FLOOR, Band, Factors, outside, strays
+from xtrain.align.band import (
+    MODULE_FLOOR,
+    Band,
+    Factors,
+    allow_average,
+    allow_grid,
+    grid_of,
+    outside,
+    strays,
+)
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable, Single, Steps
+from xtrain.align.record import Floats
 
 HALF_WINDOW = 2
 _ULP = 1.2e-7
@@ -72,31 +82,56 @@ class ModuleComparison:
 
 @dataclass
 class ModuleBands:
-    """What is allowed of each statistic: centre and scale, (snapshots, modules), by (phase, statistic)."""
+    """What is allowed of each statistic.
+
+    Attributes:
+        names: of the modules.
+        steps: of the snapshots, by phase.
+        centre, scale: (snapshots, modules), by (phase, statistic).
+        floor: relative deviation that is always allowed, (modules,), by (phase, statistic).
+        overflow: whether a run had no element that is not finite, and whether one had some: (2, snapshots, modules),
+            by phase.
+        factors: scales that are allowed, by statistic: how much one may stray says nothing of the others.
+    """
 
     names: list[str]
     steps: dict[str, Steps] = field(default_factory=dict)
     centre: dict[tuple[str, str], Single] = field(default_factory=dict)
     scale: dict[tuple[str, str], Single] = field(default_factory=dict)
-    factors: Factors = Factors(1.0, 1.0)  # noqa: RUF009 - it is frozen
-    floor: float = MODULE_FLOOR
+    floor: dict[tuple[str, str], Single] = field(default_factory=dict)
+    overflow: dict[str, Any] = field(default_factory=dict)
+    factors: dict[str, Factors] = field(default_factory=dict)
 
     def limits(self, key: tuple[str, str]) -> tuple[Single, Single]:
         """Relative deviations that may last, and that may happen once."""
-        scale, floor = self.scale[key], np.float32(self.floor)
+        scale, floor, factors = self.scale[key], self.floor[key], self.factors[key[1]]
         scale = np.where(np.isnan(scale), np.float32(np.inf), scale)  # the module did not run
-        lasting, once = np.float32(self.factors.lasting), np.float32(self.factors.once)
+        lasting, once = np.float32(factors.lasting), np.float32(factors.once)
         return np.maximum(scale * lasting, floor), np.maximum(scale * once, floor)
+
+    @property
+    def widest(self) -> tuple[str, Factors]:
+        """The statistic with the largest lasting factor, and its factors."""
+        return max(self.factors.items(), key=lambda item: item[1].lasting)
+
+    def sentence(self) -> str:
+        """How wide the bands are, for a person."""
+        told = ", ".join(
+            f"{statistic} {factors.lasting:.1f} ({factors.once:.1f})"
+            for statistic, factors in self.factors.items()
+        )
+        return f"bands of {len(self.names)} modules: widened, by statistic (for a single step): {told}"
 
     def arrays(self) -> dict[str, Any]:
         """For np.savez."""
-        allowed = np.array([self.factors.lasting, self.factors.once, self.floor])
-        found: dict[str, Any] = {"modules": np.array(self.names), "module_limits": allowed}
+        found: dict[str, Any] = {"modules": np.array(self.names)}
+        for statistic, factors in self.factors.items():
+            found[f"factors/{statistic}"] = np.array([factors.lasting, factors.once])
         for phase, steps in self.steps.items():
-            found[f"{phase}/step"] = steps
-        for (phase, statistic), centre in self.centre.items():
-            found[f"{phase}/{statistic}/centre"] = centre
-            found[f"{phase}/{statistic}/scale"] = self.scale[phase, statistic]
+            found[f"{phase}/step"], found[f"{phase}/overflow"] = steps, self.overflow[phase]
+        for phase, statistic in self.centre:
+            for part in _PARTS:
+                found[f"{phase}/{statistic}/{part}"] = getattr(self, part)[phase, statistic]
         return found
 
     @classmethod
@@ -104,66 +139,96 @@ class ModuleBands:
         """What `arrays` returned; None when there was none."""
         if "modules" not in file:
             return None
-        lasting, once, floor = file["module_limits"].tolist()
-        bands = cls([str(name) for name in file["modules"]], factors=Factors(lasting, once), floor=floor)
+        bands = cls([str(name) for name in file["modules"]])
         for phase in PHASES:
             if f"{phase}/step" not in file:
                 continue
-            bands.steps[phase] = file[f"{phase}/step"]
+            bands.steps[phase], bands.overflow[phase] = file[f"{phase}/step"], file[f"{phase}/overflow"]
             for statistic in STATISTICS:
-                if f"{phase}/{statistic}/centre" in file:
-                    bands.centre[phase, statistic] = file[f"{phase}/{statistic}/centre"]
-                    bands.scale[phase, statistic] = file[f"{phase}/{statistic}/scale"]
+                if f"{phase}/{statistic}/centre" not in file:
+                    continue
+                bands.factors[statistic] = Factors(*file[f"factors/{statistic}"].tolist())
+                for part in _PARTS:
+                    getattr(bands, part)[phase, statistic] = file[f"{phase}/{statistic}/{part}"]
         return bands
+
+
+_RESTLESS = ("max_abs", "projection")
+"""Not judged by a tolerance that was not measured: one element's magnitude, and what sees single elements round."""
+_PARTS = ("centre", "scale", "floor")
 
 
 def measure_bands(
     tables: Sequence[ModuleTable], false_alarms: float, floor: float = MODULE_FLOOR
 ) -> ModuleBands | None:
-    """Bands from the tables of K >= 3 runs, by the model of xtrain.align.envelope; None where they don't fit.
+    """Bands from the tables of K >= 3 runs, by the model of xtrain.align.band; None where they don't fit.
 
-    One widening for everything: so many scales does no statistic of no module of a correct run stray, but for
-    `false_alarms` of the runs.
+    One widening for each statistic: so many scales does it not stray in any module of a correct run, but for its share
+    of `false_alarms` of the runs.
+
+    Args:
+        floor: relative deviation that is always allowed of statistics that lie on no coarse grid.
     """
     names = tables[0].names
     if len(tables) < 3 or any(sorted(table.names) != sorted(names) for table in tables):
         return None
     tables = [table.ordered(names) for table in tables]
-    bands = ModuleBands(names, floor=floor)
-    strayed = np.zeros((2, len(tables)))
+    bands = ModuleBands(names)
+    strayed: dict[str, Any] = {}
     for phase in tables[0].phases():
         if any(phase not in table.steps for table in tables):
             continue
         steps = tables[0].steps[phase]
         for table in tables[1:]:
             steps = np.intersect1d(steps, table.steps[phase], assume_unique=True)
-        if not len(steps):
-            continue
-        bands.steps[phase] = steps
-        rows = [np.searchsorted(table.steps[phase], steps) for table in tables]
-        for statistic in tables[0].statistics(phase):
-            if statistic == "nonfinite":
-                continue  # there, any difference counts
-            curves = np.stack(
-                [
-                    table.values[phase, statistic][row].astype(np.float64)
-                    for table, row in zip(tables, rows, strict=True)
-                ]
-            )
-            base = None
-            if statistic == "mean":  # which may be near zero
-                magnitudes = [
-                    table.values[phase, _scale_of(table, phase)][row]
-                    for table, row in zip(tables, rows, strict=True)
-                ]
-                base = np.mean(magnitudes, axis=0)
-            band = Band.of(curves, floor, HALF_WINDOW, base)
-            bands.centre[phase, statistic] = band.centre.astype(np.float32)
-            bands.scale[phase, statistic] = band.scale.astype(np.float32)
-            options = {"floor": floor, "half_window": HALF_WINDOW, "base": base}
-            strayed = np.maximum(strayed, strays(curves, **options))
-    bands.factors = Factors.of(strayed, false_alarms)
+        if len(steps):
+            bands.steps[phase] = steps
+            _measure_phase(bands, phase, tables, floor, strayed)
+    for statistic, found in strayed.items():
+        bands.factors[statistic] = Factors.of(found, false_alarms / len(strayed))
     return bands
+
+
+def _measure_phase(
+    bands: ModuleBands, phase: str, tables: Sequence[ModuleTable], floor: float, strayed: dict[str, Any]
+) -> None:
+    """Bands of all statistics of a phase; `strayed` gets how far each run strays, (2, K) by statistic."""
+    steps = bands.steps[phase]
+    rows = [np.searchsorted(table.steps[phase], steps) for table in tables]
+
+    def of_runs(statistic: str) -> Floats:
+        return np.stack(
+            [
+                table.values[phase, statistic][row].astype(np.float64)
+                for table, row in zip(tables, rows, strict=True)
+            ]
+        )
+
+    counts = of_runs("nonfinite")
+    bands.overflow[phase] = np.stack([(counts == 0).any(axis=0), (counts > 0).any(axis=0)])
+    grid = grid_of(of_runs("max_abs"))
+    for statistic in tables[0].statistics(phase):
+        if statistic == "nonfinite" or any((phase, statistic) not in table.values for table in tables):
+            continue  # an older record is among them
+        curves = of_runs(statistic)
+        relative = _relative_to(tables[0], phase, statistic)
+        base = None if relative is None else of_runs(relative).mean(axis=0)
+        # The largest magnitude is one element, and lies on the grid itself.
+        least, smallest = (allow_grid if statistic == "max_abs" else allow_average)(grid, floor)
+        options = {"floor": least, "half_window": HALF_WINDOW, "base": base, "smallest": smallest}
+        band = Band.of(curves, **options)
+        key = (phase, statistic)
+        bands.centre[key], bands.scale[key] = band.centre.astype(np.float32), band.scale.astype(np.float32)
+        bands.floor[key] = least.astype(np.float32)
+        found = strays(curves, **options)
+        strayed[statistic] = np.maximum(strayed.get(statistic, 0.0), found)
+
+
+def _relative_to(table: ModuleTable, phase: str, statistic: str) -> str | None:
+    """The statistic that deviations are relative to, for those that may be near zero; None: their own size."""
+    if statistic == "projection":
+        return "rms"
+    return _scale_of(table, phase) if statistic == "mean" else None
 
 
 def _scale_of(table: ModuleTable, phase: str) -> str:
@@ -193,7 +258,13 @@ class _Comparing:
         self.its = [place[name] for name in self.names]
         self.result = ModuleComparison(self.names)
         lost = (len(reference.names) - len(self.names), len(candidate.names) - len(self.names))
-        if any(lost):
+        if not self.names:
+            self.result.notes.append(
+                "no module has the same name in both (the reference has "
+                f"{reference.names[0] or 'the model itself'}, the candidate "
+                f"{candidate.names[0] or 'the model itself'}): modules were not compared"
+            )
+        elif any(lost):
             self.result.notes.append(
                 f"{lost[0]} modules stand in the reference only and {lost[1]} in the candidate only: the models differ"
             )
@@ -202,6 +273,10 @@ class _Comparing:
         for phase in self.reference.phases():
             if self.names and phase in self.candidate.steps:
                 self._phase(phase)
+        if self.names and not self.result.heat:
+            self.result.notes.append(
+                "both have statistics of modules, but none of the same phase and step: modules were not compared"
+            )
         return self.result
 
     def _limits(self, phase: str, statistic: str, steps: Steps, reference: Single) -> tuple[Single, Any, Any]:
@@ -217,6 +292,24 @@ class _Comparing:
         centre[here] = bands.centre[key][there][:, self.mine]
         limit[here], once[here] = (found[there][:, self.mine] for found in bands.limits(key))
         return centre, limit, once
+
+    def _overflow(self, phase: str, steps: Steps, reference: Single, candidate: Single) -> Single:
+        """Infinite where elements are not finite that should be, or the other way round; else 0.
+
+        By a tolerance, or by bands, it matters whether there are any: how many gradients overflow in 16 bits is noise.
+        """
+        if self.bands is None and self.tolerance == 0:
+            apart = reference != candidate
+        elif self.bands is None or phase not in self.bands.steps:
+            apart = (reference > 0) != (candidate > 0)
+        else:
+            apart = (reference > 0) != (candidate > 0)
+            _, here, there = np.intersect1d(
+                steps, self.bands.steps[phase], assume_unique=True, return_indices=True
+            )
+            finite, broken = self.bands.overflow[phase][:, there][:, :, self.mine]
+            apart[here] = ~np.where(candidate[here] > 0, broken, finite)
+        return np.where(apart, np.float32(np.inf), np.float32(0))
 
     def _phase(self, phase: str) -> None:
         table, other = self.reference, self.candidate
@@ -241,21 +334,20 @@ class _Comparing:
                 continue
             reference = cut(table, statistic, mine, self.mine)
             candidate = cut(other, statistic, its, self.its)
+            if self.bands is None and self.tolerance > 0 and statistic in _RESTLESS:
+                continue
             if statistic == "nonfinite":
-                deviation = np.where(reference != candidate, np.float32(np.inf), np.float32(0))
+                deviation = self._overflow(phase, steps, reference, candidate)
                 limit: Any = np.float32(0)
                 once = limit
             else:
                 centre, limit, once = self._limits(phase, statistic, steps, reference)
-                size = centre
-                if statistic == "mean":
-                    size = cut(table, _scale_of(table, phase), mine, self.mine)
+                relative = _relative_to(table, phase, statistic)
+                size = centre if relative is None else cut(table, relative, mine, self.mine)
                 deviation = _deviation(centre, candidate, size)
             deviation = np.where(absent, np.float32(np.nan), deviation)
-            if statistic != "max_abs" or np.ndim(limit) or self.tolerance == 0:
-                # One element's magnitude is too restless for a tolerance that was not measured.
-                known = np.nan_to_num(deviation, nan=0.0, posinf=np.inf)
-                departed[statistic] = known > once if self.bands is None else outside(known, limit, once)
+            known = np.nan_to_num(deviation, nan=0.0, posinf=np.inf)
+            departed[statistic] = known > once if self.bands is None else outside(known, limit, once)
             with np.errstate(invalid="ignore", over="ignore"):
                 heat = np.fmax(heat, deviation / np.maximum(limit, np.float32(_ULP)))
         self.result.heat[phase] = (steps, heat)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable
+from xtrain.align.module_table import OPTIONAL, PHASES, STATISTICS, ModuleTable
 from xtrain.base.errors import RecordError
 
 VERSION = 2
@@ -174,7 +174,7 @@ class _ModuleBuilder:
             return  # of a later version; what is known is read
         step, found = int(entry["step"]), []
         for statistic in STATISTICS:
-            values = entry[statistic]
+            values = entry.get(statistic, [None] * width) if statistic in OPTIONAL else entry[statistic]
             if len(values) != width:
                 raise ValueError(f"{len(values)} values of {statistic} for {width} modules")
             if self._places is not None:
@@ -199,6 +199,8 @@ class _ModuleBuilder:
             for statistic in STATISTICS:
                 flat = np.frombuffer(self._values.pop((phase, statistic)), np.float32)
                 values = flat.reshape(len(raw), len(self.names))
+                if statistic in OPTIONAL and np.isnan(values).all():
+                    continue
                 table.put(phase, statistic, steps, values if whole else values[rows])
         return table
 

@@ -27,6 +27,7 @@ from xtrain.align.statistics import ModuleStatistics
 from xtrain.base.errors import RecordError
 from xtrain.base.run_folder import METRICS, RUN_DIR_VARIABLE
 from xtrain.engine.hooks import Hooks
+from xtrain.parallel import DataParallelGrid
 from xtrain.version import __version__
 
 MOST_RANKS = 64
@@ -56,6 +57,13 @@ def _loss_scale(engine: Any) -> float | None:
         if not callable(found) and (scale := _number(found)) is not None:
             return scale
     return None
+
+
+def _tensor_parallel(engine: Any) -> bool:
+    """Whether ranks may hold parts of a module's features: an engine that is not xtrain's, with an mpu, may."""
+    if isinstance(grid := getattr(engine, "grid", None), DataParallelGrid):
+        return grid.model.tensor > 1
+    return getattr(engine, "mpu", None) is not None
 
 
 class Recorder:
@@ -126,7 +134,7 @@ class Recorder:
     def attach(self, engine: Any, after_step: Callable[[Any], None] | None = None) -> None:
         """Record every step of `engine` from now on; call `after_step(engine)` after each line."""
         if self.modules_every is not None:
-            self._watch(engine.module, first_step=engine.global_steps + 1)
+            self._watch(engine.module, engine.global_steps + 1, whole=not _tensor_parallel(engine))
         # Instance attributes in what follows; nn.Module keeps functions apart from parameters and modules.
         if callable(train_batch := getattr(engine, "train_batch", None)):
             engine.train_batch = self._recorded_train_batch(engine, train_batch, after_step)
@@ -285,10 +293,10 @@ class Recorder:
 
     # ---------------------------------------------------------------- modules
 
-    def _watch(self, model: nn.Module, first_step: int) -> None:
+    def _watch(self, model: nn.Module, first_step: int, whole: bool = True) -> None:
         if self.modules_every is None:
             return
-        self._statistics = ModuleStatistics(model, self.modules_every, self._patterns)
+        self._statistics = ModuleStatistics(model, self.modules_every, self._patterns, whole)
         if not self._statistics.names:
             raise RecordError(f"no module is called {' or '.join(self._patterns or ['anything'])}")
         self._statistics.begin(first_step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from torch import nn
 
 from xtrain.align.module_table import PHASES, STATISTICS
 
-_SUMS = 7
-"""Sum, sum of magnitudes, sum of squares, largest magnitude, not finite, elements, place in the order."""
-_LARGEST, _ELEMENTS, _PLACE = 3, 5, 6
+_SUMS = 8
+"""Sum, of magnitudes, of squares, largest magnitude, not finite, sum with signs, elements, place in the order."""
+_LARGEST, _SIGNED, _ELEMENTS, _PLACE = 3, 5, 6, 7
 _ROW = 512
+_PROJECTED = ("forward", "backward")
+"""Phases in which tensors are whole: of gradients and parameters a rank may hold any piece."""
 Sums = npt.NDArray[np.float64]
 
 
@@ -43,8 +46,17 @@ def _host_norm(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     return torch.linalg.vector_norm(x, 2, dtype=wide)
 
 
+@lru_cache(maxsize=64)
+def _signs(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """+1 or -1 for each feature: the same on every device, and in every run."""
+    place = np.arange(size, dtype=np.uint64)
+    mixed = (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing; it wraps
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return torch.from_numpy(1.0 - 2.0 * (mixed >> np.uint64(63))).to(device, dtype)
+
+
 def measure(tensor: torch.Tensor) -> torch.Tensor:
-    """Five numbers on the tensor's device: sum, 1-norm, 2-norm, largest magnitude, elements not finite."""
+    """On the tensor's device: sum, 1-norm, 2-norm, largest magnitude, elements not finite, sum with signs."""
     x = tensor.detach()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     # On the host torch's isfinite and its norms of order 1 and infinity take ten times as long as these.
@@ -57,7 +69,9 @@ def measure(tensor: torch.Tensor) -> torch.Tensor:
     square_root = (
         _host_norm(x, wide) if x.device.type == "cpu" else torch.linalg.vector_norm(x, 2, dtype=wide)
     )
-    return torch.stack([x.sum(dtype=wide), magnitudes.sum(dtype=wide), square_root, largest, broken])
+    columns = x.sum(dim=tuple(range(x.ndim - 1)), dtype=wide) if x.ndim > 1 else x.reshape(-1).to(wide)
+    signed = columns @ _signs(len(columns), x.device, wide)
+    return torch.stack([columns.sum(), magnitudes.sum(dtype=wide), square_root, largest, broken, signed])
 
 
 def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
@@ -96,6 +110,27 @@ def _data(param: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return part.detach().reshape(-1)[: max(0, own)], False
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of DistributedDataParallel, torch.compile and their kin."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile's
+        if inner is None and isinstance(model, wrappers):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and its activation checkpointing put between a module's name and its parent's."""
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the wrappers of torch in it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 class ModuleStatistics:
     """Measures the modules of one model on the steps that `begin` selects.
 
@@ -107,14 +142,23 @@ class ModuleStatistics:
         every: steps 1, 1 + every, 1 + 2 * every, ... are measured.
         patterns: names of modules to measure, with * and ?; None: all that have parameters of their own or no
             children.
+        projected: measure `projection`. Only where every rank has whole rows of features: not with parameters that
+            Megatron's layers mark as `tensor_model_parallel`.
     """
 
-    def __init__(self, model: nn.Module, every: int, patterns: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int,
+        patterns: Iterable[str] | None = None,
+        projected: bool = True,
+    ) -> None:
         chosen = list(patterns) if patterns is not None else None
-        self.every = every
-        self.modules = {
-            name: module for name, module in model.named_modules() if self._wanted(name, module, chosen)
-        }
+        model = unwrapped(model)
+        divided = any(getattr(param, "tensor_model_parallel", False) for param in model.parameters())
+        self.every, self.projected = every, projected and not divided
+        named = ((plain_name(name), module) for name, module in model.named_modules())
+        self.modules = {name: module for name, module in named if self._wanted(name, module, chosen)}
         self.names = list(self.modules)
         self._order: list[int] | None = None
         self.active = False
@@ -145,6 +189,7 @@ class ModuleStatistics:
             self._rows.setdefault(phase, []).append((index, tensor.numel() * weight, weight, measure(tensor)))
 
     def _forward_hook(self, index: int, hooked: nn.Module) -> Callable[..., None]:
+        @torch.compiler.disable  # what torch.compile makes of a model is interrupted here
         def hook(module: nn.Module, _: Any, outputs: Any) -> None:
             # copy.deepcopy copies hooks, too; an evaluation between two steps is not part of either.
             if not self.active or module is not hooked or not self._model.training:
@@ -214,7 +259,7 @@ class ModuleStatistics:
         scales = {"backward": scale * replicas, "gradient": scale}
         self._rows = {}
         return {
-            phase: _statistics(total, scales.get(phase, 1.0))
+            phase: _statistics(total, scales.get(phase, 1.0), self.projected and phase in _PROJECTED)
             for phase, total in zip(PHASES, totals, strict=True)
             if total[:, _ELEMENTS].any()
         }
@@ -272,7 +317,7 @@ def _order(places: Sums) -> list[int]:
     return sorted(range(places.shape[1]), key=key)
 
 
-def _statistics(total: Sums, scale: float) -> dict[str, list[float | None]]:
+def _statistics(total: Sums, scale: float, projected: bool) -> dict[str, list[float | None]]:
     elements = total[:, _ELEMENTS]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         columns = (
@@ -280,12 +325,15 @@ def _statistics(total: Sums, scale: float) -> dict[str, list[float | None]]:
             total[:, 1] / elements / scale,
             np.sqrt(total[:, 2] / elements) / scale,
             total[:, 3] / scale,
+            total[:, _SIGNED] / np.sqrt(elements) / scale,
             total[:, 4],
         )
-        singles = [column.astype(np.float32) for column in columns]
+        singles = dict(zip(STATISTICS, (column.astype(np.float32) for column in columns), strict=True))
+    if not projected:
+        del singles["projection"]
     ran = elements > 0
     return {
         # Nine digits hold a float32 exactly.
         name: [float(f"{value:.9g}") if there else None for value, there in zip(column, ran, strict=True)]
-        for name, column in zip(STATISTICS, singles, strict=True)
+        for name, column in singles.items()
     }
