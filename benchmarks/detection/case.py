@@ -22,6 +22,9 @@ class Case:
         ranks: it runs on.
         module: of defects, the module that is to blame ("" for none); a pattern with * if it may be any of several.
         needs: a package without which it can't run.
+        report: of defects that were seen elsewhere: the public report, as repository#number.
+        training: what is trained.
+        environment: variables of processes of its own that it runs in; none: those of the pool.
     """
 
     title: str
@@ -31,6 +34,9 @@ class Case:
     ranks: int = 2
     module: str = ""
     needs: str = ""
+    report: str = ""
+    training: type[Training] = Training
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def nothing(training: Training) -> None:

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from benchmarks.detection.case import Case
 from benchmarks.detection.defects import DEFECTS
 from benchmarks.detection.harmless import HARMLESS, REFERENCES
-from benchmarks.detection.training import Training
+from benchmarks.detection.held_out import HELD_OUT_DEFECTS, HELD_OUT_HARMLESS, HELD_OUT_REFERENCES
 from xtrain.base.run_folder import PERTURB_VARIABLE
 
-CASES = (*REFERENCES, *DEFECTS, *HARMLESS)
+HELD_OUT = (*HELD_OUT_REFERENCES, *HELD_OUT_DEFECTS, *HELD_OUT_HARMLESS)
+CASES = (*REFERENCES, *DEFECTS, *HARMLESS, *HELD_OUT)
 
 
 def find(title: str) -> Case:
@@ -21,16 +22,20 @@ def find(title: str) -> Case:
     return next(case for case in CASES if case.title == title)
 
 
-def perform(title: str, folder: str, perturbation: str) -> None:
+def perform(title: str, folder: str, perturbation: str, steps: int | None = None) -> None:
     """Train the case with this title on this rank.
 
     Args:
         folder: where the record goes.
         perturbation: value of XTRAIN_PERTURB; "": none.
+        steps: of a shorter run, whose middle is its own; None: the case's.
     """
     os.environ.pop(PERTURB_VARIABLE, None)
     if perturbation:
         os.environ[PERTURB_VARIABLE] = perturbation
-    training = Training(Path(folder), dist.get_world_size())
-    find(title).change(training)
+    case = find(title)
+    training = case.training(Path(folder), dist.get_world_size())
+    if steps is not None:  # the schedule stays that of the whole run
+        training.steps, training.middle = steps, steps // 2
+    case.change(training)
     training.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,6 @@ from pathlib import Path
 
 from benchmarks.detection.case import Case
 from benchmarks.detection.cases import perform
-from benchmarks.detection.training import STEPS
 from tests.pool import pool
 from xtrain.align.record import Record, read_record
 from xtrain.base.errors import RecordError
@@ -28,34 +28,41 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _finished(folder: Path) -> Record | None:
+def _finished(folder: Path, steps: int) -> Record | None:
     try:
         record = read_record(folder)
     except RecordError:
         return None
-    return record if len(record.step) == STEPS else None
+    return record if len(record.step) == steps else None
 
 
-def _train(case: Case, folder: Path, perturbation: str) -> None:
+def _train(case: Case, folder: Path, perturbation: str, steps: int | None) -> None:
+    shorter = [] if steps is None else [str(steps)]
     if case.needs == "mpi4py":
         command = ["mpiexec", "-n", str(case.ranks), sys.executable, "-m", "benchmarks.detection.mpi"]
-        subprocess.run([*command, case.title, str(folder)], check=True)
+        subprocess.run([*command, case.title, str(folder), *shorter], check=True)
+    elif case.environment:
+        command = [sys.executable, "-m", "benchmarks.detection.alone", str(case.ranks)]
+        own = {**os.environ, **dict(case.environment)}
+        subprocess.run([*command, case.title, str(folder), perturbation, *shorter], check=True, env=own)
     else:
-        pool(case.ranks).run(perform, case.title, str(folder), perturbation)
+        pool(case.ranks).run(perform, case.title, str(folder), perturbation, steps)
 
 
-def record_of(root: Path, case: Case, perturbation: str = "") -> Record:
+def record_of(root: Path, case: Case, perturbation: str = "", steps: int | None = None) -> Record:
     """The record of a case, made now if there is none.
 
     Args:
         root: folder of all runs.
         perturbation: value of XTRAIN_PERTURB.
+        steps: of a shorter run, which needs a root of its own; None: the case's.
 
     Raises:
         NotRunError: in one line, why there is no record.
     """
     folder = root / _slug(f"{case.title} {perturbation}")
-    if (found := _finished(folder)) is not None:
+    expected = case.training.steps if steps is None else steps
+    if (found := _finished(folder, expected)) is not None:
         return found
     if (folder / ERROR).exists():
         raise NotRunError((folder / ERROR).read_text())
@@ -65,13 +72,13 @@ def record_of(root: Path, case: Case, perturbation: str = "") -> Record:
     folder.mkdir(parents=True)
     print(f"{case.title} {perturbation}".strip(), flush=True)
     try:
-        _train(case, folder, perturbation)
+        _train(case, folder, perturbation, steps)
     except Exception as error:  # what ends a run is an outcome, too
         traceback.print_exc()
         sentence = f"{type(error).__name__}: {error}".splitlines()[0]
         (folder / ERROR).write_text(sentence)
         raise NotRunError(sentence) from error
-    found = _finished(folder)
+    found = _finished(folder, expected)
     if found is None:
-        raise NotRunError(f"{folder} holds no record of {STEPS} steps")
+        raise NotRunError(f"{folder} holds no record of {expected} steps")
     return found

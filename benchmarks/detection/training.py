@@ -27,26 +27,31 @@ class Training:
     """One run; a case changes attributes before `run`.
 
     Attributes:
+        steps, warmup, samples: of a run; steps with a growing learning rate; samples of a step, over all ranks.
+        middle: step at which one-time defects happen, and after which restarts happen.
         ranks: data-parallel ranks of this run.
         config: of the engine.
         architecture: changes to glm_tiny.
         decay, vector_decay: weight decay of matrices; of biases and norms.
         step: the one that is running.
-        restart: save, build everything anew and load after step MIDDLE.
+        restart: save, build everything anew and load after step `middle`.
         load_options: of `load_checkpoint` then.
         model_made, engine_made: called with the model, and with the engine, each time one was made.
+        after_load: called with the engine when a restart has loaded the checkpoint.
         before_update, after_update: called with the step around the call that ends it.
-        batch: (step, slot) -> arguments of the model, tensors.
+        batch: (step, slot) -> arguments of the model.
         loss: arguments of the model -> scalar.
         undo: closed after the run.
     """
+
+    steps, warmup, samples, middle = STEPS, WARMUP, SAMPLES, MIDDLE
 
     def __init__(self, folder: Path, ranks: int) -> None:
         self.folder, self.ranks = folder, ranks
         self.rank = dist.get_rank()
         self.micro = 1
         self.config: dict[str, Any] = {
-            "train_batch_size": SAMPLES,
+            "train_batch_size": self.samples,
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": 1},
             "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "betas": [0.9, 0.95], "eps": 1e-8}},
@@ -54,9 +59,9 @@ class Training:
                 "type": "WarmupDecayLR",
                 "params": {
                     "warmup_max_lr": 2e-3,
-                    "warmup_num_steps": WARMUP,
+                    "warmup_num_steps": self.warmup,
                     "warmup_type": "linear",
-                    "total_num_steps": STEPS,
+                    "total_num_steps": self.steps,
                 },
             },
             "xtrain": {"record": {"path": str(folder / "metrics.jsonl"), "modules_every": 1}},
@@ -67,27 +72,32 @@ class Training:
         self.load_options: dict[str, Any] = {}
         self.model_made: list[Callable[[nn.Module], None]] = []
         self.engine_made: list[Callable[[Any], None]] = []
+        self.after_load: list[Callable[[Any], None]] = []
         self.before_update: list[Callable[[int], None]] = []
         self.after_update: list[Callable[[int], None]] = []
-        self.batch: Callable[[int, int], dict[str, torch.Tensor]] = self.read
+        self.batch: Callable[[int, int], dict[str, Any]] = self.read
         self.loss: Callable[..., torch.Tensor] = lambda **batch: self.engine(**batch)
         self.make: Callable[[nn.Module], Any] = self.initialize
         self.undo = ExitStack()
         self.restarted = False
         self.step = 0
         self.engine: Any = None
-        self._sampler = InfillingSampler(prepare(find_files(None), VOCABULARY), LENGTH, SEED)
+        self._sampler = self.make_sampler()
+
+    def make_sampler(self) -> Any:
+        """Where samples come from."""
+        return InfillingSampler(prepare(find_files(None), VOCABULARY), LENGTH, SEED)
 
     @property
     def accumulation(self) -> int:
         """Micro-batches of a rank in a step."""
-        return SAMPLES // (self.ranks * self.micro)
+        return self.samples // (self.ranks * self.micro)
 
     def section(self, **keys: Any) -> None:
         """Set keys of the config's section `xtrain`."""
         self.config["xtrain"].update(keys)
 
-    def read(self, step: int, slot: int) -> dict[str, torch.Tensor]:
+    def read(self, step: int, slot: int) -> dict[str, Any]:
         """The micro-batch of a slot of a step (from 1)."""
         return {name: torch.from_numpy(a) for name, a in self._sampler.batch(step, slot, self.micro).items()}
 
@@ -125,12 +135,14 @@ class Training:
         self.restarted = True
         self._build()
         self.engine.load_checkpoint(str(self.folder / "checkpoint"), **self.load_options)
+        for change in self.after_load:
+            change(self.engine)
 
     def run(self) -> None:
         """All steps."""
         with self.undo:
             self._build()
-            for step in range(1, STEPS + 1):
+            for step in range(1, self.steps + 1):
                 self.step = step
                 for index in range(self.accumulation):
                     slot = self.rank * self.accumulation + index
@@ -141,7 +153,7 @@ class Training:
                     self.engine.step()
                 for change in self.after_update:
                     change(step)
-                if step == MIDDLE and self.restart:
+                if step == self.middle and self.restart:
                     self._begin_again()
             if hasattr(self.engine, "destroy"):
                 self.engine.destroy()
