@@ -12,7 +12,7 @@ from benchmarks.detection.case import Case
 from benchmarks.detection.cases import find
 from benchmarks.detection.runs import NotRunError, record_of
 from xtrain.align.alignment import align_records
-from xtrain.align.compare import Policy
+from xtrain.align.compare import Comparison, Policy
 from xtrain.align.envelope import Envelope, measure_records
 from xtrain.align.record import Record
 
@@ -35,7 +35,8 @@ class Verdict:
         module, module_step, phase: that are named.
         reason: which is the first hint.
         common: the step at which the mean of 2 % is used up; None: within it.
-        largest: of the relative differences; times: in units of what the envelope allows.
+        largest: of the relative differences of the loss; early: in the ten steps after it acts; times: in units of
+            what the envelope allows.
     """
 
     case: Case
@@ -50,12 +51,17 @@ class Verdict:
     reason: str = ""
     common: int | None = None
     largest: float = 0.0
+    early: float = 0.0
     times: float = 0.0
+
+    def near(self, steps: int) -> bool:
+        """Whether the step is that at which the defect first acts, or so many beside it."""
+        return self.acts is not None and self.began is not None and abs(self.began - self.acts) <= steps
 
     @property
     def right_step(self) -> bool:
-        """Whether the step is that at which the defect first acts, or one beside it."""
-        return self.acts is not None and self.began is not None and abs(self.began - self.acts) <= 1
+        """Whether it is that step, or one beside it."""
+        return self.near(1)
 
     @property
     def by_curves(self) -> int | None:
@@ -92,32 +98,41 @@ class Judge:
             self._envelopes[reference, band] = measure_records(runs, size=size)
         return self._envelopes[reference, band]
 
-    def verdict(self, case: Case, band: str = "") -> Verdict:
-        """Judge one case, by the case's own band if no other is named."""
+    def verdict(self, case: Case, band: str = "", perturbation: str = "") -> Verdict:
+        """Judge one case, by the case's own band if no other is named; `perturbation`: value of XTRAIN_PERTURB."""
         reference = record_of(self.root, find(case.reference))
         envelope = self.envelope(case.reference, band or case.band)
         try:
-            candidate = record_of(self.root, case)
+            candidate = record_of(self.root, case, perturbation)
         except NotRunError as error:
             return Verdict(case, error=str(error))
         found = align_records(reference, candidate, Policy("envelope"), envelope)
         assert found.curve is not None
         curve = found.curve
+        acts = first_difference(reference, candidate)
         result = Verdict(
             case,
-            acts=first_difference(reference, candidate),
+            acts=acts,
             began=found.began,
             loss=curve.first_outside,
             norm=None if found.norm is None else found.norm.first_outside,
             reason=found.hints[0] if found.hints else "",
             largest=curve.largest,
             times=float((np.abs(curve.candidate / curve.centre - 1) / curve.limit).max()),
+            early=_early(curve, acts),
         )
         if found.modules is not None and found.modules.first is not None:
             first = found.modules.first
             result.module, result.module_step, result.phase = first.module, first.step, first.phase
         result.common = align_records(reference, candidate, MEAN).curve.first_outside  # type: ignore[union-attr]
         return result
+
+
+def _early(curve: Comparison, acts: int | None) -> float:
+    if acts is None:
+        return 0.0
+    rows = (curve.step >= acts) & (curve.step < acts + 10)
+    return float(curve.difference[rows].max(initial=0.0))
 
 
 def first_difference(reference: Record, candidate: Record) -> int | None:
@@ -131,9 +146,14 @@ def first_difference(reference: Record, candidate: Record) -> int | None:
         for (phase, statistic), ours in reference.modules.values.items():
             if phase not in theirs.steps:
                 continue  # real DeepSpeed's gradients are not public
-            same = np.array_equal(reference.modules.steps[phase], theirs.steps[phase])
-            assert same, "both measure every step"
-            values = theirs.values[phase, statistic]
-            apart = ((ours != values) & ~(np.isnan(ours) & np.isnan(values))).any(axis=1)
-            steps += reference.modules.steps[phase][apart][:1].tolist()
+            if (phase, statistic) not in theirs.values:
+                continue
+            measured, others = reference.modules.steps[phase], theirs.steps[phase]
+            steps += np.setxor1d(measured, others)[
+                :1
+            ].tolist()  # no gradients where one of them skips the step
+            common, here, there = np.intersect1d(measured, others, return_indices=True)
+            pair = ours[here], theirs.values[phase, statistic][there]
+            apart = ((pair[0] != pair[1]) & ~(np.isnan(pair[0]) & np.isnan(pair[1]))).any(axis=1)
+            steps += common[apart][:1].tolist()
     return min(steps, default=None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.detection.judge import RUNS, Verdict
-from benchmarks.detection.training import LENGTH, SAMPLES, STEPS
+from benchmarks.detection.training import LENGTH, SAMPLES
 from xtrain.align.environment import describe
 from xtrain.align.text import markdown_table
 from xtrain.base.files import write_text
@@ -89,20 +89,21 @@ def harmless(verdicts: list[Verdict]) -> str:
     )
 
 
-def _about() -> str:
+def about(model: str, steps: int) -> str:
+    """What was trained, when and where."""
     processor = describe("cpu")["processor"]
     return (
-        f"glm_tiny, {STEPS} steps of {SAMPLES} samples of {LENGTH} tokens, envelopes of {RUNS} runs. Measured on "
+        f"{model}, {steps} steps of {SAMPLES} samples of {LENGTH} tokens, envelopes of {RUNS} runs. Measured on "
         f"{datetime.date.today()} with xtrain {__version__}, torch {torch.__version__}, Python "
         f"{platform.python_version()}, {processor}."
     )
 
 
-def update(path: Path, *tables: str) -> None:
-    """Put the tables between the two marks of a document."""
+def update(path: Path, *tables: str, begin: str = BEGIN) -> None:
+    """Put the tables between two marks of a document, the first of which is `begin`."""
     text = path.read_text()
-    before, _, rest = text.partition(BEGIN)
+    before, _, rest = text.partition(begin)
     _, found, after = rest.partition(END)
     if not found:
-        raise SystemExit(f"{path} has no lines {BEGIN} and {END}, between which the tables belong")
-    write_text(path, before + "\n\n".join([BEGIN, _about(), *tables]).rstrip("\n") + "\n\n" + END + after)
+        raise SystemExit(f"{path} has no lines {begin} and {END}, between which the tables belong")
+    write_text(path, before + "\n\n".join([begin, *tables]).rstrip("\n") + "\n\n" + END + after)

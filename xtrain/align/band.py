@@ -32,8 +32,8 @@ COARSEST, FINEST = 2.0**-7, 2.0**-23
 """Relative distance of neighbours on the grids of bfloat16 and of float32."""
 UNIFORM = 1 / math.sqrt(12)
 """Standard deviation of what rounding to a grid does, in steps of the grid."""
-AVERAGED = 1 / 64
-"""Share of a step of the grid by which an average over many elements may differ in any case."""
+AVERAGED = 1 / 16
+"""Share of a step of the grid by which an average may differ in any case: equal elements all round the same way."""
 
 
 def grid_of(values: Floats) -> Floats:
