@@ -75,7 +75,7 @@ def test_what_is_missing_says_what_that_means() -> None:
     other = _header(engine="native", backend="cpu", config={**_CONFIG, "gradient_clipping": 1.0})
     other["environment"] = {**other["environment"], "cuda": "12.4", "variables": {}}
     assert _said(NATIVE, other) == [
-        ("config.gradient_clipping", "(not given)", "1.0"),
+        ("config.gradient_clipping", "(absent)", "1.0"),
         ("environment.cuda", "(none)", "12.4"),
         ("environment.variables.OMP_NUM_THREADS", "1", "(not set)"),
     ]

@@ -116,6 +116,17 @@ def test_files_with_the_same_windows_are_compared_as_they_are(tmp_path: Path) ->
     assert "the losses of the reference are averaged over the windows of 10 steps" in "; ".join(found.notes)
 
 
+def test_windows_of_which_larger_ones_can_be_made() -> None:
+    losses = _losses(24)
+    fours, sixes = _windowed(losses, list(range(4, 25, 4))), _windowed(losses, list(range(6, 25, 6)))
+    found = align_records(fours, sixes, Policy("exact"))
+    assert found.exit_code == 0
+    assert found.curve is not None
+    assert found.curve.step.tolist() == [12, 24]
+    said = "the losses of the reference and the candidate are averaged over the windows of 12 steps that can be made"
+    assert any(note.startswith(said) for note in found.notes)
+
+
 def test_windows_that_cannot_be_matched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses = _losses(60)
     windows = trainer_state(tmp_path / "a.json", losses, [10, 20, 30], 10)

@@ -8,7 +8,6 @@ from typing import Any
 
 _ABSENT = "(absent)"
 _WITHOUT = {
-    "config.": "(not given)",
     "emulated": "(not emulated)",
     "environment.variables.": "(not set)",
     "environment.": "(none)",

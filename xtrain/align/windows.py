@@ -191,9 +191,10 @@ def match(reference: Record, candidate: Record) -> Matched:
         if (begins_of(record)[np.searchsorted(record.step, windows.ends)] != windows.begins).any():
             averaged.append(name)
     who = " and ".join(f"the {name}" for name in averaged)
+    made = "that the other file's are means over" if len(averaged) == 1 else "that can be made of both"
     notes = [
-        f"the losses of {who} are averaged over the windows of {windows.length} steps that the other file's are means "
-        "over; gradient norms and learning rates are those of the last step of a window"
+        f"the losses of {who} are averaged over the windows of {windows.length} steps {made}; gradient norms and "
+        "learning rates are those of the last step of a window"
     ]
     left_out = []
     if lacking:
