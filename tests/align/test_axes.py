@@ -48,6 +48,8 @@ def test_a_run_that_counts_from_zero(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert align(one, other, shift=1).began == 21
     with pytest.raises(RecordError, match=r"shift is a whole number of steps, such as 1 or -1, not 1.5"):
         align(one, two, shift=1.5)  # type: ignore[arg-type]
+    assert cli.main(["align", str(one), str(two), "--shift", "9" * 30]) == 2
+    assert "shift is a whole number of steps, such as 1 or -1, not 999" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["align", str(one), str(two), "--shift", "x"])
 
@@ -111,6 +113,9 @@ def test_names_that_say_what_is_counted() -> None:
         ("Train/Samples/train_loss", None, "", "samples"),
         ("lm loss vs samples", None, "", "samples"),
         ("train_loss", "step", "Train_Samples_train_loss", "samples"),
+        ("Value", "Step", "run-.-tag-Train_Samples_train_loss", "samples"),
+        ("Value", "Step", "run-.-tag-lm loss vs samples", "samples"),
+        ("loss", "step", "train_samples_of_mine", "steps"),
         ("loss", "consumed_tokens", "", "tokens"),
         ("train/loss", "step", "samples", "steps"),
         ("lm loss", None, "train_samples", "steps"),

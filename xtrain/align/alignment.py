@@ -22,6 +22,8 @@ POLICY = "relative:0.02"
 """Unless another one is asked for."""
 ENVELOPE = "envelope.npz"
 """Name under which an envelope is found beside the reference."""
+LARGEST_SHIFT = 2**40
+"""More steps than any run has, and less than overflow."""
 
 
 @dataclass
@@ -168,7 +170,7 @@ def align(
     Raises:
         RecordError: there is nothing that could be compared, or steps are counted otherwise, in one sentence.
     """
-    if isinstance(shift, bool) or not isinstance(shift, int):
+    if isinstance(shift, bool) or not isinstance(shift, int) or abs(shift) > LARGEST_SHIFT:
         raise RecordError(f"shift is a whole number of steps, such as 1 or -1, not {shift!r}")
     chosen = Policy.parse(policy) if isinstance(policy, str) else policy
     measured = find_envelope(Path(reference), envelope) if chosen.kind == "envelope" else None

@@ -17,11 +17,16 @@ _AXES = {
 }
 """Columns that count something else, for files without steps."""
 _IN_NAMES = {
-    SAMPLES: re.compile(r"(^|/)samples/| (vs|over) samples$|^Train_Samples_|_vs_samples$", re.IGNORECASE),
-    TOKENS: re.compile(r"(^|/)tokens/| (vs|over) tokens$|^Train_Tokens_|_vs_tokens$", re.IGNORECASE),
+    SAMPLES: re.compile(r"(^|/)samples/| (vs|over) samples$", re.IGNORECASE),
+    TOKENS: re.compile(r"(^|/)tokens/| (vs|over) tokens$", re.IGNORECASE),
 }
-"""Names of curves (`Train/Samples/train_loss` of DeepSpeed's monitors, `lm loss vs samples` of Megatron) and of files
-(`Train_Samples_train_loss.csv`) that say what their axis counts."""
+"""Names of curves that say what their axis counts: `Train/Samples/train_loss` of DeepSpeed's monitors, `lm loss vs
+samples` of Megatron."""
+_IN_FILES = {
+    SAMPLES: re.compile(r"(^|-)Train_Samples_|[ _]vs[ _]samples$"),
+    TOKENS: re.compile(r"(^|-)Train_Tokens_|[ _]vs[ _]tokens$"),
+}
+"""And names of files: `Train_Samples_train_loss.csv` of DeepSpeed's monitors, TensorBoard's downloads."""
 _LOSS = ("loss", "train_loss", "training_loss", "lm_loss", "lm_loss_training", "total_loss")
 _NOT_TRAINING = re.compile(r"(^|[/_ .-])(eval|val|valid|validation|test)([/_ .-]|$)", re.IGNORECASE)
 OTHERS = {
@@ -61,7 +66,7 @@ def unit_of(curve: str, axis: str | None = None, file: str = "") -> str:
     for unit, pattern in _IN_NAMES.items():
         if axis is not None and axis.strip().lower() in _AXES[unit]:
             return unit
-        if pattern.search(curve.strip()) or pattern.search(file):
+        if pattern.search(curve.strip()) or _IN_FILES[unit].search(file):
             return unit
     return STEPS
 
