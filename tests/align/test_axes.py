@@ -63,6 +63,17 @@ def test_a_smooth_curve_that_agrees_either_way_is_told_as_well() -> None:
     assert (found.aligned, found.exit_code) == (True, 2)
 
 
+def test_a_little_nearer_is_not_shifted() -> None:
+    """By a mean of 2 % a noisy curve may be inside when shifted, and outside when not: that says nothing."""
+    draw = np.random.default_rng(0)
+    one, two = (3 + 0.1 * draw.standard_normal(60) for _ in range(2))
+    apart = np.abs(two / one - 1).mean()
+    moved = np.abs(two[1:] / one[:-1] - 1).mean()
+    losses = [dict(zip(range(1, 61), values.tolist(), strict=True)) for values in (one, two)]
+    policy = Policy("mean", (apart + moved) / 2 if moved < apart else apart * 0.999)
+    assert not any("shifted" in h for h in align_records(make(losses[0]), make(losses[1]), policy).hints)
+
+
 def test_data_that_are_a_step_behind_are_a_hint() -> None:
     losses = _losses()
     behind = {step: losses[max(1, step - 1)] for step in losses}

@@ -234,6 +234,34 @@ def test_means_that_a_file_does_not_tell_of_are_a_hint(tmp_path: Path) -> None:
     assert not any("means" in hint for hint in align(one, write(tmp_path / "s.jsonl", single)).hints)
 
 
+def test_a_file_that_does_not_tell_beside_one_that_does(tmp_path: Path) -> None:
+    """A trainer's state, and the events or a table of the same trainer."""
+    losses = _losses(60)
+    ends = list(range(10, 61, 10))
+    state = trainer_state(tmp_path / "a.json", losses, ends, 10)
+    texts = [repr(loss) for loss in read_curve(state).loss.tolist()]
+    same = table(tmp_path / "x.csv", {"step": list(map(str, ends)), "train/loss": texts})
+    found = align(state, same, "exact")
+    assert found.exit_code == 0
+    assert any(
+        note.startswith("the candidate does not say whether its losses are means") for note in found.notes
+    )
+    assert align(same, state, "exact").exit_code == 0
+    other = table(
+        tmp_path / "y.csv", {"step": list(map(str, ends)), "train/loss": [*texts[:3], "9.5", "9.5", "9.5"]}
+    )
+    with pytest.raises(RecordError, match="no window can be made of both"):
+        align(state, other)
+
+
+def test_a_mean_over_an_epoch_that_is_longer_than_the_logging_steps(tmp_path: Path) -> None:
+    losses = _losses(111)
+    record = read_curve(trainer_state(tmp_path / "a.json", losses, [37, 74, 111], 10))
+    assert record.begins is not None
+    assert record.begins.tolist() == [0, 37, 74]
+    assert record.notes == ["its losses are means over 37 steps"]
+
+
 # ---------------------------------------------------------------- the envelope
 
 

@@ -19,7 +19,7 @@ from xtrain.base.errors import RecordError
 FEWEST = 3
 """So many steps at least have to agree before it is said that they agree if counted otherwise."""
 MUCH_NEARER = 0.1
-"""A shifted curve that agrees as the unshifted does counts as shifted if its mean difference is so much smaller."""
+"""Curves that agree if counted otherwise are told only if their mean difference becomes so much smaller."""
 
 
 @dataclass
@@ -71,7 +71,13 @@ def judge(reference: Record, candidate: Record, policy: Policy, envelope: Envelo
         RecordError: nothing can be compared.
     """
     _in_common(reference, candidate)
-    matched = match(reference, candidate)
+    try:
+        matched = match(reference, candidate)
+    except RecordError:
+        found = _as_means(reference, candidate, policy, envelope)
+        if found is None:
+            raise
+        return found
     reference, candidate, notes = allow_cutting(matched.reference, matched.candidate)
     windows = matched.windows
     if envelope is not None and reference.begins is not None:
@@ -108,13 +114,46 @@ def judge(reference: Record, candidate: Record, policy: Policy, envelope: Envelo
     )
 
 
-def _tried(reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None) -> Judged | None:
-    """The outcome of a guess, if it agrees on enough steps; None else."""
+def _as_means(
+    reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None
+) -> Judged | None:
+    """Two records of which one tells windows, and the other, of a kind that does not tell, has a row for each of them:
+    the outcome if they agree as means over those; None else."""
+    if (reference.begins is None) == (candidate.begins is None):
+        return None
+    silent, told = (reference, candidate) if reference.begins is None else (candidate, reference)
+    _, mine, its = common_steps(silent.step, told.step)
+    if silent.kind == Record.kind or len(mine) < FEWEST or told.begins is None:
+        return None
+    means = replace(silent.take(mine), begins=told.begins[its])
+    name, pair = ("reference", (means, told)) if silent is reference else ("candidate", (told, means))
+    found = _tried(*pair, policy, envelope)
+    if found is not None:
+        found.notes.append(
+            f"the {name} does not say whether its losses are means over windows of steps: they agree as means over the "
+            "other file's"
+        )
+    return found
+
+
+def _tried(
+    reference: Record,
+    candidate: Record,
+    policy: Policy,
+    envelope: Envelope | None,
+    instead_of: Judged | None = None,
+) -> Judged | None:
+    """The outcome of a guess, if it agrees on enough steps, and much better than that which it is instead of; None
+    else."""
     try:
         found = judge(reference, candidate, policy, envelope)
     except RecordError:  # a guess that cannot be compared is a wrong one
         return None
-    return found if found.agree and found.curve.steps >= FEWEST else None
+    if not found.agree or found.curve.steps < FEWEST:
+        return None
+    if instead_of is not None and found.curve.mean > MUCH_NEARER * instead_of.curve.mean:
+        return None
+    return found
 
 
 def counted_otherwise(
@@ -134,8 +173,7 @@ def counted_otherwise(
     if found.agree and not near:
         return []
     for by in (apart,) if near else (1, -1):
-        guess = _tried(reference, candidate.shifted(by), policy, envelope)
-        if guess is None or (near and guess.curve.mean > MUCH_NEARER * found.curve.mean):
+        if _tried(reference, candidate.shifted(by), policy, envelope, found) is None:
             continue
         if by == apart:
             raise RecordError(
@@ -152,10 +190,12 @@ def counted_otherwise(
     if found.agree:
         return []
     _multiples(reference, candidate, policy, envelope, found)
-    return _means(reference, candidate, policy, envelope)
+    return _means(reference, candidate, policy, envelope, found)
 
 
-def _means(reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None) -> list[str]:
+def _means(
+    reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None, found: Judged
+) -> list[str]:
     """A hint, if a file that logs every n-th step would agree if its losses were means over n steps."""
     if reference.begins is not None or candidate.begins is not None:
         return []
@@ -165,7 +205,7 @@ def _means(reference: Record, candidate: Record, policy: Policy, envelope: Envel
             continue
         windowed = replace(record, begins=record.step - apart[0])
         pair = (windowed, candidate) if which == 0 else (reference, windowed)
-        if _tried(*pair, policy, envelope) is not None:
+        if _tried(*pair, policy, envelope, found) is not None:
             return [
                 f"the curves agree if the losses of the {name} are means over {apart[0]} steps each, which this sort "
                 "of file does not say: some tools write such means (trainer_state.json and Megatron's logs say so)"
@@ -183,7 +223,7 @@ def _multiples(
         divided = record.take(slice(None))
         divided.step = record.step // many
         pair = (divided, other) if record is reference else (other, divided)
-        guess = _tried(*pair, policy, envelope)
+        guess = _tried(*pair, policy, envelope, found)
         if guess is not None and guess.curve.steps >= FEWEST * found.curve.steps:
             raise RecordError(
                 f"{record.path} {_counts(many)}, and the curves agree once they are divided by it"

@@ -28,6 +28,10 @@ def number(text: Any) -> float | None:
         return None
 
 
+FEWEST = 3
+"""So many rows say by themselves over how many steps their losses are means."""
+
+
 def usual_length(step: Steps, begins: Steps) -> int | None:
     """Steps in most of the windows whose beginning is known; None: none is."""
     lengths = (step - begins)[begins != UNKNOWN]
@@ -39,7 +43,8 @@ def _windows(step: Steps, begins: Steps, usual: int | None) -> Steps | None:
 
     The first one of a run begins at 0: when it is no longer than windows usually are.
     """
-    usual = usual_length(step, begins) if usual is None else usual
+    told = [length for length in (usual, usual_length(step, begins)) if length is not None]
+    usual = max(told, default=None)
     begins = begins.copy()
     if begins[0] == UNKNOWN and (step[0] == 1 or (usual is not None and 0 < step[0] <= usual)):
         begins[0] = 0
@@ -103,8 +108,11 @@ class CurveBuilder:
         steps, found, begins, notes = self._columns(chosen, others)
         if chosen.strip().lower() != "loss":
             notes.append(f"its loss is column {chosen!r}")
-        if begins is not None and (length := self.usual or usual_length(steps, begins)) is not None:
-            notes.append(f"its losses are means over {length} steps")
+        if begins is not None:
+            found_length = usual_length(steps, begins)
+            length = self.usual if len(steps) < FEWEST and self.usual is not None else found_length
+            over = "windows that nobody knows the beginning of" if length is None else f"{length} steps"
+            notes.append(f"its losses are means over {over}")
         return Record(
             self.path,
             steps,
