@@ -75,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file that the envelope is written to; folder that the trials of --bisect are kept in, and those "
         "of an interrupted search found (default: a new one in runs)",
     )
+    _add_measuring(parser)
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
     measuring = parser.add_argument_group("xtrain align envelope")
     measuring.add_argument(
         "--runs", type=int, metavar="K", help="run COMMAND so many times, each time perturbed"
