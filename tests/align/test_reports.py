@@ -168,3 +168,37 @@ def test_an_envelope_from_reruns(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "wrote no record" in capsys.readouterr().err
     assert cli.main([*command, str(tmp_path / "none")]) == 2
     assert "cannot be run" in capsys.readouterr().err
+
+
+def test_a_script_that_cannot_be_perturbed_is_told_after_two_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT.replace('int(os.environ["XTRAIN_PERTURB"])', "7"))
+    output = tmp_path / "envelope.npz"
+    command = ["align", "envelope", "--runs", "5", "-o", str(output), "--", sys.executable, str(script)]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert "run 1 and run 2 have the same losses to the last bit" in said
+    assert (
+        "calls xtrain.reproducible.perturbation.perturb_if_asked(model) after it has made its model" in said
+    )
+    assert "--runs" not in said
+    runs = sorted(tmp_path.glob("envelope-runs-*/*/metrics.jsonl"))
+    assert len(runs) == 2
+    assert not output.exists()
+    # The same runs, recorded by hand.
+    assert cli.main(["align", "envelope", *map(str, runs), "-o", str(output)]) == 2
+    said = capsys.readouterr().err
+    assert f"{runs[0]} and {runs[1]} have the same losses to the last bit" in said
+    assert "XTRAIN_PERTURB=SEED" in said
+    assert "--runs" not in said
+
+
+def test_the_function_that_perturbs_is_where_it_is_said_to_be() -> None:
+    import importlib
+
+    from xtrain.align.measure import _PERTURB
+
+    module, _, name = _PERTURB.removesuffix("(model)").rpartition(".")
+    assert callable(getattr(importlib.import_module(module), name))

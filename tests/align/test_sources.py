@@ -19,7 +19,7 @@ from tests.align.records import write
 from xtrain.align.alignment import align
 from xtrain.align.compare import Policy, compare
 from xtrain.align.sources import read_curve
-from xtrain.align.sources.common import half_digit
+from xtrain.align.sources.digits import digits_of, half_units
 from xtrain.base.errors import RecordError
 
 _CURVES = st.dictionaries(
@@ -48,12 +48,15 @@ def test_csv_round_trip_in_any_order(tmp_path: Path, curve: dict[int, float], ma
 
 
 def test_digits_that_were_written() -> None:
-    assert half_digit("2.3456") == pytest.approx(0.00005)
-    assert half_digit("6.512345E+00") == pytest.approx(5e-7)
-    assert half_digit("6.5E-03") == pytest.approx(5e-5)
-    assert half_digit("0.12345678901234567") == 0
-    assert half_digit("3") is None
-    assert half_digit("nan") is None
+    assert digits_of(["2.3456", "12.3"]) == (4, 5)
+    assert digits_of(["6.512345E+00", "6.5E-03"]) == (6, 7)
+    assert digits_of(["1e-05"]) == (5, 1)
+    assert digits_of(["0.12345678901234567", "0.5"]) is None
+    assert digits_of(["3"]) is digits_of(["nan"]) is digits_of([]) is None
+    # Fixed decimals: half of the last one, whatever the number. Significant digits: half of the last of each.
+    values = np.array([123.4, 1.234, 0.0])
+    assert half_units(values, (1, 4)).tolist() == [0.05, 0.05, 0.05]
+    assert half_units(values, (6, 4)) == pytest.approx([0.05, 0.0005, 5e-7])
 
 
 def test_rounded_numbers_are_equal_as_far_as_they_were_written(tmp_path: Path) -> None:
@@ -70,16 +73,18 @@ def test_trainer_state(tmp_path: Path) -> None:
     history = [
         {"step": 1, "loss": 2.5, "grad_norm": 1.5, "learning_rate": 1e-3, "epoch": 0.1},
         {"step": 1, "eval_loss": 9.0},
-        {"step": 2, "loss": 2.25, "grad_norm": 1.25, "learning_rate": 5e-4, "epoch": 0.2},
-        {"step": 2, "train_loss": 2.4, "train_runtime": 1.0},
+        {"step": 10, "loss": 2.25, "grad_norm": 1.25, "learning_rate": 5e-4, "epoch": 0.2},
+        {"step": 10, "train_loss": 2.4, "train_runtime": 1.0},
     ]
     folder = tmp_path / "out" / "checkpoint-2"
     folder.mkdir(parents=True)
     _file(folder, "trainer_state.json", json.dumps({"log_history": history, "logging_steps": 10}))
     record = read_curve(tmp_path / "out")
-    assert record.losses() == {1: 2.5, 2: 2.25}
+    assert record.losses() == {1: 2.5, 10: 2.25}
     assert record.column("lr").tolist() == [1e-3, 5e-4]
     assert record.column("grad_norm").tolist() == [1.5, 1.25]
+    assert record.begins is not None
+    assert record.begins.tolist() == [0, 1]  # logging_first_step
     assert "its losses are means over 10 steps" in record.notes
 
 

@@ -7,19 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from xtrain.align.compare import Comparison, Policy, compare, compare_norms
+from xtrain.align.compare import Comparison, Policy
 from xtrain.align.differences import Difference, header_differences
 from xtrain.align.envelope import Envelope, read_envelope
 from xtrain.align.hints import hints
+from xtrain.align.judge import Judged, counted_otherwise, judge, same_unit
 from xtrain.align.modules import ModuleComparison, compare_modules
 from xtrain.align.record import Record
 from xtrain.align.sources import read_curve
+from xtrain.align.windows import first_step
 from xtrain.base.errors import RecordError
 
 POLICY = "relative:0.02"
 """Unless another one is asked for."""
 ENVELOPE = "envelope.npz"
 """Name under which an envelope is found beside the reference."""
+LARGEST_SHIFT = 2**40
+"""More steps than any run has, and less than overflow."""
 
 
 @dataclass
@@ -113,8 +117,10 @@ def _ends(reference: Record, candidate: Record) -> list[str]:
     """Where the steps of one begin earlier or end later, by more than one of them is apart from the next."""
     near = max(_stride(reference), _stride(candidate))
     told = []
-    for word, place in (("begins", 0), ("ends", -1)):
-        ours, theirs = int(reference.step[place]), int(candidate.step[place])
+    for word, ours, theirs in (
+        ("begins", first_step(reference), first_step(candidate)),
+        ("ends", int(reference.step[-1]), int(candidate.step[-1])),
+    ):
         if abs(ours - theirs) >= near:
             told.append(
                 f"the reference {word} at step {ours} and the candidate at step {theirs}: what is between was not "
@@ -123,14 +129,13 @@ def _ends(reference: Record, candidate: Record) -> list[str]:
     return told
 
 
-def _not_compared(
-    reference: Record, candidate: Record, curve: Comparison, envelope: Envelope | None
-) -> list[str]:
-    told = [*_ends(reference, candidate)]
-    told += [*_gaps(reference, "reference", candidate), *_gaps(candidate, "candidate", reference)]
-    if broken := int((~np.isfinite(curve.reference)).sum()):
+def _not_compared(reference: Record, candidate: Record, found: Judged) -> list[str]:
+    told = [*_ends(reference, candidate), *found.left_out]
+    if not found.windowed:
+        told += [*_gaps(reference, "reference", candidate), *_gaps(candidate, "candidate", reference)]
+    if broken := int((~np.isfinite(found.curve.reference)).sum()):
         told.append(f"the reference itself has a loss that is not finite at {broken} steps")
-    if envelope is not None and (beyond := int(np.isinf(curve.limit).sum())):
+    if found.envelope is not None and (beyond := int(np.isinf(found.curve.limit).sum())):
         told.append(f"the envelope does not cover {beyond} of the steps: they were not judged")
     return told
 
@@ -150,6 +155,7 @@ def align(
     envelope: str | Path | None = None,
     loss: str | None = None,
     partial: bool = False,
+    shift: int = 0,
 ) -> Alignment:
     """Compare two runs.
 
@@ -159,69 +165,93 @@ def align(
         envelope: its file; None: `envelope.npz` beside the reference.
         loss: the column that is the loss, for files with names of their own.
         partial: accept that some of it cannot be compared.
+        shift: is added to the candidate's step numbers: 1 for one that counts from 0 beside one that counts from 1.
 
     Raises:
-        RecordError: there is nothing that could be compared, in one sentence.
+        RecordError: there is nothing that could be compared, or steps are counted otherwise, in one sentence.
     """
+    if isinstance(shift, bool) or not isinstance(shift, int) or abs(shift) > LARGEST_SHIFT:
+        raise RecordError(f"shift is a whole number of steps, such as 1 or -1, not {shift!r}")
     chosen = Policy.parse(policy) if isinstance(policy, str) else policy
     measured = find_envelope(Path(reference), envelope) if chosen.kind == "envelope" else None
-    found = align_records(read_curve(reference, loss), read_curve(candidate, loss), chosen, measured)
+    one, two = read_curve(reference, loss), read_curve(candidate, loss)
+    found = align_records(one, two, chosen, measured, shift)
     return replace(found, partial=partial)
 
 
+def _modules(
+    reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None
+) -> tuple[ModuleComparison | None, list[str], list[str]]:
+    """(the outcome for the modules, if there is any; notes; what could not be compared)."""
+    bands = None if envelope is None else envelope.bands
+    have = [name for name, record in _named(reference, candidate) if record.modules is not None]
+    if reference.modules is None or candidate.modules is None:
+        told = [f"only the {have[0]} has statistics of modules: they were not compared"] if have else []
+        if policy.kind != "envelope":
+            return None, [], []
+        return (None, [], told) if bands is not None else (None, told, [])
+    if bands is not None and sorted(bands.names) == sorted(reference.modules.names):
+        reference.modules = reference.modules.ordered(bands.names)
+    else:
+        bands = None
+    if policy.kind == "envelope" and bands is None:
+        return None, ["the envelope was not measured for these modules: they were not compared"], []
+    found = compare_modules(reference.modules, candidate.modules, policy.tolerance, bands)
+    return (found if found.heat else None), [], found.notes
+
+
+def _named(reference: Record, candidate: Record) -> tuple[tuple[str, Record], tuple[str, Record]]:
+    return ("reference", reference), ("candidate", candidate)
+
+
 def align_records(
-    reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None = None
+    reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None = None, shift: int = 0
 ) -> Alignment:
-    """`align` for records that were read already."""
-    modules = None
-    unmeasured: list[str] = []
-    apart: list[str] = []
-    if reference.modules is not None and candidate.modules is not None:
-        bands = None if envelope is None else envelope.bands
-        if bands is not None and sorted(bands.names) == sorted(reference.modules.names):
-            reference.modules = reference.modules.ordered(bands.names)
-        else:
-            bands = None
-        if policy.kind != "envelope" or bands is not None:
-            modules = compare_modules(reference.modules, candidate.modules, policy.tolerance, bands)
-            apart = modules.notes
-            if not modules.heat:
-                modules = None
-        else:
-            unmeasured.append("the envelope was not measured for these modules: they were not compared")
+    """`align` for records that were read already.
+
+    Raises:
+        RecordError: as `align` does.
+    """
+    given = candidate
+    candidate = candidate.shifted(shift)
+    modules, notes, apart = _modules(reference, candidate, policy, envelope)
     without = [record for record in (reference, candidate) if not len(record.step)]
-    curve = None if without else compare(reference, candidate, policy, envelope)
-    norm = None if curve is None else compare_norms(reference, candidate, policy, envelope)
-    if curve is None and modules is None:
+    if without and modules is None:
         others = "" if len(without) == 2 else ", and the other has no statistics of its modules"
         raise RecordError(
             f"{without[0].path} ({without[0].kind}) has no step with a loss{others}: nothing can be compared"
         )
     notes = [
-        f"the {name}: {note}"
-        for name, record in (("reference", reference), ("candidate", candidate))
-        for note in record.notes
-    ]
-    notes += unmeasured
+        f"the {name}: {note}" for name, record in _named(reference, candidate) for note in record.notes
+    ] + notes
     left_out = [
-        f"the {name}: {doubt}"
-        for name, record in (("reference", reference), ("candidate", candidate))
-        for doubt in record.doubts
+        f"the {name}: {doubt}" for name, record in _named(reference, candidate) for doubt in record.doubts
     ]
     left_out += apart
-    if curve is not None:
-        left_out = _not_compared(reference, candidate, curve, envelope) + left_out
+    differences = header_differences(reference.header, candidate.header)
+    if without:
+        return Alignment(
+            reference, candidate, policy, None, modules, None, envelope, differences, [], notes, left_out
+        )
+    same_unit(reference, candidate)
+    found = judge(reference, candidate, policy, envelope)
+    told = [] if shift else counted_otherwise(reference, given, policy, envelope, found)
     depart = policy.kind == "envelope" and modules is not None and modules.first is not None
+    look = hints(
+        found.reference, found.candidate, found.curve, found.norm, depart, whole=(reference, candidate)
+    )
+    if shift:
+        notes = [f"the candidate: {shift:+d} was added to its step numbers", *notes]
     return Alignment(
-        reference,
-        candidate,
+        found.reference,
+        found.candidate,
         policy,
-        curve,
+        found.curve,
         modules,
-        norm,
-        envelope,
-        header_differences(reference.header, candidate.header),
-        [] if curve is None else hints(reference, candidate, curve, norm, depart),
-        notes,
-        left_out,
+        found.norm,
+        found.envelope,
+        differences,
+        [*look, *told],
+        notes + found.notes,
+        _not_compared(reference, candidate, found) + left_out,
     )

@@ -15,7 +15,7 @@ from xtrain.align.trials import Trials, read_configurations
 from xtrain.base.errors import ConfigError, RecordError
 from xtrain.base.files import write_text
 
-_REFUSED = ("runs", "perturbation", "false_alarms", "loss", "plot", "html", "junit")
+_REFUSED = ("runs", "perturbation", "false_alarms", "loss", "plot", "shift", "html", "junit")
 
 
 def _sentences(cause: Cause, first: bool) -> list[str]:

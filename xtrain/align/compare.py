@@ -10,6 +10,7 @@ import numpy as np
 from xtrain.align import band
 from xtrain.align.envelope import LOSS, NORM, Envelope
 from xtrain.align.record import Floats, Record, Steps
+from xtrain.align.written import EPS, common_steps, rounding
 from xtrain.base.errors import RecordError
 
 KINDS = ("exact", "relative", "mean", "envelope")
@@ -67,6 +68,7 @@ class Comparison:
         step, reference, candidate, difference, limit: by step, for pictures; `limit` is the largest relative
             difference that is allowed at the step (infinite where a step is not judged by itself).
         centre: what `limit` is measured from. By the envelope `limit` is that of what lasts.
+        written: whether digits were allowed for, as numbers were rounded when they were written.
     """
 
     policy: Policy
@@ -84,6 +86,7 @@ class Comparison:
     difference: Floats = field(repr=False)
     limit: Floats = field(repr=False)
     centre: Floats = field(repr=False)
+    written: bool = False
 
     @property
     def aligned(self) -> bool:
@@ -108,32 +111,29 @@ class Comparison:
     def _verdict(self) -> str:
         curves = "curves" if self.column == LOSS else "gradient norms"
         verdict = f"the {curves} agree" if self.aligned else f"the {curves} part at step {self.first_outside}"
+        equal = "equal as far as written" if self.written else "equal to the last bit"
         if self.bit_identical == self.steps:
-            return f"{verdict}: all {self.steps} steps are equal to the last bit"
+            return f"{verdict}: all {self.steps} steps are {equal}"
         return (
             f"{verdict}: relative difference at most {self.largest:.2e} (step {self.largest_step}), "
-            f"mean {self.mean:.2e}, {self.bit_identical} of {self.steps} steps equal to the last bit"
+            f"mean {self.mean:.2e}, {self.bit_identical} of {self.steps} steps {equal}"
         )
 
 
-def relative_difference(reference: Floats, candidate: Floats, rounding: Floats | float = 0.0) -> Floats:
+def relative_difference(reference: Floats, candidate: Floats, rounded: Floats | float = 0.0) -> Floats:
     """|candidate - reference| / |reference|, element by element.
 
-    Zero where both are NaN or the same infinity, infinite where one of them is not finite. `rounding` is
-    subtracted from the difference: that much is owed to the digits that were written.
+    Zero where both are NaN or the same infinity, infinite where one of them is not finite. `rounded`, in the unit of
+    the values, is subtracted from the difference: that much is owed to the digits that were written.
     """
     with np.errstate(invalid="ignore", over="ignore"):
-        apart = np.maximum(np.abs(candidate - reference) - rounding, 0.0)
+        # The difference of two decimals has errors of its own.
+        allowed = np.where(np.greater(rounded, 0.0), rounded + 4 * EPS * np.abs(reference), 0.0)
+        apart = np.maximum(np.abs(candidate - reference) - allowed, 0.0)
         found = apart / np.maximum(np.abs(reference), TINY)
     found = np.where(np.isfinite(reference) & np.isfinite(candidate), found, np.inf)
     same = (reference == candidate) | (np.isnan(reference) & np.isnan(candidate))
     return np.asarray(np.where(same, 0.0, found))
-
-
-def common_steps(one: Steps, other: Steps) -> tuple[Steps, Steps, Steps]:
-    """(steps that both have, their rows in `one`, their rows in `other`)."""
-    steps, mine, its = np.intersect1d(one, other, assume_unique=True, return_indices=True)
-    return steps, mine, its
 
 
 def _first_over_mean(difference: Floats, tolerance: float) -> int | None:
@@ -144,13 +144,15 @@ def _first_over_mean(difference: Floats, tolerance: float) -> int | None:
     return int(np.argmax(spent))
 
 
-def _no_common(reference: Record, candidate: Record) -> RecordError:
+def no_common(reference: Record, candidate: Record, more: str = "") -> RecordError:
+    """Two records have no step in common; `more` is what that may come from."""
+
     def span(record: Record) -> str:
         return f"{record.step[0]} to {record.step[-1]}" if len(record.step) else "none"
 
     return RecordError(
         f"{reference.path} and {candidate.path} have no step in common: they have steps {span(reference)} and "
-        f"{span(candidate)}"
+        f"{span(candidate)}{more}"
     )
 
 
@@ -176,13 +178,10 @@ def compare(
     """
     step, mine, its = common_steps(reference.step, candidate.step)
     if not len(step):
-        raise _no_common(reference, candidate)
+        raise no_common(reference, candidate)
     ours, theirs = reference.column(column)[mine], candidate.column(column)[its]
-    rounding: Floats | float = 0.0
-    for record, rows in ((reference, mine), (candidate, its)):
-        if record.rounding is not None and column == LOSS:
-            rounding = rounding + record.rounding[rows]
-    difference = relative_difference(ours, theirs, rounding)
+    rounded = rounding(reference, candidate, column, mine, its)
+    difference = relative_difference(ours, theirs, rounded)
     centre, limit = ours, np.full(len(step), policy.tolerance)
     outside = difference > limit
     if policy.kind == "mean":
@@ -191,7 +190,7 @@ def compare(
         outside = np.arange(len(step)) == (-1 if first is None else first)
     elif policy.kind == "envelope":
         centre, limit, once = _from_envelope(step, ours, envelope, column)
-        outside = band.outside(relative_difference(centre, theirs, rounding), limit, once)
+        outside = band.outside(relative_difference(centre, theirs, rounded), limit, once)
         outside |= ~np.isfinite(theirs) & np.isfinite(centre)  # beyond the envelope's steps, too
     largest = int(np.argmax(difference))
     first_row = int(np.argmax(outside)) if outside.any() else None
@@ -211,6 +210,7 @@ def compare(
         difference=difference,
         limit=limit,
         centre=centre,
+        written=bool(np.any(rounded > 0)),
     )
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from xtrain.align.band import TINY, Band, Factors, allow_grid, floors, grid_of, outside, strays
 from xtrain.align.modules import ModuleBands, measure_bands
 from xtrain.align.record import Floats, Record, Steps
+from xtrain.align.windows import Windows, means, tiling
 from xtrain.base.errors import RecordError
 from xtrain.base.files import atomic_path
 from xtrain.base.run_folder import PERTURB_VARIABLE
@@ -114,6 +115,32 @@ class Envelope:
         centre = self.centre[name]
         deviation = np.abs(curve - centre) / np.maximum(np.abs(centre), TINY)
         return outside(deviation, self.limit[name], self.once[name])
+
+    def over_windows(self, begins: Steps, ends: Steps) -> Envelope | None:
+        """The envelope of the same runs averaged over windows of steps, measured anew; module bands stay.
+
+        Args:
+            begins, ends: of each window the step after which it begins, and its last step; ascending. Losses are
+                averaged, and gradient norms those of the last step.
+
+        Returns:
+            None where it has not all steps of any window of several. Windows that it lacks steps of are left out.
+        """
+        first, last = tiling(self.step - 1, self.step, Windows(begins, ends))
+        made = last >= 0
+        if not (made & (ends - begins > 1)).any():
+            return None
+        first, last = first[made], last[made]
+        return Envelope.measure(
+            ends[made],
+            means(self.curves, np.ones(len(self.step), np.int64), first, last),
+            FALSE_ALARMS if self.false_alarms is None else self.false_alarms,
+            None if self.norms is None else self.norms[:, last],
+            self.bands,
+            self.size,
+            header=self.header,
+            sources=self.sources,
+        )
 
     def leave_one_out(self) -> int | None:
         """How many of the K runs the envelope of the others calls departed; None with fewer than four runs."""
@@ -245,8 +272,8 @@ def measure_records(
             )
     if len(np.unique(curves, axis=0)) < len(curves):
         raise RecordError(
-            "two of the runs are the same to the last bit, so their spread says nothing: start each from weights "
-            "perturbed by another seed (`xtrain align envelope --runs K -- COMMAND` does)"
+            "two of the runs are the same to the last bit, so their spread says nothing: record runs that round "
+            f"otherwise, each with another seed in {PERTURB_VARIABLE}"
         )
     norms = np.stack([record.column(NORM)[np.searchsorted(record.step, steps)] for record in records])
     tables = [record.modules for record in records if record.modules is not None]

@@ -6,18 +6,30 @@ from collections.abc import Callable
 
 import numpy as np
 
-from xtrain.align.compare import TINY, Comparison, common_steps, relative_difference
+from xtrain.align.compare import TINY, Comparison, relative_difference
 from xtrain.align.record import Floats, Record
+from xtrain.align.written import EPS, common_steps, rounding
 
 AFTER_RESTART = 20
 """A departure within so many steps after a restart is blamed on it."""
 BEFORE_LOSS = 50
 """How many steps earlier a loss scale may collapse and still be blamed (GLM-130B's collapsed about 30 before)."""
 SMALL_SPREAD = 0.1
+SAME_RATE, FEWEST = 1e-6, 3
+"""Learning rates are the same within it; and at so many steps at least, before they are called a step apart."""
 SMALLEST, LARGEST = 1e-5, 1e-2
 """Between these a single column's tolerance is kept, whatever is allowed of the loss."""
 ALONE = 0.01
-"""A rank departs alone when the others differ by at most so much of what it does."""
+"""A rank departs alone when the others differ by at most so much of what it does;"""
+ABOVE_BEFORE, ABOVE_UNIT = 10.0, 4.0
+"""and when it differs by more than so many times the most that any rank did before, and, where losses were computed in
+16 bits, so many units in the last place of a bfloat16."""
+BFLOAT16_UNIT = 2.0**-7
+COARSE_BITS, MICRO_BATCHES = 18, 64
+"""Losses of 16 bits are known by their mantissas: they fit into 8 bits (bfloat16) or 11 (float16), and sums over up to
+so many micro-batches into so many bits."""
+SAMPLE = 4096
+"""So many losses say whether all have 16 bits."""
 
 
 class Evidence:
@@ -25,13 +37,20 @@ class Evidence:
 
     Attributes:
         outcome, norm: for the losses, and for the gradient norms if they were judged.
+        whole: the records with all their rows, where the others were averaged over windows.
         at: row of the first step at which either is outside.
         loss_at: row at which the loss is; None: it is not.
     """
 
     def __init__(
-        self, reference: Record, candidate: Record, outcome: Comparison, norm: Comparison | None
+        self,
+        reference: Record,
+        candidate: Record,
+        outcome: Comparison,
+        norm: Comparison | None,
+        whole: tuple[Record, Record] | None = None,
     ) -> None:
+        self.whole = whole or (reference, candidate)
         self.reference, self.candidate, self.outcome, self.norm = reference, candidate, outcome, norm
         self.step, self._mine, self._its = common_steps(reference.step, candidate.step)
         self.loss_at = self._row(outcome)
@@ -48,14 +67,22 @@ class Evidence:
         ours, theirs = self.reference.column(name)[self._mine], self.candidate.column(name)[self._its]
         return None if np.isnan(ours).all() or np.isnan(theirs).all() else (ours, theirs)
 
-    def first_apart(self, name: str, tolerance: Floats | float) -> int | None:
-        """Row at which a column first differs by more than `tolerance`, where both have a value."""
+    def apart(self, name: str) -> Floats | None:
+        """Relative difference of a column over the common steps, beyond what its digits may differ by."""
         pair = self.pair(name)
         if pair is None:
             return None
-        known = ~(np.isnan(pair[0]) | np.isnan(pair[1]))
-        apart = known & (relative_difference(*pair) > tolerance)
-        return int(np.argmax(apart)) if apart.any() else None
+        return relative_difference(
+            *pair, rounding(self.reference, self.candidate, name, self._mine, self._its)
+        )
+
+    def first_apart(self, name: str, tolerance: Floats | float) -> int | None:
+        """Row at which a column first differs by more than `tolerance`, where both have a value."""
+        pair, apart = self.pair(name), self.apart(name)
+        if pair is None or apart is None:
+            return None
+        beyond = ~(np.isnan(pair[0]) | np.isnan(pair[1])) & (apart > tolerance)
+        return int(np.argmax(beyond)) if beyond.any() else None
 
 
 def _not_finite(found: Evidence) -> str | None:
@@ -93,15 +120,34 @@ def _restart(found: Evidence) -> str | None:
 
 
 def _learning_rate(found: Evidence) -> str | None:
-    row = found.first_apart("lr", 1e-6)
+    row = found.first_apart("lr", SAME_RATE)
     if row is None or row > found.at:
         return None
     pair = found.pair("lr")
     assert pair is not None
+    differs = f"the learning rate differs since step {found.step[row]} ({pair[1][row]:g} instead of {pair[0][row]:g}): "
+    by = _rates_apart(*found.whole)
+    if by is None:
+        return f"{differs}compare schedules, and at which step each of them starts"
+    later, earlier = ("reference", "candidate") if by > 0 else ("candidate", "reference")
     return (
-        f"the learning rate differs since step {found.step[row]} ({pair[1][row]:g} instead of {pair[0][row]:g}): "
-        "compare schedules, and at which step each of them starts"
+        f"{differs}each of the {earlier}'s is the {later}'s of the next step; one of the tools may write it after its "
+        "schedule has moved on, or the schedules start a step apart"
     )
+
+
+def _rates_apart(reference: Record, candidate: Record) -> int | None:
+    """1 or -1, if files of different tools have the same rates with that added to the candidate's steps."""
+    if reference.kind == candidate.kind:
+        return None
+    for by in (1, -1):
+        _, mine, its = common_steps(reference.step, candidate.step + by)
+        ours, theirs = reference.column("lr")[mine], candidate.column("lr")[its]
+        known = ~(np.isnan(ours) | np.isnan(theirs))
+        apart = relative_difference(ours, theirs, rounding(reference, candidate, "lr", mine, its))
+        if known.sum() >= FEWEST and (apart[known] <= SAME_RATE).all():
+            return by
+    return None
 
 
 def _skipped(found: Evidence) -> str | None:
@@ -120,11 +166,16 @@ def _one_rank(found: Evidence) -> str | None:
     if ranks < 2 or found.candidate.header.get("world_size") != ranks:
         return None
     pairs = [found.pair(f"loss_by_rank.{rank}") for rank in range(ranks)]
-    known = [pair for pair in pairs if pair is not None]
+    known = np.array([pair for pair in pairs if pair is not None])
     if len(known) != ranks:
         return None
     apart = np.stack([relative_difference(*pair) for pair in known])
-    departed = (apart > np.clip(found.outcome.limit, SMALLEST, LARGEST)).any(axis=0)
+    before = np.maximum.accumulate(apart.max(axis=0))
+    before = np.concatenate([[0.0], before[:-1]])
+    coarse = _in_16_bits(known[:, 0]) or _in_16_bits(known[:, 1])
+    unit = BFLOAT16_UNIT if coarse else 0.0
+    allowed = np.clip(found.outcome.limit, SMALLEST, LARGEST)
+    departed = (apart > np.maximum(allowed, np.maximum(ABOVE_BEFORE * before, ABOVE_UNIT * unit))).any(axis=0)
     if not departed.any():
         return None
     row = int(np.argmax(departed))
@@ -133,8 +184,20 @@ def _one_rank(found: Evidence) -> str | None:
         return None
     return (
         f"rank {rank} departs alone at step {found.step[row]} (by {apart[rank, row]:.1e}, the others by at most "
-        f"{others.max():.1e}): bad hardware, its data, or a random state of that rank"
+        f"{others.max():.1e}, and before that step no rank by more than {before[row]:.1e}): look at what only that "
+        "rank has: its hardware, its data, or a random state"
     )
+
+
+def _in_16_bits(values: Floats) -> bool:
+    """Whether these are numbers of 16 bits, or means of equally many such numbers."""
+    there = values[np.isfinite(values) & (values != 0)][:SAMPLE]
+    for number in range(1, MICRO_BATCHES, 2):  # powers of two change no mantissa
+        mantissas = np.ldexp(np.frexp(there * number)[0], COARSE_BITS)
+        # Dividing and multiplying may change the last bits of a float64.
+        if (np.abs(mantissas - np.rint(mantissas)) <= 4 * EPS * np.abs(mantissas)).all():
+            return len(there) > 0
+    return False
 
 
 def _from_the_start(found: Evidence) -> str | None:
@@ -215,10 +278,17 @@ def hints(
     outcome: Comparison,
     norm: Comparison | None = None,
     modules_depart: bool = False,
+    whole: tuple[Record, Record] | None = None,
 ) -> list[str]:
-    """What the patterns say; empty for runs that agree."""
+    """What the patterns say; empty for runs that agree.
+
+    Args:
+        outcome, norm: for the losses, and for the gradient norms if they were judged.
+        modules_depart: whether a module does, by the envelope.
+        whole: both records with all rows, where `reference` and `candidate` were averaged over windows.
+    """
     if outcome.aligned and (norm is None or norm.aligned):
         return [_MODULES_ALONE] if modules_depart else []
-    evidence = Evidence(reference, candidate, outcome, norm)
+    evidence = Evidence(reference, candidate, outcome, norm, whole)
     found = [pattern(evidence) for pattern in PATTERNS]
     return [hint for hint in found if hint is not None]

@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--loss", metavar="NAME", help="the column that is the loss, in files of other tools")
     parser.add_argument(
+        "--shift",
+        type=int,
+        metavar="N",
+        help="add N to the step numbers of CAND: 1 for a run that counts from 0 beside one that counts from 1",
+    )
+    parser.add_argument(
         "--partial",
         action="store_true",
         help="runs of different length, with gaps, or of models that differ in part are aligned if what they have in "
@@ -69,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file that the envelope is written to; folder that the trials of --bisect are kept in, and those "
         "of an interrupted search found (default: a new one in runs)",
     )
+    _add_measuring(parser)
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
     measuring = parser.add_argument_group("xtrain align envelope")
     measuring.add_argument(
         "--runs", type=int, metavar="K", help="run COMMAND so many times, each time perturbed"
@@ -129,8 +139,8 @@ def run(args: argparse.Namespace, command: list[str] | None = None) -> int:
 
         return bisect.run(args, command)
     if args.paths[0] == _ENVELOPE:
-        for option in ("policy", "envelope", "plot", "markdown", "html", "junit", "partial"):
-            if getattr(args, option):
+        for option in ("policy", "envelope", "plot", "markdown", "html", "junit", "partial", "shift"):
+            if getattr(args, option) is not None and getattr(args, option) is not False:
                 raise RecordError(f"--{option} has no meaning for `xtrain align envelope`, which measures")
         return measure.run(args, args.paths[1:], command)
     if command is not None:
@@ -146,7 +156,7 @@ def run(args: argparse.Namespace, command: list[str] | None = None) -> int:
 
     reference, candidate = args.paths
     policy = args.policy or POLICY
-    alignment = align(reference, candidate, policy, args.envelope, args.loss, args.partial)
+    alignment = align(reference, candidate, policy, args.envelope, args.loss, args.partial, args.shift or 0)
     print_report(alignment, Console(highlight=False))
     for line in write_reports(alignment, args):
         print(line)

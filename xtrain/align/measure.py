@@ -6,6 +6,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from xtrain.align.band import Factors
 from xtrain.align.command import RUN, last_lines, run_command
 from xtrain.align.envelope import Envelope, measure_records
@@ -15,6 +17,7 @@ from xtrain.base.errors import RecordError
 from xtrain.base.run_folder import METRICS, PERTURB_VARIABLE, RUN_DIR_VARIABLE
 
 FALSE_ALARMS = 0.01
+_PERTURB = "xtrain.reproducible.perturbation.perturb_if_asked(model)"
 WIDE = 20.0
 """A factor above it is told: such an envelope hides defects."""
 
@@ -40,6 +43,37 @@ def _run_once(command: list[str], folder: Path, seed: int, size: float | None) -
     return read_curve(folder)
 
 
+def _same(one: Record, other: Record) -> bool:
+    """Whether two runs have the same losses to the last bit, at all steps that both have."""
+    step, mine, its = np.intersect1d(one.step, other.step, assume_unique=True, return_indices=True)
+    return len(step) > 0 and np.array_equal(one.loss[mine], other.loss[its], equal_nan=True)
+
+
+def _not_perturbed(one: Record, other: Record) -> RecordError:
+    """The command was run twice, and nothing differs."""
+    return RecordError(
+        f"run 1 and run 2 have the same losses to the last bit ({one.path} and {other.path}): the script does not obey "
+        f"{PERTURB_VARIABLE}, which says how to perturb the initial weights; xtrain's engine does, and a loop of its "
+        f"own calls {_PERTURB} after it has made its model"
+    )
+
+
+def _all_different(records: list[Record]) -> None:
+    """Refuse recorded runs of which two are the same: their spread says nothing.
+
+    Raises:
+        RecordError: two are.
+    """
+    for place, record in enumerate(records):
+        for other in records[:place]:
+            if _same(other, record):
+                raise RecordError(
+                    f"{other.path} and {record.path} have the same losses to the last bit, so their spread says "
+                    f"nothing: leave one out, or record it anew from perturbed weights ({PERTURB_VARIABLE}=SEED, "
+                    f"another seed for each run, for xtrain's engine or a loop that calls {_PERTURB})"
+                )
+
+
 def _rerun(command: list[str], runs: int, output: Path, size: float | None, say: bool = True) -> list[Record]:
     output.parent.mkdir(parents=True, exist_ok=True)
     # Kept: they can be looked at, and measured again with another false-alarm rate.
@@ -49,6 +83,8 @@ def _rerun(command: list[str], runs: int, output: Path, size: float | None, say:
         folder = work / str(seed)
         folder.mkdir()
         records.append(_run_once(command, folder, seed, size))
+        if seed == 2 and _same(*records):
+            raise _not_perturbed(*records)
         if say:
             print(f"run {seed} of {runs}: {len(records[-1].step)} steps, {records[-1].path}", flush=True)
     return records
@@ -80,6 +116,7 @@ def run(args: argparse.Namespace, paths: list[str], command: list[str] | None) -
         if args.perturbation is not None:
             raise RecordError("--perturbation needs --runs K -- COMMAND: recorded runs have made theirs")
         records = [read_curve(path, args.loss) for path in paths]
+    _all_different(records)
     envelope = measure_records(records, rate, size)
     try:
         envelope.save(output)

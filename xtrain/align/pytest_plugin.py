@@ -43,7 +43,7 @@ def xtrain_align(request: pytest.FixtureRequest) -> Callable[..., Alignment | No
     returned; else the Alignment is.
 
     Args of the function:
-        candidate, reference, policy, envelope, loss: as those of `xtrain.align.alignment.align`.
+        candidate, reference, policy, envelope, loss, shift: as those of `xtrain.align.alignment.align`.
         steps: up to which they must be there, whatever is left out beyond; None: nothing may be left out.
         update: whether --update-reference stores this candidate. False: it is compared all the same, for candidates
             that share a reference with the one that makes it.
@@ -56,6 +56,7 @@ def xtrain_align(request: pytest.FixtureRequest) -> Callable[..., Alignment | No
         envelope: str | os.PathLike[str] | None = None,
         loss: str | None = None,
         *,
+        shift: int = 0,
         steps: int | None = None,
         update: bool = True,
     ) -> Alignment | None:
@@ -77,7 +78,7 @@ def xtrain_align(request: pytest.FixtureRequest) -> Callable[..., Alignment | No
                 pytest.fail(
                     f"there is no reference {stored}: run pytest with --update-reference", pytrace=False
                 )
-            alignment = align(stored, given, policy, band, loss)
+            alignment = align(stored, given, policy, band, loss, shift=shift)
         except RecordError as error:
             pytest.fail(str(error), pytrace=False)
         if not alignment.aligned:

@@ -23,6 +23,8 @@ READABLE = (1, 2)
 
 Floats = npt.NDArray[np.float64]
 Steps = npt.NDArray[np.int64]
+UNKNOWN = int(np.iinfo(np.int64).min)
+"""In `Record.begins`: nobody knows where the window begins."""
 
 _HEADER_START = b'{"type": "header"'
 
@@ -39,7 +41,11 @@ class Record:
         headers: in the order in which processes started writing.
         modules: statistics by phase and module; None without.
         kind: what sort of file it was.
-        rounding: how far the loss as written may be from the loss as computed, for each step; None: exact.
+        rounding: by name of a column, how far each of its numbers as written may be from the number as computed,
+            in the column's own unit; columns that are not there are exact.
+        begins: of each row the step after which the window begins that its loss is the mean of (the window ends with
+            the row's step; other columns are those of that step), or UNKNOWN; None: losses of single steps.
+        unit: what `step` counts: "steps", "samples" or "tokens".
         notes: what was odd about the file, one sentence each.
         doubts: what makes it doubtful that these are the steps of one run, one sentence each.
     """
@@ -50,7 +56,9 @@ class Record:
     headers: list[dict[str, Any]] = field(default_factory=list)
     modules: ModuleTable | None = None
     kind: str = "xtrain record"
-    rounding: Floats | None = None
+    rounding: dict[str, Floats] = field(default_factory=dict)
+    begins: Steps | None = None
+    unit: str = "steps"
     notes: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
 
@@ -69,12 +77,34 @@ class Record:
         found = self.columns.get(name)
         return np.full(len(self.step), np.nan) if found is None else found
 
+    def take(self, rows: Any) -> Record:
+        """The record with those rows only: a mask, or their numbers."""
+        return replace(
+            self,
+            step=self.step[rows],
+            columns={name: values[rows] for name, values in self.columns.items()},
+            rounding={name: values[rows] for name, values in self.rounding.items()},
+            begins=None if self.begins is None else self.begins[rows],
+        )
+
     def known(self, name: str) -> Record:
         """The record without the steps at which a column has no value."""
-        there = ~np.isnan(self.column(name))
-        columns = {other: values[there] for other, values in self.columns.items()}
-        rounding = None if self.rounding is None else self.rounding[there]
-        return replace(self, step=self.step[there], columns=columns, rounding=rounding)
+        return self.take(~np.isnan(self.column(name)))
+
+    def shifted(self, by: int) -> Record:
+        """The record with `by` added to all numbers of steps: rows, windows, restarts and module statistics."""
+        if not by:
+            return self
+        begins, modules = self.begins, self.modules
+        if begins is not None:
+            begins = np.where(begins == UNKNOWN, UNKNOWN, begins + by)
+        if modules is not None:
+            modules = replace(modules, steps={phase: steps + by for phase, steps in modules.steps.items()})
+        headers = [
+            {**header, "from_step": int(header["from_step"]) + by} if "from_step" in header else header
+            for header in self.headers
+        ]
+        return replace(self, step=self.step + by, begins=begins, modules=modules, headers=headers)
 
     def losses(self) -> dict[int, float]:
         """Loss by step number, exact."""

@@ -19,9 +19,12 @@ _SKIPPED = "number of skipped iterations"
 def read_log(path: Path, text: str, loss: str | None) -> Record:
     """The iterations of a log; other lines are passed over.
 
-    A line reports the mean loss since the line before it (Megatron's `--log-interval`).
+    A line reports the mean loss since the line before it (Megatron's `--log-interval`), without the iterations that
+    were skipped; gradient norm and learning rate are those of its iteration.
     """
-    builder = CurveBuilder(path, "Megatron log")
+    builder = CurveBuilder(path, "Megatron log", "iteration")
+    builder.windowed = True
+    last: int | None = None
     for line in text.splitlines():
         match = LINE.search(line)
         if match is None:
@@ -30,5 +33,7 @@ def read_log(path: Path, text: str, loss: str | None) -> Record:
         if number(cells.pop(_SKIPPED, None)):
             # Its loss is of fewer steps, or of none.
             cells = {name: value for name, value in cells.items() if "loss" not in name or "scale" in name}
-        builder.add(int(match[1]), cells)
+        step = int(match[1])
+        builder.add(step, cells, last if last is not None and last < step else None)
+        last = step
     return builder.build(loss)

@@ -9,7 +9,7 @@ from typing import Any
 
 from xtrain.align.record import Record
 from xtrain.align.sources.common import CurveBuilder, number
-from xtrain.align.sources.names import find_step
+from xtrain.align.sources.names import find_step, unit_of
 from xtrain.base.errors import RecordError
 
 
@@ -31,11 +31,12 @@ def read_csv(path: Path, text: str, loss: str | None) -> Record:
     first, _, _ = text.partition("\n")
     delimiter = delimiter_of(first)
     assert delimiter is not None, "detect.py asked"
-    builder = CurveBuilder(path, "CSV")
     rows = csv.reader(text.splitlines(), delimiter=delimiter)
     try:
         header = next(rows)
-        step_column = header.index(find_step(header) or "")
+        axis = find_step(header) or ""
+        step_column = header.index(axis)
+        builder = CurveBuilder(path, "CSV", axis)
         damaged: int | None = None
         for line, row in enumerate(rows, 2):
             if damaged is not None:
@@ -61,8 +62,8 @@ def read_csv(path: Path, text: str, loss: str | None) -> Record:
 
 def read_json_lines(path: Path, text: str, loss: str | None) -> Record:
     """Objects one a line, each with a step: a W&B history, say."""
-    builder = CurveBuilder(path, "JSON Lines")
     lines = [line for line in text.splitlines() if line.strip()]
+    builder = CurveBuilder(path, "JSON Lines")
     for index, line in enumerate(lines):
         try:
             row: Any = json.loads(line, parse_float=str)  # as text: its digits say how it was rounded
@@ -75,5 +76,8 @@ def read_json_lines(path: Path, text: str, loss: str | None) -> Record:
         step = number(row[name]) if name is not None else None
         if step is None:
             raise RecordError(f"{path} line {index + 1} has no step")
+        builder.axis = builder.axis or name
+        if unit_of("", name) != unit_of("", builder.axis):
+            raise RecordError(f"{path} line {index + 1} counts {name!r}, and the first line {builder.axis!r}")
         builder.add(step, {key: value for key, value in row.items() if key != name})
     return builder.build(loss)

@@ -41,6 +41,7 @@ def read_events(path: Path, loss: str | None) -> Record:
     except Exception as error:  # it raises what protobuf and the file system raise
         raise RecordError(f"{path} cannot be read as TensorBoard events: {error}") from None
     builder = CurveBuilder(path, "TensorBoard events")
+    builder.float32 = True
     tags = events.Tags()
     for tag in tags["scalars"]:
         for event in events.Scalars(tag):
