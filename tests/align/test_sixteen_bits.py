@@ -18,6 +18,7 @@ from xtrain.align.envelope import measure_records
 from xtrain.align.measure import _wide
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable
 from xtrain.align.modules import compare_modules, measure_bands
+from xtrain.align.record import Record
 
 NAMES = ["embedding", "attention", "mlp"]
 SNAPSHOTS, RUNS = 12, 8
@@ -161,6 +162,30 @@ def test_overflow_in_fp16() -> None:
     first = compare_modules(reference, candidate, 0.0, bands).first
     assert first is not None
     assert first.step == 11
+
+
+def test_at_which_step_gradients_overflow_is_noise_if_the_step_is_skipped() -> None:
+    """With a dynamic loss scale near the limit, the last bit decides."""
+    *tables, other = _tables()
+    draw = np.random.default_rng(0)
+
+    def run(table: ModuleTable, skipped: int | None) -> Record:
+        losses = {step + 1: float(2 + 1e-4 * draw.standard_normal()) for step in range(SNAPSHOTS)}
+        norms, applied = np.full(SNAPSHOTS, 1.0) + 1e-4 * draw.standard_normal(SNAPSHOTS), np.ones(SNAPSHOTS)
+        if skipped is not None:
+            norms[skipped], applied[skipped] = np.inf, 0
+            _overflown(table, skipped, 5)
+        found = make(losses, grad_norm=norms.tolist(), applied=applied.tolist())
+        found.modules = table
+        return found
+
+    runs = [run(table, None) for table in tables]
+    envelope, candidate = measure_records(runs), run(other, 4)
+    found = align_records(runs[0], candidate, Policy("envelope"), envelope)
+    assert (found.aligned, found.exit_code) == (True, 0)
+    candidate.columns["applied"][4] = 1  # it went on with them
+    found = align_records(runs[0], candidate, Policy("envelope"), envelope)
+    assert (found.aligned, found.began) == (False, 5)
 
 
 def test_a_loss_in_bfloat16_may_be_a_step_of_its_grid_away() -> None:

@@ -196,7 +196,8 @@ def _modules(
         bands = None
     if policy.kind == "envelope" and bands is None:
         return None, ["the envelope was not measured for these modules: they were not compared"], []
-    found = compare_modules(reference.modules, candidate.modules, policy.tolerance, bands)
+    skipped = np.union1d(reference.skipped(), candidate.skipped())
+    found = compare_modules(reference.modules, candidate.modules, policy.tolerance, bands, skipped)
     return (found if found.heat else None), [], found.notes
 
 

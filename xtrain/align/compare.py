@@ -236,11 +236,15 @@ def compare_norms(
 ) -> Comparison | None:
     """Compare the gradient norms by the envelope; None with another policy, or where one of the three has none.
 
-    Steps at which one of the records has no norm are not compared.
+    Steps at which one of the records has no norm, or skipped the update as gradients overflowed, are not compared.
     """
     if policy.kind != "envelope" or envelope is None or NORM not in envelope.limit:
         return None
-    ours, theirs = reference.known(NORM), candidate.known(NORM)
+    skipped = np.union1d(reference.skipped(), candidate.skipped())
+    ours, theirs = (
+        record.take(~np.isnan(record.column(NORM)) & ~np.isin(record.step, skipped))
+        for record in (reference, candidate)
+    )
     if not len(common_steps(common_steps(ours.step, theirs.step)[0], envelope.step)[0]):
         return None
     return compare(ours, theirs, policy, envelope, NORM)

@@ -219,7 +219,8 @@ def _norm_ratio(found: Evidence) -> str | None:
     pair = found.pair("grad_norm")
     if pair is None or found.norm is None or found.norm.aligned or found.step[0] > 1:
         return None
-    ratio = pair[1] / np.maximum(np.abs(pair[0]), TINY)
+    with np.errstate(invalid="ignore"):  # gradients that overflow in both
+        ratio = pair[1] / np.maximum(np.abs(pair[0]), TINY)
     if not np.isfinite(ratio[0]) or abs(ratio[0] - 1) < SMALL_SPREAD:
         return None
     begin = ratio[: max(1, found.loss_at or len(ratio))]  # until the runs are others anyway

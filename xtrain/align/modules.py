@@ -153,6 +153,8 @@ class ModuleBands:
         return bands
 
 
+_SCALED = ("backward", "gradient")
+"""Phases of numbers that the loss scale multiplies: at which step they overflow is noise."""
 _RESTLESS = ("max_abs", "projection")
 """Not judged by a tolerance that was not measured: one element's magnitude, and what sees single elements round."""
 _PARTS = ("centre", "scale", "floor")
@@ -247,10 +249,15 @@ class _Comparing:
     """One comparison while it is made."""
 
     def __init__(
-        self, reference: ModuleTable, candidate: ModuleTable, tolerance: float, bands: ModuleBands | None
+        self,
+        reference: ModuleTable,
+        candidate: ModuleTable,
+        tolerance: float,
+        bands: ModuleBands | None,
+        skipped: Steps,
     ) -> None:
         self.reference, self.candidate = reference, candidate
-        self.tolerance, self.bands = tolerance, bands
+        self.tolerance, self.bands, self.skipped = tolerance, bands, skipped
         known = set(candidate.names)
         self.names = [name for name in reference.names if name in known]
         self.mine = [reference.names.index(name) for name in self.names]
@@ -329,6 +336,8 @@ class _Comparing:
         counts = [cut(table, "nonfinite", mine, self.mine), cut(other, "nonfinite", its, self.its)]
         # A module that did not run in one of them has no statistics to compare.
         absent = np.isnan(counts[0]) | np.isnan(counts[1])
+        if phase in _SCALED and (self.bands is not None or self.tolerance > 0):
+            absent |= np.isin(steps, self.skipped)[:, None]
         for statistic in table.statistics(phase):
             if (phase, statistic) not in other.values:
                 continue
@@ -387,13 +396,19 @@ class _Comparing:
 
 
 def compare_modules(
-    reference: ModuleTable, candidate: ModuleTable, tolerance: float, bands: ModuleBands | None = None
+    reference: ModuleTable,
+    candidate: ModuleTable,
+    tolerance: float,
+    bands: ModuleBands | None = None,
+    skipped: Steps | None = None,
 ) -> ModuleComparison:
     """Compare two tables where they overlap.
 
     Args:
+        skipped: steps that one of the runs did not apply because its gradients overflowed; they are not compared.
         tolerance: of relative differences (of the mean: relative to the mean magnitude), where there is no band;
             `max_abs` is judged by none but zero.
         bands: measured, of the reference's modules; their limits are taken instead.
     """
-    return _Comparing(reference, candidate, tolerance, bands).run()
+    none = np.array([], np.int64)
+    return _Comparing(reference, candidate, tolerance, bands, none if skipped is None else skipped).run()

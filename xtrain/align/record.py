@@ -110,6 +110,10 @@ class Record:
         """Loss by step number, exact."""
         return dict(zip(self.step.tolist(), self.loss.tolist(), strict=True))
 
+    def skipped(self) -> Steps:
+        """Steps whose update was skipped, because gradients were not finite."""
+        return self.step[self.column("applied") == 0]
+
     def restarts(self) -> list[int]:
         """Steps from which a later process continued."""
         return [int(header["from_step"]) for header in self.headers[1:] if "from_step" in header]
