@@ -22,13 +22,16 @@ def find(title: str) -> Case:
     return next(case for case in CASES if case.title == title)
 
 
-def perform(title: str, folder: str, perturbation: str, steps: int | None = None) -> None:
+def perform(
+    title: str, folder: str, perturbation: str, steps: int | None = None, modules: bool = True
+) -> None:
     """Train the case with this title on this rank.
 
     Args:
         folder: where the record goes.
         perturbation: value of XTRAIN_PERTURB; "": none.
         steps: of a shorter run, whose middle is its own; None: the case's.
+        modules: whether they are recorded.
     """
     os.environ.pop(PERTURB_VARIABLE, None)
     if perturbation:
@@ -37,5 +40,7 @@ def perform(title: str, folder: str, perturbation: str, steps: int | None = None
     training = case.training(Path(folder), dist.get_world_size())
     if steps is not None:  # the schedule stays that of the whole run
         training.steps, training.middle = steps, steps // 2
+    if not modules:
+        del training.config["xtrain"]["record"]["modules_every"]
     case.change(training)
     training.run()

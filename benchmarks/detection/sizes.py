@@ -31,7 +31,6 @@ VARIANTS = (
     "one product for",
     "PyTorch's RMSNorm",
     "attention divided by the softmax's sum at last",
-    "arithmetic of the",
 )
 """Beginnings of titles, without the precision, of the correct variants that defects are compared with."""
 AFTER = 10
@@ -68,7 +67,7 @@ def _apart(reference: Record, candidate: Record, column: str) -> Any:
 
 def size_of(root: Path, case: Case) -> Size:
     """Of one case, which is run if it has not been."""
-    reference, candidate = record_of(root, find(case.reference)), record_of(root, case)
+    reference, candidate = (record_of(root, each, modules=False) for each in (find(case.reference), case))
     apart = _apart(reference, candidate, "loss") | _apart(reference, candidate, "grad_norm")
     ours, theirs = reference.column("loss"), candidate.column("loss")
     acts = int(reference.step[apart][0]) if apart.any() else 1
@@ -152,7 +151,7 @@ def main() -> None:
         if args.smoke:
             smoke(root / f"smoke-{args.smoke}", args.smoke)
         else:
-            sizes(root)
+            sizes(root / "curves")
     finally:
         close_all()
 
