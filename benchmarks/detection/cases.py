@@ -10,10 +10,16 @@ import torch.distributed as dist
 from benchmarks.detection.case import Case
 from benchmarks.detection.defects import DEFECTS
 from benchmarks.detection.harmless import HARMLESS, REFERENCES
-from benchmarks.detection.held_out import HELD_OUT_DEFECTS, HELD_OUT_HARMLESS, HELD_OUT_REFERENCES
+from benchmarks.detection.held_out import (
+    BELOW_THE_NOISE,
+    HELD_OUT_DEFECTS,
+    HELD_OUT_HARMLESS,
+    HELD_OUT_REFERENCES,
+)
 from xtrain.base.run_folder import PERTURB_VARIABLE
 
-HELD_OUT = (*HELD_OUT_REFERENCES, *HELD_OUT_DEFECTS, *HELD_OUT_HARMLESS)
+WEAK = tuple(below.case for below in BELOW_THE_NOISE)
+HELD_OUT = (*HELD_OUT_REFERENCES, *HELD_OUT_DEFECTS, *WEAK, *HELD_OUT_HARMLESS)
 CASES = (*REFERENCES, *DEFECTS, *HARMLESS, *HELD_OUT)
 
 

@@ -55,10 +55,8 @@ ROTARY, READ, DROPOUT = "layers.0.attention.rotary", "layers.0.attention.o", "la
 
 HELD_OUT_DEFECTS = (
     _bf16("a mean of the micro-batches' means", defects.mean_of_means, report="transformers#34191"),
-    _bf16("positions run on in packed rows", defects.positions_run_on, report="OLMo-core#591", module=ROTARY),
     _bf16("attention across documents", defects.one_document, report="nanoVLM#204", module=READ),
     _bf16("key and value heads are tiled", defects.tiled_heads, report="onnx#7274", module=READ),
-    _bf16("rotary angles in bf16", defects.narrow_angles, report="transformers#29285", module=ROTARY),
     _bf16(
         "gradients of norms are not reduced",
         faults.norms_not_reduced,
@@ -114,8 +112,6 @@ HELD_OUT_DEFECTS = (
         report="Megatron-LM#950",
         module="layers.1.*",
     ),
-    _bf16("norms in bf16", defects.narrow_norms, report="sglang#27540", module="layers.0.attention_norm"),
-    _bf16("gradients are added up in bf16", faults.narrow_sums(torch.bfloat16), report="DeepSpeed#1800"),
     _fp16("clipped before unscaling", faults.clipped_before_unscaling, report="pytorch-lightning#9330"),
     _fp16("gradients are divided by the next scale", faults.divided_by_next_scale, report="DeepSpeed#8588"),
     _fp16("skipped steps are updates with zeros", faults.zeros_when_skipped, report="levanter#973"),
@@ -204,6 +200,7 @@ HELD_OUT_HARMLESS = (
     _fp16("gradients divided before they are added", top(prescale_gradients=True)),
     _fp16("interrupted and resumed", resumed),
     _fp16("arithmetic of the DCU profile", fake("dcu-nobf16")),
+    # There, skipped steps have a finite norm: values saturate, and a flag says so.
     _fp16("arithmetic of the Ascend 910 profile", fake("ascend910-fp16")),
     _fp16("plain vector instructions", environment=(("ATEN_CPU_CAPABILITY", "default"),)),
 )
@@ -211,7 +208,7 @@ HELD_OUT_HARMLESS = (
 
 @dataclass(frozen=True)
 class Below:
-    """A defect that moves the loss no more than correct variants do.
+    """A defect that moves the loss no more than correct variants do; it is in none of the tuples above.
 
     Attributes:
         case: the defect.
@@ -226,4 +223,37 @@ class Below:
     noise_mean: float
 
 
-BELOW_THE_NOISE: tuple[Below, ...] = ()
+BELOW_THE_NOISE = (
+    Below(
+        _bf16(
+            "positions run on in packed rows", defects.positions_run_on, report="OLMo-core#591", module=ROTARY
+        ),
+        4.4e-4,
+        5.2e-5,
+        5.2e-4,
+        6.3e-5,
+    ),
+    Below(
+        _bf16("rotary angles in bf16", defects.narrow_angles, report="transformers#29285", module=ROTARY),
+        1.4e-4,
+        3.0e-5,
+        5.2e-4,
+        6.3e-5,
+    ),
+    Below(
+        _bf16("norms in bf16", defects.narrow_norms, report="sglang#27540", module="layers.0.attention_norm"),
+        1.2e-4,
+        4.2e-5,
+        5.2e-4,
+        6.3e-5,
+    ),
+    Below(
+        _bf16("gradients are added up in bf16", faults.narrow_sums(torch.bfloat16), report="DeepSpeed#1800"),
+        1.1e-4,
+        3.1e-5,
+        5.2e-4,
+        6.3e-5,
+    ),
+)
+"""As `python -m benchmarks.detection.sizes` measured them. That positions run on is no defect while attention stays inside
+a document: rotary scores depend on distances alone. The other three round, as correct variants do."""

@@ -35,6 +35,9 @@ VARIANTS = (
 """Beginnings of titles, without the precision, of the correct variants that defects are compared with."""
 AFTER = 10
 """Steps after a difference first acts."""
+TIMES = 2.0
+"""A defect is above the noise if its largest or mean difference is above that of every correct variant, or the mean over
+the first steps above so many times theirs, which are few numbers and differ much."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def sizes(root: Path) -> None:
             _line(size.case.title, size.acts, size.largest, size.mean, size.soon(size.acts), "", "correct")
         for size in found:
             soon, usual = size.soon(size.acts), max(other.soon(size.acts) for other in noise)
-            above = size.largest > most or size.mean > mean or soon > usual
+            above = size.largest > most or size.mean > mean or soon > TIMES * usual
             cells = (size.acts, size.largest, size.mean, soon, usual, "yes" if above else "no")
             _line(size.case.title, *cells)
 
