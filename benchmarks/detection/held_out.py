@@ -255,5 +255,5 @@ BELOW_THE_NOISE = (
         6.3e-5,
     ),
 )
-"""As `python -m benchmarks.detection.sizes` measured them. That positions run on is no defect while attention stays inside
-a document: rotary scores depend on distances alone. The other three round, as correct variants do."""
+"""As `python -m benchmarks.detection.sizes` measured them. That positions run on is no defect while attention stays
+inside a document: rotary scores depend on distances alone. The other three round, as correct variants do."""

@@ -36,8 +36,8 @@ VARIANTS = (
 AFTER = 10
 """Steps after a difference first acts."""
 TIMES = 2.0
-"""A defect is above the noise if its largest or mean difference is above that of every correct variant, or the mean over
-the first steps above so many times theirs, which are few numbers and differ much."""
+"""A defect is above the noise if its largest or mean difference is above that of every correct variant, or the mean
+over the first steps above so many times theirs, which are few numbers and differ much."""
 
 
 @dataclass(frozen=True)
