@@ -10,10 +10,16 @@ import torch.distributed as dist
 from benchmarks.detection.case import Case
 from benchmarks.detection.defects import DEFECTS
 from benchmarks.detection.harmless import HARMLESS, REFERENCES
-from benchmarks.detection.held_out import HELD_OUT_DEFECTS, HELD_OUT_HARMLESS, HELD_OUT_REFERENCES
+from benchmarks.detection.held_out import (
+    BELOW_THE_NOISE,
+    HELD_OUT_DEFECTS,
+    HELD_OUT_HARMLESS,
+    HELD_OUT_REFERENCES,
+)
 from xtrain.base.run_folder import PERTURB_VARIABLE
 
-HELD_OUT = (*HELD_OUT_REFERENCES, *HELD_OUT_DEFECTS, *HELD_OUT_HARMLESS)
+WEAK = tuple(below.case for below in BELOW_THE_NOISE)
+HELD_OUT = (*HELD_OUT_REFERENCES, *HELD_OUT_DEFECTS, *WEAK, *HELD_OUT_HARMLESS)
 CASES = (*REFERENCES, *DEFECTS, *HARMLESS, *HELD_OUT)
 
 
@@ -22,13 +28,16 @@ def find(title: str) -> Case:
     return next(case for case in CASES if case.title == title)
 
 
-def perform(title: str, folder: str, perturbation: str, steps: int | None = None) -> None:
+def perform(
+    title: str, folder: str, perturbation: str, steps: int | None = None, modules: bool = True
+) -> None:
     """Train the case with this title on this rank.
 
     Args:
         folder: where the record goes.
         perturbation: value of XTRAIN_PERTURB; "": none.
         steps: of a shorter run, whose middle is its own; None: the case's.
+        modules: whether they are recorded.
     """
     os.environ.pop(PERTURB_VARIABLE, None)
     if perturbation:
@@ -37,5 +46,7 @@ def perform(title: str, folder: str, perturbation: str, steps: int | None = None
     training = case.training(Path(folder), dist.get_world_size())
     if steps is not None:  # the schedule stays that of the whole run
         training.steps, training.middle = steps, steps // 2
+    if not modules:
+        del training.config["xtrain"]["record"]["modules_every"]
     case.change(training)
     training.run()

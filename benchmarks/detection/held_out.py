@@ -25,6 +25,7 @@ from benchmarks.detection.harmless import (
     zero,
 )
 from benchmarks.detection.llama_training import Bf16, Fp16
+from benchmarks.detection.training import Training
 
 
 def _bf16(title: str, change: Change = nothing, **more: Any) -> Case:
@@ -33,6 +34,16 @@ def _bf16(title: str, change: Change = nothing, **more: Any) -> Case:
 
 def _fp16(title: str, change: Change = nothing, **more: Any) -> Case:
     return Case(f"fp16: {title}", change, reference="fp16", training=Fp16, **more)
+
+
+def both(*changes: Change) -> Change:
+    """One after the other."""
+
+    def change(t: Training) -> None:
+        for each in changes:
+            each(t)
+
+    return change
 
 
 HELD_OUT_REFERENCES = (
@@ -44,10 +55,8 @@ ROTARY, READ, DROPOUT = "layers.0.attention.rotary", "layers.0.attention.o", "la
 
 HELD_OUT_DEFECTS = (
     _bf16("a mean of the micro-batches' means", defects.mean_of_means, report="transformers#34191"),
-    _bf16("positions run on in packed rows", defects.positions_run_on, report="OLMo-core#591", module=ROTARY),
     _bf16("attention across documents", defects.one_document, report="nanoVLM#204", module=READ),
     _bf16("key and value heads are tiled", defects.tiled_heads, report="onnx#7274", module=READ),
-    _bf16("rotary angles in bf16", defects.narrow_angles, report="transformers#29285", module=ROTARY),
     _bf16(
         "gradients of norms are not reduced",
         faults.norms_not_reduced,
@@ -77,14 +86,13 @@ HELD_OUT_DEFECTS = (
         "restart with the data from the beginning",
         defects.data_from_the_beginning,
         report="entrenar#294",
-        module="embed",
     ),
     _bf16(
         "the schedule goes on once for each rank",
         faults.scheduled_for_each_rank,
         report="transformers#24088",
     ),
-    _bf16("restart with Adam's count from 1", faults.counts_anew, report="DeepSpeed#564"),
+    _bf16("restart with Adam's count from 1", faults.counts_anew, report="DeepSpeed#4396"),
     _bf16("labels are shifted twice", defects.shifted_twice, report="transformers#47394"),
     _bf16(
         "attention is scaled by the hidden size",
@@ -104,7 +112,6 @@ HELD_OUT_DEFECTS = (
         report="Megatron-LM#950",
         module="layers.1.*",
     ),
-    _bf16("gradients are added up in bf16", faults.narrow_sums(torch.bfloat16), report="DeepSpeed#1800"),
     _fp16("clipped before unscaling", faults.clipped_before_unscaling, report="pytorch-lightning#9330"),
     _fp16("gradients are divided by the next scale", faults.divided_by_next_scale, report="DeepSpeed#8588"),
     _fp16("skipped steps are updates with zeros", faults.zeros_when_skipped, report="levanter#973"),
@@ -141,10 +148,9 @@ HELD_OUT_DEFECTS = (
         report="foundation-model-stack#99",
         module="layers.0.attention_norm",
     ),
-    _fp16("norms in fp16", defects.narrow_norms, report="llama#1048", module="layers.0.attention_norm"),
     _fp16("Adam's epsilon inside the root", faults.epsilon_inside, report="keras-radam#29"),
     _fp16("each rank clips by its own norm", faults.clipped_by_own_norm, report="pytorch#170862"),
-    _fp16("every epoch has the same order", defects.same_epoch(25), report="pytorch#31771", module="embed"),
+    _fp16("every epoch has the same order", defects.same_epoch(25), report="pytorch#31771"),
     _fp16("the loss is divided by the ranks twice", defects.divided_by_ranks, report="transformers#40610"),
     _fp16("ignored labels count in the mean", defects.ignored_count, report="burn#5568"),
     _fp16("only the last micro-batch counts", faults.only_last_micro_batch, report="Megatron-LM#7186"),
@@ -187,21 +193,22 @@ HELD_OUT_HARMLESS = (
     _fp16("one product for gate and value", variants.one_product_for_gate),
     _fp16("cross entropy by the logarithm of the sum", variants.own_cross_entropy),
     _fp16("PyTorch's AdamW, all tensors at once", variants.pytorch_adam(foreach=True)),
-    _fp16("activation checkpointing, ZeRO stage 3", lambda t: (checkpointing(t), zero(3)(t), None)[-1]),
+    _fp16("activation checkpointing, ZeRO stage 3", both(checkpointing, zero(3))),
     _fp16("optimizer states offloaded to the host", zero(1, offload_optimizer={"device": "cpu"})),
     _fp16("shared memory instead of gloo", over_shared_memory),
     _fp16("no overlap, gradients not contiguous", zero(2, overlap_comm=False, contiguous_gradients=False)),
     _fp16("gradients divided before they are added", top(prescale_gradients=True)),
     _fp16("interrupted and resumed", resumed),
     _fp16("arithmetic of the DCU profile", fake("dcu-nobf16")),
+    # There, skipped steps have a finite norm: values saturate, and a flag says so.
     _fp16("arithmetic of the Ascend 910 profile", fake("ascend910-fp16")),
-    _fp16("matrix products by SSE", environment=(("ONEDNN_MAX_CPU_ISA", "SSE41"),)),
+    _fp16("plain vector instructions", environment=(("ATEN_CPU_CAPABILITY", "default"),)),
 )
 
 
 @dataclass(frozen=True)
 class Below:
-    """A defect that moves the loss no more than correct variants do.
+    """A defect that moves the loss no more than correct variants do; it is in none of the tuples above.
 
     Attributes:
         case: the defect.
@@ -216,4 +223,37 @@ class Below:
     noise_mean: float
 
 
-BELOW_THE_NOISE: tuple[Below, ...] = ()
+BELOW_THE_NOISE = (
+    Below(
+        _bf16(
+            "positions run on in packed rows", defects.positions_run_on, report="OLMo-core#591", module=ROTARY
+        ),
+        4.4e-4,
+        5.2e-5,
+        5.2e-4,
+        6.3e-5,
+    ),
+    Below(
+        _bf16("rotary angles in bf16", defects.narrow_angles, report="transformers#29285", module=ROTARY),
+        1.4e-4,
+        3.0e-5,
+        5.2e-4,
+        6.3e-5,
+    ),
+    Below(
+        _bf16("norms in bf16", defects.narrow_norms, report="sglang#27540", module="layers.0.attention_norm"),
+        1.2e-4,
+        4.2e-5,
+        5.2e-4,
+        6.3e-5,
+    ),
+    Below(
+        _bf16("gradients are added up in bf16", faults.narrow_sums(torch.bfloat16), report="DeepSpeed#1800"),
+        1.1e-4,
+        3.1e-5,
+        5.2e-4,
+        6.3e-5,
+    ),
+)
+"""As `python -m benchmarks.detection.sizes` measured them. That positions run on is no defect while attention stays
+inside a document: rotary scores depend on distances alone. The other three round, as correct variants do."""

@@ -100,8 +100,8 @@ def not_causal(t: Training) -> None:
 # ---------------------------------------------------------------- modules
 
 
-def _tile(attention: Attention) -> None:
-    attention.repeat = lambda x: x.repeat(1, attention.heads // attention.kv_heads, 1, 1)  # type: ignore[method-assign]
+def _tile(attention: Any) -> None:
+    attention.repeat = lambda x: x.repeat(1, attention.heads // attention.kv_heads, 1, 1)
 
 
 tiled_heads = in_each(Attention, _tile)
@@ -118,14 +118,14 @@ def rotary_base(base: float) -> Change:
     return in_each(Rotary, lambda rotary: setattr(rotary, "base", base))
 
 
-def _angles_in(dtype: torch.dtype) -> Callable[[Rotary], None]:
-    def alter(rotary: Rotary) -> None:
+def _angles_in(dtype: torch.dtype) -> Callable[[Any], None]:
+    def alter(rotary: Any) -> None:
         def angles(positions: torch.Tensor) -> torch.Tensor:
             exponent = torch.arange(0, rotary.width, 2, dtype=torch.float32) / rotary.width
             frequencies = torch.pow(rotary.base, -exponent).to(dtype)
             return positions.to(dtype)[..., None] * frequencies
 
-        rotary.angles = angles  # type: ignore[method-assign]
+        rotary.angles = angles
 
     return alter
 
@@ -134,13 +134,13 @@ narrow_angles = in_each(Rotary, _angles_in(torch.bfloat16))
 """Positions times frequencies in bf16."""
 
 
-def _neighbours(rotary: Rotary) -> None:
+def _neighbours(rotary: Any) -> None:
     def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         first, second = x[..., 0::2], x[..., 1::2]
         turned = (first * cos - second * sin, second * cos + first * sin)
         return torch.stack(turned, dim=-1).flatten(-2)
 
-    rotary.turn = turn  # type: ignore[method-assign]
+    rotary.turn = turn
 
 
 neighbouring_pairs = in_each(Rotary, _neighbours)
@@ -152,22 +152,22 @@ def norm_epsilon(epsilon: float) -> Change:
     return in_each(RMSNorm, lambda norm: setattr(norm, "epsilon", epsilon))
 
 
-def _narrow(norm: RMSNorm) -> None:
+def _narrow(norm: Any) -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.epsilon) * norm.weight
 
-    norm.forward = forward  # type: ignore[method-assign]
+    norm.forward = forward
 
 
 narrow_norms = in_each(RMSNorm, _narrow)
 """Norms in the parameters' dtype."""
 
 
-def _narrow_softmax(attention: Attention) -> None:
+def _narrow_softmax(attention: Any) -> None:
     def probabilities(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
 
-    attention.probabilities = probabilities  # type: ignore[method-assign]
+    attention.probabilities = probabilities
 
 
 narrow_softmax = in_each(Attention, _narrow_softmax)
@@ -186,11 +186,11 @@ def no_embedding_gradient(t: Training) -> None:
 # ---------------------------------------------------------------- dropout
 
 
-def _dropouts(model: nn.Module) -> Iterator[nn.Dropout]:
+def _dropouts(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, nn.Dropout))
 
 
-def _other_when_recomputed(dropout: nn.Dropout) -> None:
+def _other_when_recomputed(dropout: Any) -> None:
     plain = dropout.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -198,7 +198,7 @@ def _other_when_recomputed(dropout: nn.Dropout) -> None:
             return plain(x)
         return x * plain(torch.ones_like(x)).roll(1, dims=1)
 
-    dropout.forward = forward  # type: ignore[method-assign]
+    dropout.forward = forward
 
 
 def other_masks_when_recomputed(t: Training) -> None:

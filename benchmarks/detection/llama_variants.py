@@ -15,8 +15,8 @@ from benchmarks.detection.training import Training
 from xtrain.reproducible.aligned_random import random_words
 
 
-def _fused(attention: Attention) -> None:
-    attention.context = lambda query, key, value, mask: F.scaled_dot_product_attention(  # type: ignore[method-assign]
+def _fused(attention: Any) -> None:
+    attention.context = lambda query, key, value, mask: F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=attention.scale
     )
 
@@ -25,7 +25,7 @@ fused_attention = in_each(Attention, _fused)
 """PyTorch's kernel in place of the explicit formula."""
 
 
-def _divided_last(attention: Attention) -> None:
+def _divided_last(attention: Any) -> None:
     def context(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
@@ -35,14 +35,14 @@ def _divided_last(attention: Attention) -> None:
         read = weights.to(value.dtype) @ value
         return (read.float() / weights.sum(-1, keepdim=True)).to(value.dtype)
 
-    attention.context = context  # type: ignore[method-assign]
+    attention.context = context
 
 
 divided_last = in_each(Attention, _divided_last)
 """The query is scaled instead of the scores, and the softmax's sum is divided by after the values are added."""
 
 
-def _one_product(attention: Attention) -> None:
+def _one_product(attention: Any) -> None:
     kept: list[torch.Tensor] = []
 
     def first(x: torch.Tensor) -> torch.Tensor:
@@ -51,32 +51,32 @@ def _one_product(attention: Attention) -> None:
         query, *kept[:] = all_three.split([part.weight.shape[0] for part in parts], dim=-1)
         return query
 
-    attention.q.forward = first  # type: ignore[method-assign]
-    attention.k.forward = lambda _: kept[0]  # type: ignore[method-assign]
-    attention.v.forward = lambda _: kept[1]  # type: ignore[method-assign]
+    attention.q.forward = first
+    attention.k.forward = lambda _: kept[0]
+    attention.v.forward = lambda _: kept[1]
 
 
 one_product_for_qkv = in_each(Attention, _one_product)
 """Query, key and value by one product with their weights together."""
 
 
-def _gate_and_up(mlp: SwiGLU) -> None:
+def _gate_and_up(mlp: Any) -> None:
     kept: list[torch.Tensor] = []
 
     def first(x: torch.Tensor) -> torch.Tensor:
         gate, *kept[:] = F.linear(x, torch.cat([mlp.gate.weight, mlp.up.weight])).chunk(2, dim=-1)
         return gate
 
-    mlp.gate.forward = first  # type: ignore[method-assign]
-    mlp.up.forward = lambda _: kept[0]  # type: ignore[method-assign]
+    mlp.gate.forward = first
+    mlp.up.forward = lambda _: kept[0]
 
 
 one_product_for_gate = in_each(SwiGLU, _gate_and_up)
 """Gate and value by one product with their weights together."""
 
 
-def _fused_norm(norm: RMSNorm) -> None:
-    norm.forward = lambda x: F.rms_norm(x, x.shape[-1:], norm.weight, norm.epsilon)  # type: ignore[method-assign]
+def _fused_norm(norm: Any) -> None:
+    norm.forward = lambda x: F.rms_norm(x, x.shape[-1:], norm.weight, norm.epsilon)
 
 
 fused_norms = in_each(RMSNorm, _fused_norm)
@@ -102,9 +102,9 @@ def two_samples(t: Training) -> None:
     t.micro = 2
 
     def change(engine: Any) -> None:
-        dropouts = [module for module in engine.module.modules() if isinstance(module, nn.Dropout)]
+        dropouts: list[Any] = [module for module in engine.module.modules() if isinstance(module, nn.Dropout)]
         for call, dropout in enumerate(dropouts):
-            dropout.forward = _by_sample(engine._random, call, dropout.p, t.micro)  # type: ignore[method-assign]
+            dropout.forward = _by_sample(engine._random, call, dropout.p, t.micro)
 
     t.engine_made.append(change)
 

@@ -36,7 +36,7 @@ def _finished(folder: Path, steps: int) -> Record | None:
     return record if len(record.step) == steps else None
 
 
-def _train(case: Case, folder: Path, perturbation: str, steps: int | None) -> None:
+def _train(case: Case, folder: Path, perturbation: str, steps: int | None, modules: bool) -> None:
     shorter = [] if steps is None else [str(steps)]
     if case.needs == "mpi4py":
         command = ["mpiexec", "-n", str(case.ranks), sys.executable, "-m", "benchmarks.detection.mpi"]
@@ -46,16 +46,20 @@ def _train(case: Case, folder: Path, perturbation: str, steps: int | None) -> No
         own = {**os.environ, **dict(case.environment)}
         subprocess.run([*command, case.title, str(folder), perturbation, *shorter], check=True, env=own)
     else:
-        pool(case.ranks).run(perform, case.title, str(folder), perturbation, steps)
+        pool(case.ranks).run(perform, case.title, str(folder), perturbation, steps, modules)
 
 
-def record_of(root: Path, case: Case, perturbation: str = "", steps: int | None = None) -> Record:
+def record_of(
+    root: Path, case: Case, perturbation: str = "", steps: int | None = None, modules: bool = True
+) -> Record:
     """The record of a case, made now if there is none.
 
     Args:
         root: folder of all runs.
         perturbation: value of XTRAIN_PERTURB.
         steps: of a shorter run, which needs a root of its own; None: the case's.
+        modules: whether they are recorded, which takes time; without them a root of their own is needed, too. Runs
+            in processes of their own record them in any case.
 
     Raises:
         NotRunError: in one line, why there is no record.
@@ -72,7 +76,7 @@ def record_of(root: Path, case: Case, perturbation: str = "", steps: int | None 
     folder.mkdir(parents=True)
     print(f"{case.title} {perturbation}".strip(), flush=True)
     try:
-        _train(case, folder, perturbation, steps)
+        _train(case, folder, perturbation, steps, modules)
     except Exception as error:  # what ends a run is an outcome, too
         traceback.print_exc()
         sentence = f"{type(error).__name__}: {error}".splitlines()[0]

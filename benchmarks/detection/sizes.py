@@ -31,11 +31,13 @@ VARIANTS = (
     "one product for",
     "PyTorch's RMSNorm",
     "attention divided by the softmax's sum at last",
-    "arithmetic of the",
 )
 """Beginnings of titles, without the precision, of the correct variants that defects are compared with."""
 AFTER = 10
 """Steps after a difference first acts."""
+TIMES = 2.0
+"""A defect is above the noise if its largest or mean difference is above that of every correct variant, or the mean
+over the first steps above so many times theirs, which are few numbers and differ much."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def _apart(reference: Record, candidate: Record, column: str) -> Any:
 
 def size_of(root: Path, case: Case) -> Size:
     """Of one case, which is run if it has not been."""
-    reference, candidate = record_of(root, find(case.reference)), record_of(root, case)
+    reference, candidate = (record_of(root, each, modules=False) for each in (find(case.reference), case))
     apart = _apart(reference, candidate, "loss") | _apart(reference, candidate, "grad_norm")
     ours, theirs = reference.column("loss"), candidate.column("loss")
     acts = int(reference.step[apart][0]) if apart.any() else 1
@@ -119,7 +121,7 @@ def sizes(root: Path) -> None:
             _line(size.case.title, size.acts, size.largest, size.mean, size.soon(size.acts), "", "correct")
         for size in found:
             soon, usual = size.soon(size.acts), max(other.soon(size.acts) for other in noise)
-            above = size.largest > most or size.mean > mean or soon > usual
+            above = size.largest > most or size.mean > mean or soon > TIMES * usual
             cells = (size.acts, size.largest, size.mean, soon, usual, "yes" if above else "no")
             _line(size.case.title, *cells)
 
@@ -152,7 +154,7 @@ def main() -> None:
         if args.smoke:
             smoke(root / f"smoke-{args.smoke}", args.smoke)
         else:
-            sizes(root)
+            sizes(root / "curves")
     finally:
         close_all()
 
