@@ -10,6 +10,7 @@ from benchmarks.detection.case import Case
 from benchmarks.detection.defects import DEFECTS
 from benchmarks.detection.harmless import HARMLESS, TF32
 from benchmarks.detection.judge import Judge, Verdict
+from benchmarks.detection.training import STEPS
 from tests.pool import close_all
 
 
@@ -35,7 +36,12 @@ def main() -> None:
     finally:
         close_all()
     by_title = {verdict.case.title: verdict for verdict in wide if not verdict.error}
-    tables.update(args.document, tables.defects(defects, by_title), tables.harmless(harmless))
+    tables.update(
+        args.document,
+        tables.about("glm_tiny", STEPS),
+        tables.defects(defects, by_title),
+        tables.harmless(harmless),
+    )
 
 
 if __name__ == "__main__":

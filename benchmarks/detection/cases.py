@@ -16,11 +16,13 @@ from benchmarks.detection.held_out import (
     HELD_OUT_HARMLESS,
     HELD_OUT_REFERENCES,
 )
+from benchmarks.detection.tuned import TUNED_DEFECTS, TUNED_HARMLESS, TUNED_REFERENCES
 from xtrain.base.run_folder import PERTURB_VARIABLE
 
 WEAK = tuple(below.case for below in BELOW_THE_NOISE)
 HELD_OUT = (*HELD_OUT_REFERENCES, *HELD_OUT_DEFECTS, *WEAK, *HELD_OUT_HARMLESS)
-CASES = (*REFERENCES, *DEFECTS, *HARMLESS, *HELD_OUT)
+TUNED = (*TUNED_REFERENCES, *TUNED_DEFECTS, *TUNED_HARMLESS)
+CASES = (*REFERENCES, *DEFECTS, *HARMLESS, *TUNED, *HELD_OUT)
 
 
 def find(title: str) -> Case:
