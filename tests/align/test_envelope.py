@@ -227,7 +227,7 @@ def test_larger_perturbations_have_larger_floors() -> None:
     envelope = measure_records(runs)
     assert envelope.size == 5e-4
     assert envelope.limit["loss"].min() == pytest.approx(2.5e-4)
-    assert "started 0.0005 apart" in envelope.sentence()
+    assert "perturbed by 0.0005" in envelope.sentence()
 
 
 def test_what_the_floor_allows_is_allowed() -> None:

@@ -152,7 +152,7 @@ def test_an_envelope_from_reruns(tmp_path: Path, capsys: pytest.CaptureFixture[s
     output = tmp_path / "reference" / "envelope.npz"
     command = ["align", "envelope", "--runs", "3", "-o", str(output), "--"]
     assert cli.main([*command, sys.executable, str(script)]) == 0
-    assert "envelope of 3 runs, started one ulp apart" in capsys.readouterr().out
+    assert "envelope of 3 runs, perturbed by rounding" in capsys.readouterr().out
     runs = sorted(output.parent.glob("envelope-runs-*/*/metrics.jsonl"))
     curves = np.stack([read_curve(run).loss for run in runs])
     assert len(np.unique(curves, axis=0)) == 3

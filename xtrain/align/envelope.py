@@ -54,7 +54,7 @@ class Envelope:
             every step, by name of the curve.
         header: of the first run.
         sources: where the runs were read.
-        size: relative size of the perturbation that the runs started with; 0: one ulp; None: not known.
+        size: relative size of the perturbation that the runs started with; 0: what rounding does; None: not known.
         bands: of the module statistics, when all runs have them.
     """
 
@@ -164,10 +164,11 @@ class Envelope:
             if self.false_alarms is None
             else f"false-alarm rate {self.false_alarms:.1%}"
         )
-        apart = "one ulp" if self.size == 0 else f"{self.size:g}" if self.size else ""
-        started = f", started {apart} apart" if apart else ""
+        perturbed = (
+            "" if self.size is None else f", perturbed by {f'{self.size:g}' if self.size else 'rounding'}"
+        )
         return (
-            f"envelope of {len(self.curves)} runs{started}, steps {self.step[0]} to {self.step[-1]}: allows "
+            f"envelope of {len(self.curves)} runs{perturbed}, steps {self.step[0]} to {self.step[-1]}: allows "
             f"the loss {limit[0]:.1e} at the first step and {limit[-1]:.1e} at the last; widened "
             f"{self.factors.lasting:.1f} times ({self.factors.once:.1f} for a single step), {rate}"
             + ("" if self.bands is None else f"; {self.bands.sentence()}")

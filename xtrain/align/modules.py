@@ -177,6 +177,7 @@ def measure_bands(
     tables = [table.ordered(names) for table in tables]
     bands = ModuleBands(names)
     strayed: dict[str, Any] = {}
+    grids: dict[str, Floats] = {}
     for phase in tables[0].phases():
         if any(phase not in table.steps for table in tables):
             continue
@@ -185,14 +186,19 @@ def measure_bands(
             steps = np.intersect1d(steps, table.steps[phase], assume_unique=True)
         if len(steps):
             bands.steps[phase] = steps
-            _measure_phase(bands, phase, tables, floor, strayed)
+            _measure_phase(bands, phase, tables, floor, strayed, grids)
     for statistic, found in strayed.items():
-        bands.factors[statistic] = Factors.of(found, false_alarms / len(strayed))
+        bands.factors[statistic] = Factors.of(found, false_alarms / len(strayed), list(strayed.values()))
     return bands
 
 
 def _measure_phase(
-    bands: ModuleBands, phase: str, tables: Sequence[ModuleTable], floor: float, strayed: dict[str, Any]
+    bands: ModuleBands,
+    phase: str,
+    tables: Sequence[ModuleTable],
+    floor: float,
+    strayed: dict[str, Any],
+    grids: dict[str, Floats],
 ) -> None:
     """Bands of all statistics of a phase; `strayed` gets how far each run strays, (2, K) by statistic."""
     steps = bands.steps[phase]
@@ -208,7 +214,9 @@ def _measure_phase(
 
     counts = of_runs("nonfinite")
     bands.overflow[phase] = np.stack([(counts == 0).any(axis=0), (counts > 0).any(axis=0)])
-    grid = grid_of(of_runs("max_abs"))
+    grid = grids[phase] = grid_of(of_runs("max_abs"))
+    if phase == "gradient":  # rounded like what comes back, and then added up in float32
+        grid = np.maximum(grid, grids.get("backward", grid))
     for statistic in tables[0].statistics(phase):
         if statistic == "nonfinite" or any((phase, statistic) not in table.values for table in tables):
             continue  # an older record is among them
