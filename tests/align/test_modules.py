@@ -17,8 +17,9 @@ from xtrain.align.compare import Policy, compare
 from xtrain.align.differences import header_differences
 from xtrain.align.envelope import measure_records
 from xtrain.align.hints import hints
+from xtrain.align.module_bands import ModuleBands, measure_bands
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable
-from xtrain.align.modules import ModuleBands, compare_modules, measure_bands
+from xtrain.align.modules import compare_modules
 from xtrain.align.text import junit
 
 NAMES = [f"layers.{index}" for index in range(5)]

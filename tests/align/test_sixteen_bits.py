@@ -16,8 +16,9 @@ from xtrain.align.band import COARSEST, FINEST, grid_of
 from xtrain.align.compare import Policy
 from xtrain.align.envelope import measure_records
 from xtrain.align.measure import _wide
+from xtrain.align.module_bands import measure_bands
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable
-from xtrain.align.modules import compare_modules, measure_bands
+from xtrain.align.modules import compare_modules
 from xtrain.align.record import Record
 
 NAMES = ["embedding", "attention", "mlp"]

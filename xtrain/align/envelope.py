@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xtrain.align.band import TINY, Band, Factors, allow_grid, floors, grid_of, outside, strays
-from xtrain.align.modules import ModuleBands, measure_bands
+from xtrain.align.module_bands import ModuleBands, measure_bands
 from xtrain.align.record import Floats, Record, Steps
 from xtrain.align.windows import Windows, means, tiling
 from xtrain.base.errors import RecordError

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from xtrain.align.band import (
-    MODULE_FLOOR,
-    Band,
-    Factors,
-    allow_average,
-    allow_grid,
-    grid_of,
-    outside,
-    strays,
-)
-from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable, Single, Steps
-from xtrain.align.record import Floats
+from xtrain.align.band import outside
+from xtrain.align.module_bands import ModuleBands, relative_to
+from xtrain.align.module_table import ModuleTable, Single, Steps
 
-HALF_WINDOW = 2
 _ULP = 1.2e-7
 _TINY = 1e-30
 
@@ -80,169 +69,10 @@ class ModuleComparison:
         return f"no module departs: {len(self.names)} modules, {self.snapshots} measured steps"
 
 
-@dataclass
-class ModuleBands:
-    """What is allowed of each statistic.
-
-    Attributes:
-        names: of the modules.
-        steps: of the snapshots, by phase.
-        centre, scale: (snapshots, modules), by (phase, statistic).
-        floor: relative deviation that is always allowed, (modules,), by (phase, statistic).
-        overflow: whether a run had no element that is not finite, and whether one had some: (2, snapshots, modules),
-            by phase.
-        factors: scales that are allowed, by statistic: how much one may stray says nothing of the others.
-    """
-
-    names: list[str]
-    steps: dict[str, Steps] = field(default_factory=dict)
-    centre: dict[tuple[str, str], Single] = field(default_factory=dict)
-    scale: dict[tuple[str, str], Single] = field(default_factory=dict)
-    floor: dict[tuple[str, str], Single] = field(default_factory=dict)
-    overflow: dict[str, Any] = field(default_factory=dict)
-    factors: dict[str, Factors] = field(default_factory=dict)
-
-    def limits(self, key: tuple[str, str]) -> tuple[Single, Single]:
-        """Relative deviations that may last, and that may happen once."""
-        scale, floor, factors = self.scale[key], self.floor[key], self.factors[key[1]]
-        scale = np.where(np.isnan(scale), np.float32(np.inf), scale)  # the module did not run
-        lasting, once = np.float32(factors.lasting), np.float32(factors.once)
-        return np.maximum(scale * lasting, floor), np.maximum(scale * once, floor)
-
-    @property
-    def widest(self) -> tuple[str, Factors]:
-        """The statistic with the largest lasting factor, and its factors."""
-        return max(self.factors.items(), key=lambda item: item[1].lasting)
-
-    def sentence(self) -> str:
-        """How wide the bands are, for a person."""
-        told = ", ".join(
-            f"{statistic} {factors.lasting:.1f} ({factors.once:.1f})"
-            for statistic, factors in self.factors.items()
-        )
-        return f"bands of {len(self.names)} modules: widened, by statistic (for a single step): {told}"
-
-    def arrays(self) -> dict[str, Any]:
-        """For np.savez."""
-        found: dict[str, Any] = {"modules": np.array(self.names)}
-        for statistic, factors in self.factors.items():
-            found[f"factors/{statistic}"] = np.array([factors.lasting, factors.once])
-        for phase, steps in self.steps.items():
-            found[f"{phase}/step"], found[f"{phase}/overflow"] = steps, self.overflow[phase]
-        for phase, statistic in self.centre:
-            for part in _PARTS:
-                found[f"{phase}/{statistic}/{part}"] = getattr(self, part)[phase, statistic]
-        return found
-
-    @classmethod
-    def from_arrays(cls, file: Any) -> ModuleBands | None:
-        """What `arrays` returned; None when there was none."""
-        if "modules" not in file:
-            return None
-        bands = cls([str(name) for name in file["modules"]])
-        for phase in PHASES:
-            if f"{phase}/step" not in file:
-                continue
-            bands.steps[phase], bands.overflow[phase] = file[f"{phase}/step"], file[f"{phase}/overflow"]
-            for statistic in STATISTICS:
-                if f"{phase}/{statistic}/centre" not in file:
-                    continue
-                bands.factors[statistic] = Factors(*file[f"factors/{statistic}"].tolist())
-                for part in _PARTS:
-                    getattr(bands, part)[phase, statistic] = file[f"{phase}/{statistic}/{part}"]
-        return bands
-
-
 _SCALED = ("backward", "gradient")
 """Phases of numbers that the loss scale multiplies: at which step they overflow is noise."""
 _RESTLESS = ("max_abs", "projection")
 """Not judged by a tolerance that was not measured: one element's magnitude, and what sees single elements round."""
-_PARTS = ("centre", "scale", "floor")
-
-
-def measure_bands(
-    tables: Sequence[ModuleTable], false_alarms: float, floor: float = MODULE_FLOOR
-) -> ModuleBands | None:
-    """Bands from the tables of K >= 3 runs, by the model of xtrain.align.band; None where they don't fit.
-
-    One widening for each statistic: so many scales does it not stray in any module of a correct run, but for its share
-    of `false_alarms` of the runs.
-
-    Args:
-        floor: relative deviation that is always allowed of statistics that lie on no coarse grid.
-    """
-    names = tables[0].names
-    if len(tables) < 3 or any(sorted(table.names) != sorted(names) for table in tables):
-        return None
-    tables = [table.ordered(names) for table in tables]
-    bands = ModuleBands(names)
-    strayed: dict[str, Any] = {}
-    grids: dict[str, Floats] = {}
-    for phase in tables[0].phases():
-        if any(phase not in table.steps for table in tables):
-            continue
-        steps = tables[0].steps[phase]
-        for table in tables[1:]:
-            steps = np.intersect1d(steps, table.steps[phase], assume_unique=True)
-        if len(steps):
-            bands.steps[phase] = steps
-            _measure_phase(bands, phase, tables, floor, strayed, grids)
-    for statistic, found in strayed.items():
-        bands.factors[statistic] = Factors.of(found, false_alarms / len(strayed), list(strayed.values()))
-    return bands
-
-
-def _measure_phase(
-    bands: ModuleBands,
-    phase: str,
-    tables: Sequence[ModuleTable],
-    floor: float,
-    strayed: dict[str, Any],
-    grids: dict[str, Floats],
-) -> None:
-    """Bands of all statistics of a phase; `strayed` gets how far each run strays, (2, K) by statistic."""
-    steps = bands.steps[phase]
-    rows = [np.searchsorted(table.steps[phase], steps) for table in tables]
-
-    def of_runs(statistic: str) -> Floats:
-        return np.stack(
-            [
-                table.values[phase, statistic][row].astype(np.float64)
-                for table, row in zip(tables, rows, strict=True)
-            ]
-        )
-
-    counts = of_runs("nonfinite")
-    bands.overflow[phase] = np.stack([(counts == 0).any(axis=0), (counts > 0).any(axis=0)])
-    grid = grids[phase] = grid_of(of_runs("max_abs"))
-    if phase == "gradient":  # rounded like what comes back, and then added up in float32
-        grid = np.maximum(grid, grids.get("backward", grid))
-    for statistic in tables[0].statistics(phase):
-        if statistic == "nonfinite" or any((phase, statistic) not in table.values for table in tables):
-            continue  # an older record is among them
-        curves = of_runs(statistic)
-        relative = _relative_to(tables[0], phase, statistic)
-        base = None if relative is None else of_runs(relative).mean(axis=0)
-        # The largest magnitude is one element, and lies on the grid itself.
-        least, smallest = (allow_grid if statistic == "max_abs" else allow_average)(grid, floor)
-        options = {"floor": least, "half_window": HALF_WINDOW, "base": base, "smallest": smallest}
-        band = Band.of(curves, **options)
-        key = (phase, statistic)
-        bands.centre[key], bands.scale[key] = band.centre.astype(np.float32), band.scale.astype(np.float32)
-        bands.floor[key] = least.astype(np.float32)
-        found = strays(curves, **options)
-        strayed[statistic] = np.maximum(strayed.get(statistic, 0.0), found)
-
-
-def _relative_to(table: ModuleTable, phase: str, statistic: str) -> str | None:
-    """The statistic that deviations are relative to, for those that may be near zero; None: their own size."""
-    if statistic == "projection":
-        return "rms"
-    return _scale_of(table, phase) if statistic == "mean" else None
-
-
-def _scale_of(table: ModuleTable, phase: str) -> str:
-    return "abs_mean" if (phase, "abs_mean") in table.values else "rms"
 
 
 def _deviation(reference: Single, candidate: Single, size: Single) -> Single:
@@ -359,7 +189,7 @@ class _Comparing:
                 once = limit
             else:
                 centre, limit, once = self._limits(phase, statistic, steps, reference)
-                relative = _relative_to(table, phase, statistic)
+                relative = relative_to(table, phase, statistic)
                 size = centre if relative is None else cut(table, relative, mine, self.mine)
                 deviation = _deviation(centre, candidate, size)
             deviation = np.where(absent, np.float32(np.nan), deviation)
