@@ -15,11 +15,12 @@ from xtrain.align.alignment import align_records
 from xtrain.align.band import COARSEST, FINEST, grid_of
 from xtrain.align.compare import Policy
 from xtrain.align.envelope import measure_records
-from xtrain.align.measure import _wide
+from xtrain.align.html import html
 from xtrain.align.module_bands import measure_bands
 from xtrain.align.module_table import PHASES, STATISTICS, ModuleTable
 from xtrain.align.modules import compare_modules
 from xtrain.align.record import Record
+from xtrain.align.text import junit, markdown
 
 NAMES = ["embedding", "attention", "mlp"]
 SNAPSHOTS, RUNS = 12, 8
@@ -116,8 +117,12 @@ def test_wide_bands_are_told() -> None:
         run.modules = table
         runs.append(run)
     envelope = measure_records(runs)
-    assert [what for what, _ in _wide(envelope)] == ["mean of modules"]
+    assert [what for what, _ in envelope.wide()] == ["mean of modules"]
     assert "bands of 3 modules: widened" in envelope.sentence()
+    found = align_records(runs[0], runs[1], Policy("envelope"), envelope)
+    assert "times the measured spread in mean of modules" in " ".join(found.notes)
+    for report in (markdown(found), html(found), junit(found)):
+        assert "bands of 3 modules: widened" in report
 
 
 def test_correct_runs_depart_as_rarely_as_it_says() -> None:

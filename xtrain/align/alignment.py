@@ -229,6 +229,10 @@ def align_records(
         f"the {name}: {doubt}" for name, record in _named(reference, candidate) for doubt in record.doubts
     ]
     left_out += apart
+    for what, factors in [] if envelope is None else envelope.wide():
+        notes.append(
+            f"the envelope allows {factors.lasting:.0f} times the measured spread in {what}: a defect may hide in it"
+        )
     differences = header_differences(reference.header, candidate.header)
     if without:
         return Alignment(

@@ -30,6 +30,8 @@ VERSION = 3
 FALSE_ALARMS = 0.01
 FACTORS_OF_TWO = Factors(10.0, 100.0)
 """Widening for two runs, of which nothing can be left out: a guess, for which no false-alarm rate is claimed."""
+WIDE = 20.0
+"""A lasting factor above it is told: such a band hides defects."""
 LOSS, NORM = "loss", "grad_norm"
 """The columns that are judged."""
 
@@ -155,6 +157,13 @@ class Envelope:
             )
             departed += any(envelope.outside(curves[left_out], name).any() for name, curves in judged.items())
         return departed
+
+    def wide(self) -> list[tuple[str, Factors]]:
+        """What is allowed to stray so far that defects hide in it: curves, and statistics of modules."""
+        found = [] if self.false_alarms is None else [("losses and gradient norms", self.factors)]
+        if self.bands is not None:
+            found += [(f"{name} of modules", factors) for name, factors in self.bands.factors.items()]
+        return [(what, factors) for what, factors in found if factors.lasting > WIDE]
 
     def sentence(self) -> str:
         """What it is, for a person."""

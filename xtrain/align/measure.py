@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xtrain.align.band import Factors
 from xtrain.align.command import RUN, last_lines, run_command
-from xtrain.align.envelope import Envelope, measure_records
+from xtrain.align.envelope import WIDE, Envelope, measure_records
 from xtrain.align.record import Record
 from xtrain.align.sources import read_curve
 from xtrain.base.errors import RecordError
@@ -18,8 +17,6 @@ from xtrain.base.run_folder import METRICS, PERTURB_VARIABLE, RUN_DIR_VARIABLE
 
 FALSE_ALARMS = 0.01
 _PERTURB = "xtrain.reproducible.perturbation.perturb_if_asked(model)"
-WIDE = 20.0
-"""A factor above it is told: such an envelope hides defects."""
 
 
 def _run_once(command: list[str], folder: Path, seed: int, size: float | None) -> Record:
@@ -135,19 +132,9 @@ def _report(envelope: Envelope, output: Path) -> None:
         )
     elif len(envelope.curves) == 3 and envelope.factors.lasting <= WIDE:
         print("three runs are too few to check it by leaving one out: record one or two more")
-    for what, factors in _wide(envelope):
+    for what, factors in envelope.wide():
         print(
             f"so few runs, straying so differently in {what}, say little: {factors.lasting:.0f} times their spread is "
             "allowed; record more of them"
         )
     print(f"envelope: {output}")
-
-
-def _wide(envelope: Envelope) -> list[tuple[str, Factors]]:
-    """What is allowed to stray so far that defects hide in it: curves, and statistics of modules."""
-    found = []
-    if envelope.false_alarms is not None:
-        found.append(("losses and gradient norms", envelope.factors))
-    if envelope.bands is not None:
-        found += [(f"{name} of modules", factors) for name, factors in envelope.bands.factors.items()]
-    return [(what, factors) for what, factors in found if factors.lasting > WIDE]

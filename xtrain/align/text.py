@@ -172,7 +172,9 @@ def junit(alignment: Alignment) -> str:
             failure.text = _printable("\n".join([sentence, *alignment.hints]))
         else:
             ElementTree.SubElement(case, "system-out").text = _printable(sentence)
-    text = _printable("\n".join(difference.sentence() for difference in alignment.differences))
+    told = [] if alignment.envelope is None else [alignment.envelope.sentence()]
+    told += [*alignment.notes, *(difference.sentence() for difference in alignment.differences)]
+    text = _printable("\n".join(told))
     ElementTree.SubElement(suite, "system-out").text = text
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
