@@ -7,6 +7,7 @@ python -m benchmarks.detection.sixteen_bits --held-out # what it was never tuned
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,15 +98,16 @@ def _reruns(judge: Judge, references: tuple[str, ...]) -> str:
     told = []
     for title in references:
         seeds = range(FIRST_SEED, FIRST_SEED + RERUNS)
-        found = [_told(judge.verdict(find(title), perturbation=str(seed))) for seed in seeds]
+        alone = replace(find(title), ranks=1)  # two of them can run at a time
+        found = [_told(judge.verdict(alone, perturbation=str(seed))) for seed in seeds]
         flagged = sum(verdict.began is not None for verdict in found)
         width = np.median([verdict.times for verdict in found])
         told.append(
             f"{flagged} of {RERUNS} in {title} (in the median a loss uses {width:.2f} of what may last)"
         )
     return (
-        "Of correct runs with other seeds of the perturbation, which no envelope was measured from, it calls departed: "
-        f"{'; '.join(told)}. The rate that it states is 1 %."
+        "Of correct runs with other seeds of the perturbation, on one rank, which no envelope was measured from, it "
+        f"calls departed: {'; '.join(told)}. The rate that it states is 1 %."
     )
 
 
