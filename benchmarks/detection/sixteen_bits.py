@@ -107,8 +107,8 @@ def _reruns(judge: Judge, references: tuple[str, ...]) -> str:
             print(f"  {title}, seed {seed}: {found.sentence()}", flush=True)
         told.append(f"{departed} of {RERUNS} in {title}")
     return (
-        f"Of correct runs of {RERUN_STEPS} steps on one rank, with other seeds of the perturbation, which no envelope was "
-        f"measured from, it calls departed: {', '.join(told)}. The rate that it states is 1 %."
+        f"Of correct runs of {RERUN_STEPS} steps on one rank, with other seeds of the perturbation, which no envelope "
+        f"was measured from, it calls departed: {', '.join(told)}. The rate that it states is 1 %."
     )
 
 
