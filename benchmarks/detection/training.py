@@ -17,9 +17,9 @@ from xtrain.data.infilling import InfillingSampler
 from xtrain.data.tokens import prepare
 from xtrain.models.glm import GLM, GLMConfig
 
-STEPS, WARMUP = 100, 20
+STEPS, WARMUP = 200, 20
 SAMPLES, LENGTH, VOCABULARY, SEED = 4, 64, 2048, 1234
-MIDDLE = 50
+MIDDLE = 100
 """Step at which one-time defects happen, and after which restarts happen."""
 
 
