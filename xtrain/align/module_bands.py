@@ -156,11 +156,15 @@ class _Measuring:
 
     def _statistic(self, phase: str, statistic: str, grid: Floats) -> None:
         relative = relative_to(self.tables[0], phase, statistic)
+        curves, key = self._curves(phase, statistic), (phase, statistic)
         base = None if relative is None else self._curves(phase, relative).mean(axis=0)
+        if (
+            statistic == "projection"
+        ):  # signs that do not cancel make it as large as a sum, and so is its rounding
+            base = np.maximum(base, np.abs(curves.mean(axis=0)))
         # The largest magnitude is one element, and lies on the grid itself.
         floor, smallest = (allow_grid if statistic == "max_abs" else allow_average)(grid, self.floor)
         options = {"floor": floor, "half_window": HALF_WINDOW, "base": base, "smallest": smallest}
-        curves, key = self._curves(phase, statistic), (phase, statistic)
         band = Band.of(curves, **options)
         self.bands.centre[key] = band.centre.astype(np.float32)
         self.bands.scale[key] = band.scale.astype(np.float32)

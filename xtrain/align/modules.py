@@ -191,6 +191,8 @@ class _Comparing:
                 centre, limit, once = self._limits(phase, statistic, steps, reference)
                 relative = relative_to(table, phase, statistic)
                 size = centre if relative is None else cut(table, relative, mine, self.mine)
+                if statistic == "projection":
+                    size = np.fmax(size, np.abs(centre))
                 deviation = _deviation(centre, candidate, size)
             deviation = np.where(absent, np.float32(np.nan), deviation)
             known = np.nan_to_num(deviation, nan=0.0, posinf=np.inf)
