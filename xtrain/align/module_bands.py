@@ -157,7 +157,7 @@ class _Measuring:
     def _statistic(self, phase: str, statistic: str, grid: Floats) -> None:
         relative = relative_to(self.tables[0], phase, statistic)
         curves, key = self._curves(phase, statistic), (phase, statistic)
-        base = None if relative is None else self._curves(phase, relative).mean(axis=0)
+        base: Any = None if relative is None else self._curves(phase, relative).mean(axis=0)
         if (
             statistic == "projection"
         ):  # signs that do not cancel make it as large as a sum, and so is its rounding
