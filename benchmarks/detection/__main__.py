@@ -6,17 +6,11 @@ import argparse
 from pathlib import Path
 
 from benchmarks.detection import tables
-from benchmarks.detection.case import Case
 from benchmarks.detection.defects import DEFECTS
 from benchmarks.detection.harmless import HARMLESS, TF32
-from benchmarks.detection.judge import Judge, Verdict
+from benchmarks.detection.judge import Judge
 from benchmarks.detection.training import STEPS
 from tests.pool import close_all
-
-
-def _told(verdict: Verdict) -> Verdict:
-    print(f"  {verdict.error or verdict.summary()}", flush=True)
-    return verdict
 
 
 def main() -> None:
@@ -27,11 +21,8 @@ def main() -> None:
     args = parser.parse_args()
     judge = Judge(args.folder.resolve())
 
-    def verdicts(cases: tuple[Case, ...]) -> list[Verdict]:
-        return [_told(judge.verdict(case)) for case in cases]
-
     try:
-        defects, harmless = verdicts(DEFECTS), verdicts(HARMLESS)
+        defects, harmless = judge.verdicts(DEFECTS), judge.verdicts(HARMLESS)
         wide = [judge.verdict(case, TF32) for case in DEFECTS if case.reference == "fp32"]
     finally:
         close_all()

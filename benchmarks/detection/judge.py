@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -98,12 +99,20 @@ class Judge:
             self._envelopes[reference, band] = measure_records(runs, size=size)
         return self._envelopes[reference, band]
 
-    def verdict(self, case: Case, band: str = "", perturbation: str = "") -> Verdict:
-        """Judge one case, by the case's own band if no other is named; `perturbation`: value of XTRAIN_PERTURB."""
+    def verdicts(self, cases: Iterable[Case]) -> list[Verdict]:
+        """Judge cases, each by its own band, and print what was found."""
+        found = []
+        for case in cases:
+            found.append(self.verdict(case))
+            print(f"  {found[-1].error or found[-1].summary()}", flush=True)
+        return found
+
+    def verdict(self, case: Case, band: str = "") -> Verdict:
+        """Judge one case, by the case's own band if no other is named."""
         reference = record_of(self.root, find(case.reference))
         envelope = self.envelope(case.reference, band or case.band)
         try:
-            candidate = record_of(self.root, case, perturbation)
+            candidate = record_of(self.root, case)
         except NotRunError as error:
             return Verdict(case, error=str(error))
         found = align_records(reference, candidate, Policy("envelope"), envelope)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.detection import tables
-from benchmarks.detection.case import Case
 from benchmarks.detection.cases import find
 from benchmarks.detection.held_out import BELOW_THE_NOISE, HELD_OUT_DEFECTS, HELD_OUT_HARMLESS
 from benchmarks.detection.judge import Judge, Verdict
@@ -133,11 +132,6 @@ def _below() -> str:
     )
 
 
-def _told(verdict: Verdict) -> Verdict:
-    print(f"  {verdict.error or verdict.summary()}", flush=True)
-    return verdict
-
-
 def main() -> None:
     """Run what is missing, judge everything, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -147,13 +141,10 @@ def main() -> None:
     args = parser.parse_args()
     judge = Judge(args.folder.resolve())
 
-    def verdicts(cases: tuple[Case, ...]) -> list[Verdict]:
-        return [_told(judge.verdict(case)) for case in cases]
-
     held_out = args.held_out
     try:
-        defects = verdicts(HELD_OUT_DEFECTS if held_out else TUNED_DEFECTS)
-        harmless = verdicts(HELD_OUT_HARMLESS if held_out else TUNED_HARMLESS)
+        defects = judge.verdicts(HELD_OUT_DEFECTS if held_out else TUNED_DEFECTS)
+        harmless = judge.verdicts(HELD_OUT_HARMLESS if held_out else TUNED_HARMLESS)
         rest = [_reruns(judge, ("bf16", "fp16")), _below()] if held_out else []
     except NotRunError as error:
         raise SystemExit(f"a reference could not be trained: {error}") from error

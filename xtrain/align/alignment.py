@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xtrain.align.compare import Comparison, Policy
+from xtrain.align.compare import Comparison, Policy, skipped_by_either
 from xtrain.align.differences import Difference, header_differences
 from xtrain.align.envelope import Envelope, read_envelope
 from xtrain.align.hints import hints
@@ -196,7 +196,7 @@ def _modules(
         bands = None
     if policy.kind == "envelope" and bands is None:
         return None, ["the envelope was not measured for these modules: they were not compared"], []
-    skipped = np.union1d(reference.skipped(), candidate.skipped())
+    skipped = skipped_by_either(reference, candidate)
     found = compare_modules(reference.modules, candidate.modules, policy.tolerance, bands, skipped)
     return (found if found.heat else None), [], found.notes
 

@@ -231,6 +231,11 @@ def _from_envelope(
     return centre, limit, once
 
 
+def skipped_by_either(reference: Record, candidate: Record) -> Steps:
+    """Steps whose update one of the two skipped."""
+    return np.union1d(reference.skipped(), candidate.skipped())
+
+
 def compare_norms(
     reference: Record, candidate: Record, policy: Policy, envelope: Envelope | None
 ) -> Comparison | None:
@@ -240,7 +245,7 @@ def compare_norms(
     """
     if policy.kind != "envelope" or envelope is None or NORM not in envelope.limit:
         return None
-    skipped = np.union1d(reference.skipped(), candidate.skipped())
+    skipped = skipped_by_either(reference, candidate)
     ours, theirs = (
         record.take(~np.isnan(record.column(NORM)) & ~np.isin(record.step, skipped))
         for record in (reference, candidate)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from xtrain.align.band import COARSEST
 from xtrain.align.compare import TINY, Comparison, relative_difference
 from xtrain.align.record import Floats, Record
 from xtrain.align.written import EPS, common_steps, rounding
@@ -24,7 +25,6 @@ ALONE = 0.01
 ABOVE_BEFORE, ABOVE_UNIT = 10.0, 4.0
 """and when it differs by more than so many times the most that any rank did before, and, where losses were computed in
 16 bits, so many units in the last place of a bfloat16."""
-BFLOAT16_UNIT = 2.0**-7
 COARSE_BITS, MICRO_BATCHES = 18, 64
 """Losses of 16 bits are known by their mantissas: they fit into 8 bits (bfloat16) or 11 (float16), and sums over up to
 so many micro-batches into so many bits."""
@@ -173,7 +173,7 @@ def _one_rank(found: Evidence) -> str | None:
     before = np.maximum.accumulate(apart.max(axis=0))
     before = np.concatenate([[0.0], before[:-1]])
     coarse = _in_16_bits(known[:, 0]) or _in_16_bits(known[:, 1])
-    unit = BFLOAT16_UNIT if coarse else 0.0
+    unit = COARSEST if coarse else 0.0
     allowed = np.clip(found.outcome.limit, SMALLEST, LARGEST)
     departed = (apart > np.maximum(allowed, np.maximum(ABOVE_BEFORE * before, ABOVE_UNIT * unit))).any(axis=0)
     if not departed.any():

@@ -182,3 +182,11 @@ def relative_to(table: ModuleTable, phase: str, statistic: str) -> str | None:
 
 def _scale_of(table: ModuleTable, phase: str) -> str:
     return "abs_mean" if (phase, "abs_mean") in table.values else "rms"
+
+
+def size_of(statistic: str, relative: Any, centre: Any) -> Any:
+    """What deviations are relative to, from the values of `relative_to` and of the statistic itself.
+
+    A projection whose signs do not cancel is as large as a sum, and so is its rounding.
+    """
+    return np.fmax(relative, np.abs(centre)) if statistic == "projection" else relative

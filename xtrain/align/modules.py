@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from xtrain.align.band import outside
-from xtrain.align.module_bands import ModuleBands, relative_to
+from xtrain.align.module_bands import ModuleBands, relative_to, size_of
 from xtrain.align.module_table import ModuleTable, Single, Steps
 
 _ULP = 1.2e-7
@@ -143,12 +143,10 @@ class _Comparing:
 
         By a tolerance, or by bands, it matters whether there are any: how many gradients overflow in 16 bits is noise.
         """
+        apart = (reference > 0) != (candidate > 0)
         if self.bands is None and self.tolerance == 0:
             apart = reference != candidate
-        elif self.bands is None or phase not in self.bands.steps:
-            apart = (reference > 0) != (candidate > 0)
-        else:
-            apart = (reference > 0) != (candidate > 0)
+        elif self.bands is not None and phase in self.bands.steps:
             _, here, there = np.intersect1d(
                 steps, self.bands.steps[phase], assume_unique=True, return_indices=True
             )
@@ -190,9 +188,9 @@ class _Comparing:
             else:
                 centre, limit, once = self._limits(phase, statistic, steps, reference)
                 relative = relative_to(table, phase, statistic)
-                size = centre if relative is None else cut(table, relative, mine, self.mine)
-                if statistic == "projection":
-                    size = np.fmax(size, np.abs(centre))
+                size = centre
+                if relative is not None:
+                    size = size_of(statistic, cut(table, relative, mine, self.mine), centre)
                 deviation = _deviation(centre, candidate, size)
             deviation = np.where(absent, np.float32(np.nan), deviation)
             known = np.nan_to_num(deviation, nan=0.0, posinf=np.inf)
