@@ -7,61 +7,106 @@ from __future__ import annotations
 
 import fcntl
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 
-from xtrain.base.errors import CheckpointError, ConfigError, DataError, NotImplementedYetError
+from xtrain.base.errors import ConfigError, DataError
 from xtrain.base.files import write_text
-from xtrain.base.run_folder import (
-    CHECKPOINTS,
-    LOCK,
-    LOGS,
-    METRICS,
-    OVERRIDES,
-    RUN_DIR_VARIABLE,
-    STOP,
-    STOPPED,
-)
-from xtrain.checkpoint.contents import find_tag, is_checkpoint
+from xtrain.base.run_folder import CHECKPOINTS, CONFIG, LOCK, LOGS, METRICS, OVERRIDES, RUN_DIR_VARIABLE
+from xtrain.checkpoint.contents import is_checkpoint
 from xtrain.config import load_config, solve_batch_sizes
+from xtrain.config.batch import BatchSizes
 from xtrain.data.corpus import find_files
-from xtrain.launch.schema import LaunchConfig
-
-
-def safe_path_flag() -> list[str]:
-    """Keep `python -m` from putting the current folder first on the path, where a `random.py` would hide
-    Python's own; Python 3.10 cannot."""
-    return ["-P"] if sys.version_info >= (3, 11) else []
+from xtrain.launch.checkpoints import AUTO, Source, find_source
+from xtrain.launch.find_nodes import find_nodes
+from xtrain.launch.memory import model_states
+from xtrain.launch.nodes import Node
+from xtrain.launch.processes import safe_path_flag
+from xtrain.launch.schema import ClusterSection, LaunchConfig
+from xtrain.launch.trust import check_overrides, sign
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what to start, where it writes, and what the progress display needs."""
+    """One run: what to start where, where it writes, and what the launcher needs to know of it.
+
+    Attributes:
+        source: checkpoint that the first start continues from.
+        batch: sizes of the batches, on all ranks.
+        continues: the run may be started again, because its script continues by itself.
+        needs: bytes of one rank's model states, for the check of memory; None when the script brings its own model.
+    """
 
     run_dir: Path
     script: Path
     script_args: list[str]
-    ranks: int
+    nodes: list[Node]
+    cluster: ClusterSection
     env: dict[str, str]
-    stop_timeout: float
+    deepspeed_config: dict[str, Any]
     total_steps: int | None
     model: str
-    resumable: bool
+    builtin: bool
+    source: Source | None
+    continues: bool
+    batch: BatchSizes
+    keep: int | None
+    backend: str | None
+    needs: int | None
 
     @property
-    def agent_command(self) -> list[str]:
-        """The process that starts and watches the ranks (torchrun's agent)."""
-        agent = ["-m", "xtrain.launch.agent", str(self.run_dir), str(self.ranks)]
-        return [sys.executable, *safe_path_flag(), *agent, *self.rank_command]
+    def ranks(self) -> int:
+        """Ranks of the whole job."""
+        return sum(node.slots for node in self.nodes)
 
     @property
-    def rank_command(self) -> list[str]:
-        """What every rank runs."""
-        return [*safe_path_flag(), "-m", "xtrain.launch.rank", str(self.script), *self.script_args]
+    def max_restarts(self) -> int:
+        """Starts after a failure that bring no new checkpoint."""
+        said = self.cluster.max_restarts
+        return said if said is not None else 3 if self.builtin or self.continues else 0
+
+    @property
+    def min_nodes(self) -> int:
+        """Fewer nodes are not enough."""
+        if self.cluster.min_nodes is not None:
+            return min(self.cluster.min_nodes, len(self.nodes))
+        return 1
+
+    def rank_command(self, source: Source | None) -> list[str]:
+        """What every rank runs, after the interpreter."""
+        load = []
+        if self.builtin and source is not None:
+            load = ["--load", str(source.folder), *(["--load-tag", source.tag] if source.tag else [])]
+        return [*safe_path_flag(), "-m", "xtrain.launch.rank", str(self.script), *load, *self.script_args]
+
+    def config_for(self, ranks: int) -> str:
+        """ds_config.json for so many ranks: the same global batch, by accumulation."""
+        config = self.deepspeed_config
+        if ranks != self.ranks:
+            split = self.cluster.model_parallel_size
+            config = {
+                **config,
+                "train_batch_size": self.batch.train,
+                "train_micro_batch_size_per_gpu": self.batch.micro,
+                "gradient_accumulation_steps": self.batch.train * split // (self.batch.micro * ranks),
+            }
+        return json.dumps(config, indent=2) + "\n"
+
+    def ranks_with(self, available: int) -> int:
+        """The largest number of ranks that can make the same steps, at most `available`; 0 when there is none.
+
+        In aligned mode it is a power of two where the whole job's is, because then the bits stay the same.
+        """
+        aligned = self.deepspeed_config.get("xtrain", {}).get("aligned") and not self.ranks & (self.ranks - 1)
+        split = self.cluster.model_parallel_size
+        slots = self.batch.train // self.batch.micro
+        for ranks in range(min(available, self.ranks), 0, -1):
+            if ranks % split == 0 and slots % (ranks // split) == 0 and not (aligned and ranks & (ranks - 1)):
+                return ranks
+        return 0
 
 
 def builtin_script() -> Path:
@@ -76,45 +121,34 @@ def builtin_script() -> Path:
     raise ConfigError("the built-in script pretrain_glm.py is missing: reinstall xtrain or pass script=")
 
 
-def _builtin_flags(config: LaunchConfig, run_dir: Path, load: Path | None) -> list[str]:
+def _builtin_flags(config: LaunchConfig, run_dir: Path) -> list[str]:
     model = config.model.model_dump(exclude={"name"})
     train = {key: getattr(config.train, key) for key in ("steps", "seq_length", "seed", "weight_decay")}
-    train |= {key: getattr(config.train, key) for key in ("log_interval", "save_interval")}
+    interval = config.train.save_interval
+    train |= {"log_interval": config.train.log_interval}
+    train |= {"save_interval": config.cluster.save_interval if interval is None else interval}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in {**model, **train}.items()]
     if config.data.paths:
         find_files(config.data.paths)
         flags += ["--data-path", *(str(Path(path).expanduser().absolute()) for path in config.data.paths)]
-    flags += ["--save", str(run_dir / CHECKPOINTS)]
-    return flags + (["--load", str(load)] if load else [])
+    return [*flags, "--save", str(run_dir / CHECKPOINTS)]
 
 
-def _deepspeed_config(config: LaunchConfig) -> dict[str, Any]:
+def _deepspeed_config(config: LaunchConfig, ranks: int) -> tuple[dict[str, Any], BatchSizes]:
+    """The DeepSpeed config, and the sizes of its batches on so many ranks."""
     path = Path(config.deepspeed_config).expanduser() if config.deepspeed_config else None
     checked = load_config(path or config.deepspeed)
     values = checked.values
-    solve_batch_sizes(
-        values.train_batch_size,
-        values.train_micro_batch_size_per_gpu,
-        values.gradient_accumulation_steps,
-        config.ranks,
-    )
-    return checked.raw
+    given = values.train_batch_size, values.train_micro_batch_size_per_gpu, values.gradient_accumulation_steps
+    split = config.cluster.model_parallel_size
+    if ranks % split:
+        raise ConfigError(f"{ranks} ranks cannot be divided by cluster.model_parallel_size={split}")
+    return checked.raw, solve_batch_sizes(*given, ranks // split)
 
 
-def _resume_from(resume: str | None) -> Path | None:
-    if resume is None:
-        return None
-    given = Path(resume).expanduser()
-    for folder in (given / CHECKPOINTS, given):
-        if folder.is_dir() and is_checkpoint(folder):
-            find_tag(folder, None)
-            return folder.resolve()
-    raise CheckpointError(f"resume={resume}: there is no complete checkpoint in this folder")
-
-
-def _run_dir(config: LaunchConfig, resume: Path | None) -> Path:
+def _run_dir(config: LaunchConfig, source: Source | None) -> Path:
     run_dir = Path(config.run_dir).expanduser().resolve()
-    own = resume is not None and resume.parent == run_dir
+    own = config.resume == AUTO or (source is not None and source.folder.parent == run_dir)
     if (run_dir / METRICS).exists() and not own:
         continuing = is_checkpoint(run_dir / CHECKPOINTS)
         hint = f", or add resume={config.run_dir} to continue it" if continuing else ""
@@ -159,60 +193,78 @@ def check_overrides_are_used(config: LaunchConfig, overrides: list[str]) -> None
             )
 
 
-def make_job(config: LaunchConfig, extra_args: list[str]) -> tuple[Job, dict[str, Any]]:
-    """Check everything and return the job with its DeepSpeed config; writes nothing.
+def _script(config: LaunchConfig, run_dir: Path) -> tuple[Path, list[str]]:
+    """The script and the flags that the settings make."""
+    if config.script is None:
+        return builtin_script(), _builtin_flags(config, run_dir)
+    script = Path(config.script).expanduser().absolute()
+    if not script.is_file():
+        raise ConfigError(f"script={config.script} does not exist")
+    if config.data.path is not None or config.resume not in (None, AUTO):
+        key = "data.path" if config.data.path is not None else "resume"
+        raise ConfigError(
+            f"{key} is for the built-in script: pass your script its own arguments after `--`"
+            + (", or say resume=auto if it continues by itself" if key == "resume" else "")
+        )
+    return script, []
+
+
+def make_job(config: LaunchConfig, extra_args: list[str]) -> Job:
+    """Check everything that can be checked here and return the job; writes nothing.
 
     Raises:
         ConfigError, DataError, CheckpointError, NotImplementedYetError: what is wrong, in one sentence.
     """
-    if config.cluster.nodes > 1:
-        raise NotImplementedYetError(f"cluster.nodes={config.cluster.nodes}", "launch on one node")
-    deepspeed_config = _deepspeed_config(config)
-    resume = _resume_from(config.resume)
-    run_dir = _run_dir(config, resume)
+    nodes = find_nodes(config.cluster)
+    ranks = sum(node.slots for node in nodes)
+    deepspeed_config, batch = _deepspeed_config(config, ranks)
+    run_dir = Path(config.run_dir).expanduser().resolve()
+    source = find_source(config.resume, run_dir)
+    run_dir = _run_dir(config, source)
+    script, flags = _script(config, run_dir)
     given = [str(arg) for arg in config.script_args] + extra_args
-    if config.script is None:
-        script, flags = builtin_script(), _builtin_flags(config, run_dir, resume)
-        total_steps: int | None = config.train.steps
-    else:
-        script, flags, total_steps = Path(config.script).expanduser().absolute(), [], None
-        if not script.is_file():
-            raise ConfigError(f"script={config.script} does not exist")
-        if config.data.path is not None or resume is not None:
-            key = "data.path" if config.data.path is not None else "resume"
-            raise ConfigError(
-                f"{key} is for the built-in script: pass your script its own arguments after `--`"
-            )
     env = {**config.cluster.env, RUN_DIR_VARIABLE: str(run_dir)}
-    if backend := deepspeed_config.get("xtrain", {}).get("backend"):
-        env.setdefault(
-            "XTRAIN_BACKEND", backend
-        )  # for a script's own init_distributed(), which sees no config
-    job = Job(
+    backend = deepspeed_config.get("xtrain", {}).get("backend")
+    if backend:
+        # For a script's own init_distributed(), which sees no config.
+        env.setdefault("XTRAIN_BACKEND", backend)
+    return Job(
         run_dir=run_dir,
         script=script,
         script_args=[*flags, "--deepspeed", "--deepspeed_config", str(run_dir / "ds_config.json"), *given],
-        ranks=config.ranks,
+        nodes=nodes,
+        cluster=config.cluster,
         env=env,
-        stop_timeout=config.cluster.stop_timeout,
-        total_steps=total_steps,
+        deepspeed_config=deepspeed_config,
+        total_steps=config.train.steps if config.script is None else None,
         model=config.model.name if config.script is None else script.name,
-        resumable=config.script is None,
+        builtin=config.script is None,
+        source=source,
+        continues=config.resume == AUTO,
+        batch=batch,
+        keep=config.keep,
+        backend=backend or config.cluster.backend,
+        needs=model_states(config, deepspeed_config, ranks) if config.script is None else None,
     )
-    return job, deepspeed_config
 
 
-def saved_overrides(resume: str | None) -> list[str]:
-    """What the command line of a run said that is now resumed; its folder and its own resume excepted."""
-    path = Path(resume).expanduser() / OVERRIDES if resume else None
-    if path is None or not path.is_file():
+def saved_overrides(resume: str | None, run_dir: str, given: list[str], trusted: bool) -> list[str]:
+    """What the command line of a run said that is now resumed; its folder and its own resume excepted.
+
+    Raises:
+        ConfigError: the folder is somebody else's, and says what to run.
+    """
+    if resume is None:
         return []
-    return [item for item in json.loads(path.read_text()) if not item.startswith(("run_dir=", "resume="))]
+    path = Path(run_dir if resume == AUTO else resume).expanduser() / OVERRIDES
+    if not path.is_file():
+        return []
+    saved = [item for item in json.loads(path.read_text()) if not item.startswith(("run_dir=", "resume="))]
+    check_overrides(path, saved, given, trusted)
+    return saved
 
 
-def write_run_folder(
-    job: Job, tree: DictConfig, deepspeed_config: dict[str, Any], overrides: list[str]
-) -> TextIO:
+def write_run_folder(job: Job, tree: DictConfig, overrides: list[str]) -> TextIO:
     """Create the run folder with the resolved configuration.
 
     Returns:
@@ -230,13 +282,10 @@ def write_run_folder(
             raise ConfigError(
                 f"run_dir={job.run_dir} is in use by another launch: choose another folder"
             ) from None
-        for name in (STOP, STOPPED):
-            (job.run_dir / name).unlink(missing_ok=True)
-        for old in (job.run_dir / LOGS).glob("*.json"):
-            old.unlink()
-        write_text(job.run_dir / "config.yaml", OmegaConf.to_yaml(tree))
-        write_text(job.run_dir / "ds_config.json", json.dumps(deepspeed_config, indent=2) + "\n")
+        write_text(job.run_dir / CONFIG, OmegaConf.to_yaml(tree))
+        write_text(job.run_dir / "ds_config.json", job.config_for(job.ranks))
         write_text(job.run_dir / OVERRIDES, json.dumps(overrides))
+        sign(job.run_dir, [CONFIG, OVERRIDES])
     except OSError as error:
         raise DataError(f"run folder {job.run_dir} cannot be written: {error}") from None
     return lock

@@ -1,4 +1,4 @@
-"""Small facts about processes on Linux, used by the launcher, the agent and the ranks."""
+"""Small facts about processes on Linux, used by the launcher, the agents and the ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 
 def die_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = None) -> None:
@@ -24,9 +25,24 @@ def die_with_parent(signal_number: int = signal.SIGKILL, parent: int | None = No
         os.kill(os.getpid(), signal_number)
 
 
+def safe_path_flag() -> list[str]:
+    """Keep `python -m` from putting the current folder first on the path, where a `random.py` would hide
+    Python's own; Python 3.10 cannot."""
+    return ["-P"] if sys.version_info >= (3, 11) else []
+
+
 def signal_name(number: int) -> str:
     """ "SIGKILL" for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for what a process does: R runs, S sleeps, D waits for a disk or device, T is stopped, Z has
+    ended; empty when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""

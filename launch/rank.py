@@ -15,10 +15,12 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from xtrain.base import heartbeat
 from xtrain.base.errors import PeerLostError, RunInterrupted, XtrainError
-from xtrain.base.run_folder import RUN_DIR_VARIABLE
+from xtrain.base.run_folder import ATTEMPT_VARIABLE, RUN_DIR_VARIABLE, STORE_VARIABLE
 from xtrain.launch.failure import Failure, rank_log, write_failure
 from xtrain.launch.processes import die_with_parent
+from xtrain.launch.survey import STACKS_SIGNAL
 
 
 def _redirect_output(path: Path) -> None:
@@ -30,7 +32,21 @@ def _redirect_output(path: Path) -> None:
     os.close(descriptor)
 
 
+def _own_rank() -> int:
+    """From torchrun's variable, or from those of mpiexec."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    from xtrain.comm.launchers import launched
+
+    told = launched(os.environ)
+    return 0 if told is None else told.rank
+
+
 def _run(script: str, args: list[str]) -> None:
+    if STORE_VARIABLE in os.environ:
+        from xtrain.comm.store import serve_environment
+
+        serve_environment()  # for a script that calls torch.distributed.init_process_group() by itself
     sys.argv = [script, *args]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")
@@ -66,9 +82,13 @@ def _left(run_dir: Path, rank: int, leave: SystemExit) -> Failure:
 def main() -> int:
     """Run the script; returns the exit status of the rank."""
     die_with_parent()
-    faulthandler.enable()
-    run_dir, rank = Path(os.environ[RUN_DIR_VARIABLE]), int(os.environ["RANK"])
+    run_dir, rank = Path(os.environ[RUN_DIR_VARIABLE]), _own_rank()
     _redirect_output(rank_log(run_dir, rank))
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    heartbeat.start(rank)
+    if (attempt := os.environ.get(ATTEMPT_VARIABLE, "1")) != "1":
+        print(f"xtrain: start {attempt} of this run")
     try:
         _run(sys.argv[1], sys.argv[2:])
     except RunInterrupted as stop:

@@ -1,0 +1,309 @@
+"""One start of a run's ranks through agents: who answers, who gets which ranks, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from xtrain.base.errors import ConfigError
+from xtrain.base.run_folder import ATTEMPT_VARIABLE, LOGS
+from xtrain.launch.channel import Channel, Event
+from xtrain.launch.failure import Failure, from_json
+from xtrain.launch.hang import Pulses
+from xtrain.launch.job import Job
+from xtrain.launch.launchers.agents import agent_command, explain_silence
+from xtrain.launch.nodes import Layout, Node
+from xtrain.launch.processes import signal_name
+
+_PING = 1.0
+_SETTLE = 3.0
+"""Seconds after the first failure in which others may say what they know."""
+_STACKS = 5.0
+"""Seconds in which agents answer with stacks."""
+
+
+@dataclass
+class Outcome:
+    """How a start of the ranks has ended.
+
+    Attributes:
+        kind: "done", "stopped" (asked to, and saved), "failed", "hang" or "killed" (the user did not wait).
+        failures: what ranks or agents have said.
+        lost: nodes that have gone, and how.
+        suspect: of a hang, the rank that the others wait for, and why it is that one.
+    """
+
+    kind: str
+    failures: list[Failure] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+    suspect: tuple[int | None, str] = (None, "")
+
+
+class Agents:
+    """The agents of one start.
+
+    Attributes:
+        channels: by the name of the node, in the order of the job.
+        signalled: nodes whose agents got a signal of their own, and which.
+    """
+
+    def __init__(self, job: Job, nodes: Sequence[Node]) -> None:
+        self.job = job
+        self.channels: dict[str, Channel] = {}
+        self.signalled: dict[str, int] = {}
+        self.pulses = Pulses()
+        self._events: queue.Queue[tuple[Channel, Event]] = queue.Queue()
+        self._failures: list[Failure] = []
+        self._lost: dict[str, str] = {}
+        self._failing_since: float | None = None
+        self._stacks: dict[int, list[str]] = {}
+        self._stacks_since: float | None = None
+        self._next_ping = 0.0
+        for index, node in enumerate(nodes):
+            peer = nodes[index - 1].name if len(nodes) > 1 else None
+            self._open(node, peer)
+
+    def _open(self, node: Node, peer: str | None) -> None:
+        log = self.job.run_dir / LOGS / f"agent-{node.name}.log"
+        exported = {**os.environ, **self.job.cluster.env}
+        channel = Channel(node, agent_command(self.job.cluster, node), log, self._events, exported)
+        token = self.job.run_dir / "config.yaml"
+        files = [str(self.job.script)]
+        channel.introduce(
+            node=node.name,
+            peer=peer,
+            run_dir=str(self.job.run_dir),
+            token=str(token),
+            files=files,
+            backend=self.job.backend,
+        )
+        self.channels[node.name] = channel
+
+    def gather(self, patience: float, given_up: Callable[[], bool]) -> dict[str, str]:
+        """Wait until every agent has said what it has found, or is not going to; those that are absent, and why."""
+        until, absent = time.monotonic() + patience, {}
+        while not given_up():
+            self._take_events()
+            waiting = [c for c in self.channels.values() if c.hello is None and not c.closed]
+            if not waiting or time.monotonic() > until:
+                break
+            time.sleep(0.02)
+        for name, channel in list(self.channels.items()):
+            if channel.hello is None or channel.closed:
+                code = channel.process.poll()
+                absent[name] = explain_silence(channel.node, channel.printed(), code)
+                self.drop(name)
+        return absent
+
+    def drop(self, name: str) -> None:
+        """Go on without a node."""
+        self.channels.pop(name).end()
+        self._lost.pop(name, None)
+
+    def launch(self, layout: Layout, number: int, address: str, given_up: Callable[[], bool]) -> None:
+        """Start the ranks.
+
+        Args:
+            number: of this start of the run.
+            address: of the first node, for the others; loopback where there are no others.
+
+        Raises:
+            ConfigError: the first node cannot open the run's store, in one sentence.
+        """
+        first = self.channels[layout.placements[0].node.name]
+        secret = secrets.token_hex(32)
+        first.order("open", address=address, secret=secret, master_port=self.job.cluster.master_port)
+        opened = self._opened(first, given_up)
+        if opened is None:
+            return
+        job = self.job
+        common: dict[str, Any] = {
+            "run_dir": str(job.run_dir),
+            "secret": secret,
+            "store": opened["store"],
+            "master": [address, opened["master_port"]],
+            "nodes": len(layout.placements),
+            "node_timeout": job.cluster.node_timeout,
+            "files": {"ds_config.json": job.config_for(layout.ranks)},
+            "folder": os.getcwd(),
+            "command": job.rank_command(job.source),
+        }
+        for placement in layout.placements:
+            channel = self.channels[placement.node.name]
+            env = {**exported(), **job.env, ATTEMPT_VARIABLE: str(number)}
+            env.update(visible_devices(job, placement.node, placement.ranks))
+            env = {**interface(channel, address, job), **env}
+            channel.order(
+                "start",
+                **common,
+                node=placement.node.name,
+                node_rank=placement.index,
+                first_rank=placement.first_rank,
+                ranks=placement.ranks,
+                env=env,
+            )
+
+    def _opened(self, first: Channel, given_up: Callable[[], bool]) -> dict[str, Any] | None:
+        until = time.monotonic() + self.job.cluster.start_timeout
+        while not given_up():
+            try:
+                channel, event = self._events.get(timeout=0.1)
+            except queue.Empty:
+                if time.monotonic() > until:
+                    raise ConfigError(
+                        f"node {first.node.name}: its agent did not become ready within "
+                        f"{self.job.cluster.start_timeout:g} s (cluster.start_timeout): see {first.log}"
+                    ) from None
+                self._ping()
+                continue
+            if channel is first and event.name == "opened":
+                return event.about
+            if channel is first and event.name == "closed":
+                raise ConfigError(explain_silence(first.node, first.printed(), event.about["code"]))
+            self._take(channel, event)
+        return None
+
+    # While the ranks run.
+
+    def poll(self) -> Outcome | None:
+        """What has ended the start; None while it goes on."""
+        self._take_events()
+        self._ping()
+        channels = list(self.channels.values())
+        for channel in channels:
+            if not channel.done and not channel.closed and channel.silent > self.job.cluster.node_timeout:
+                self._lose(channel, f"has given no sign of life for {channel.silent:.0f} s")
+        if channels and all(channel.done for channel in channels):
+            return Outcome("stopped" if any(channel.stopped for channel in channels) else "done")
+        if self._failing_since is not None:
+            return self._failed(time.monotonic() - self._failing_since)
+        return self._hanging()
+
+    def _failed(self, waited: float) -> Outcome | None:
+        """The outcome when nothing more is to be learnt."""
+        known = self._lost or any(not failure.is_consequence for failure in self._failures)
+        silent = max((c.silent for c in self.channels.values() if not c.closed and not c.done), default=0.0)
+        # Ranks that only lost a connection: the node at its other end is about to be found silent, if it has gone.
+        patience = _SETTLE if known or silent < 2 * _PING + 1 else self.job.cluster.node_timeout + _SETTLE
+        heard = {failure.host for failure in self._failures} | set(self._lost)
+        if waited < patience and not (known and heard >= set(self.channels)):
+            return None
+        return Outcome("failed", list(self._failures), dict(self._lost))
+
+    def _hanging(self) -> Outcome | None:
+        if self._stacks_since is None:
+            if self.pulses.hangs(self.job.cluster.hang_timeout):
+                self._stacks_since = time.monotonic()
+                for channel in self.channels.values():
+                    channel.order("stacks")
+            return None
+        if not self.pulses.hangs(self.job.cluster.hang_timeout):
+            self._stacks_since = None  # it goes on after all
+            return None
+        if time.monotonic() - self._stacks_since < _STACKS:
+            return None
+        return Outcome("hang", suspect=self.pulses.suspect(self._stacks))
+
+    def _take_events(self) -> None:
+        while True:
+            try:
+                self._take(*self._events.get_nowait())
+            except queue.Empty:
+                return
+
+    def _take(self, channel: Channel, event: Event) -> None:
+        about = event.about
+        if event.name == "beat":
+            for rank, (step, count, state) in about["ranks"].items():
+                self.pulses.take(int(rank), step, count, state)
+        elif event.name == "stacks":
+            self._stacks.update({int(rank): frames for rank, frames in about["ranks"].items()})
+        elif event.name == "failed":
+            self._failures += [from_json(failure) for failure in about["failures"]]
+            self._failing_since = self._failing_since or time.monotonic()
+            channel.done = True
+        elif event.name == "done":
+            channel.done, channel.stopped = True, about["stopped"]
+        elif event.name == "ready":
+            channel.ready = True
+        elif event.name == "signalled":
+            self.signalled[channel.node.name] = about["signal"]
+        elif event.name == "closed" and channel.hello is not None and not channel.done:
+            self._lose(channel, _closing(about["code"], channel.printed()))
+
+    def _lose(self, channel: Channel, how: str) -> None:
+        if channel.node.name not in self._lost:
+            self._lost[channel.node.name] = how
+            self._failing_since = self._failing_since or time.monotonic()
+
+    def _ping(self) -> None:
+        if time.monotonic() > self._next_ping:
+            self._next_ping = time.monotonic() + _PING
+            for channel in self.channels.values():
+                channel.order("ping", sent=time.time())
+
+    def stop_ranks(self) -> None:
+        """Have all ranks save at the same step and leave."""
+        for channel in self.channels.values():
+            channel.order("stop")
+
+    def end(self, politely: bool) -> None:
+        """End agents and ranks.
+
+        Args:
+            politely: the ranks have ended by themselves.
+        """
+        for channel in self.channels.values():
+            channel.order("leave" if politely else "end")
+        for channel in self.channels.values():
+            channel.end()
+
+
+def _closing(code: int, printed: list[str]) -> str:
+    """How the connection to an agent has ended."""
+    if code < 0:
+        return f"has lost its agent, which was killed by {signal_name(-code)}"
+    said = f": {printed[-1].strip()}" if printed else ""
+    return f"has lost its agent (status {code}{said})"
+
+
+_EXPORTED = (
+    "XTRAIN_", "DS_", "DEEPSPEED_", "NCCL_", "GLOO_", "HCCL_", "RCCL_", "ASCEND_", "CUDA_", "HIP_", "ROCR_", "HSA_",
+    "UCX_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "HF_", "TOKENIZERS_", "WANDB_",
+)  # fmt: skip
+"""Beginnings of variables that ranks on other nodes get from this one, as those of DeepSpeed's launcher do."""
+_NOT_EXPORTED = ("XTRAIN_STORE", "XTRAIN_RUN_DIR", "XTRAIN_HEARTBEAT")
+
+
+def exported() -> dict[str, str]:
+    """Variables of this process that concern training."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_EXPORTED) and not name.startswith(_NOT_EXPORTED)
+    }
+
+
+def visible_devices(job: Job, node: Node, ranks: int) -> dict[str, str]:
+    """The variables that show a node's ranks the devices which are theirs, where not all are."""
+    if node.devices is None:
+        return {}
+    names = {"cuda": "CUDA_VISIBLE_DEVICES", "dcu": "HIP_VISIBLE_DEVICES", "ascend": "ASCEND_RT_VISIBLE_DEVICES"}
+    listed = ",".join(map(str, node.devices[:ranks]))
+    wanted = [names[job.backend]] if job.backend in names else list(names.values()) if job.backend is None else []
+    return dict.fromkeys(wanted, listed)
+
+
+def interface(channel: Channel, address: str, job: Job) -> dict[str, str]:
+    """Which network interface libraries take: loopback where all ranks are on one node, else the cluster's."""
+    if job.cluster.interface is not None and not address.startswith("127."):
+        return {f"{name}_SOCKET_IFNAME": job.cluster.interface for name in ("GLOO", "NCCL", "HCCL", "TP")}
+    if address.startswith("127."):
+        return {"GLOO_SOCKET_IFNAME": "lo"}
+    found = (channel.hello or {}).get("interface")
+    return {"GLOO_SOCKET_IFNAME": found} if found else {}

@@ -1,0 +1,156 @@
+"""torchrun's agent, as the agents of a run use it: ranks are numbered by the launcher, and meet at the run's own store.
+
+torchrun's c10d rendezvous is not used: it unpickles what it finds in a store that everybody can reach.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+
+from xtrain.comm import store as run_store
+
+_GRACE = 2.0
+"""Seconds in which the other ranks of a node may notice by themselves that one has failed, and say so."""
+
+
+def open_store(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The run's store, on this node's address; and where it and the script's MASTER_PORT are."""
+    server = run_store.Server(order["address"], bytes.fromhex(order["secret"]))
+    host, port = server.address
+    return server, {"store": [host, port], "master_port": order["master_port"] or _free_port(order["address"])}
+
+
+def _free_port(address: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Assigned(RendezvousHandler):
+    """Who meets is settled: the launcher has numbered the nodes."""
+
+    def __init__(self, order: dict[str, Any], store: Any) -> None:
+        self._order, self._store = order, store
+
+    def get_backend(self) -> str:
+        """A name for logs."""
+        return "xtrain"
+
+    @property
+    def use_agent_store(self) -> bool:
+        """False: the ranks find the store by XTRAIN_STORE."""
+        return False
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """This node's number, and the address for the script."""
+        order = self._order
+        master = RendezvousStoreInfo(order["master"][0], order["master"][1])
+        return RendezvousInfo(self._store, order["node_rank"], order["nodes"], master)
+
+    def is_closed(self) -> bool:
+        """Never: the launcher ends agents."""
+        return False
+
+    def set_closed(self) -> None:
+        """The launcher ends agents; there is nothing to tell the others."""
+
+    def num_nodes_waiting(self) -> int:
+        """None: a node that comes is told to the launcher, which starts anew."""
+        return 0
+
+    def get_run_id(self) -> str:
+        """The run folder's name."""
+        return str(os.path.basename(self._order["run_dir"]))
+
+    def shutdown(self) -> bool:
+        """There is nothing to close."""
+        return True
+
+
+class _NodeAgent(LocalElasticAgent):
+    """torchrun's agent, but for how it ends ranks.
+
+    torchrun sends SIGTERM and waits 30 s. On SIGTERM our ranks save a checkpoint, which they cannot when one of them is
+    gone: so they get a moment to notice that, and are then killed. Only what failed by itself is told as failed.
+    """
+
+    def __init__(self, spec: WorkerSpec, started: Callable[[dict[int, int]], None]) -> None:
+        super().__init__(spec, DefaultLogsSpecs(), exit_barrier_timeout=0)
+        self._told = started
+        self.codes: dict[int, int] = {}
+
+    def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+        pids = super()._start_workers(worker_group)
+        context: Any = self._pcontext
+        handlers, ranks = context.subprocess_handlers, {w.local_rank: w.global_rank for w in worker_group.workers}
+        close = context.close
+
+        def codes() -> dict[int, int]:
+            found = {ranks[local]: handler.proc.poll() for local, handler in handlers.items()}
+            return {rank: code for rank, code in found.items() if code is not None}
+
+        def end(death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+            until = time.monotonic() + _GRACE
+            while len(codes()) < len(handlers) and time.monotonic() < until:
+                time.sleep(0.05)
+            self.codes = self.codes or {rank: code for rank, code in codes().items() if code}
+            close(signal.SIGKILL, timeout)
+
+        context.close = end
+        self._told({ranks[local]: pid for local, pid in pids.items()})
+        return pids
+
+    def _exit_barrier(self) -> None:
+        """The launcher knows when all nodes are done."""
+
+
+def run_ranks(order: dict[str, Any], started: Callable[[dict[int, int]], None]) -> dict[int, int]:
+    """Start the node's ranks and wait for their end; exit codes of those that failed by themselves.
+
+    Args:
+        order: of the launcher.
+        started: told the process of each rank.
+    """
+    os.environ.update(order["env"])
+    os.environ["XTRAIN_STORE_SECRET"] = order["secret"]
+    host, port = order["store"]
+    secret = bytes.fromhex(order["secret"])
+    relay = None
+    if order["node_rank"] > 0:
+        relay = run_store.Relay(host, port, secret)
+        host, port = relay.address
+    os.environ["XTRAIN_STORE"] = f"{host}:{port}"
+    if order["folder"] is not None:
+        os.chdir(order["folder"])
+    spec = WorkerSpec(
+        role="default",
+        local_world_size=order["ranks"],
+        entrypoint=sys.executable,
+        args=("-u", *order["command"]),
+        rdzv_handler=Assigned(order, run_store.RunStore(host, port, secret, timedelta(minutes=5))),
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    agent = _NodeAgent(spec, started)
+    try:
+        result = agent.run()
+    finally:
+        if relay is not None:
+            relay.close()
+    if result.is_failed():
+        first = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        return agent.codes or first
+    return {}
