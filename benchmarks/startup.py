@@ -90,7 +90,7 @@ def tcp_rank(rank: int, ranks: int, port: int, begin: Any, pipe: Any) -> None:
         times,
         "group",
         lambda: dist.init_process_group(
-            "gloo", store=together.group_store, rank=rank, world_size=ranks, timeout=timeout
+            "gloo", store=together.group_store(timeout), rank=rank, world_size=ranks, timeout=timeout
         ),
     )
     _the_rest(times, timeout)

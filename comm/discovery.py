@@ -34,6 +34,8 @@ class Place:
     master_port: int | None
     source: str
     extra: Mapping[str, str] = field(default_factory=dict)
+    one_host: bool = field(default=False, compare=False)
+    """Whether it is known that all ranks are on one host, which other launchers say otherwise or not at all."""
 
     def environment(self) -> dict[str, str]:
         """The place as torchrun would put it into the environment."""
@@ -224,7 +226,9 @@ def _located(env: Environment, who: _Who, port: int, address_needed: bool, ask: 
         raise ConfigError(f"{who.said} is set but MASTER_ADDR is not: set it to the host of rank 0")
     source = who.said if told is None else f"{told.launcher}, {told.said}"
     extra = {} if told is None else told.extra
-    return Place(who.rank, who.size, local_rank, address, _port(env, told, port), source, extra)
+    # An address that only this host reaches has no ranks on others.
+    one_host = one_host or address in (LOOPBACK, "localhost")
+    return Place(who.rank, who.size, local_rank, address, _port(env, told, port), source, extra, one_host)
 
 
 # ---------------------------------------------------------------- all together

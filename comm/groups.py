@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from xtrain.backends import registry
 from xtrain.base.errors import BackendError, ConfigError, unknown_name
 from xtrain.base.log import log_dist
-from xtrain.comm import discovery, libraries, mpi, rendezvous, shm
+from xtrain.comm import discovery, libraries, mpi, rendezvous, shm, tcp_store
 from xtrain.comm.launchers import launched
 
 TORCH_DISTRIBUTED_DEFAULT_PORT = discovery.DEFAULT_PORT
@@ -192,6 +192,8 @@ def _find_place(
     )
     if place is not None:
         os.environ.update(place.environment())
+        if place.one_host:
+            tcp_store.keep_gloo_on_this_host()
     return place
 
 
@@ -215,12 +217,13 @@ def _start(library: str, init_method: str | None, rank: int, world_size: int, ti
         if alone:
             store: dist.Store = dist.HashStore()
             rank = 0
+            tcp_store.keep_gloo_on_this_host()
         else:
             store, rank, world_size = rendezvous.open_store(library, init_method, rank, world_size, timeout)
             store.set_timeout(timeout)
             together = rendezvous.Rendezvous(store, address, library, rank, world_size)
             together.join(timeout)
-            store = together.group_store
+            store = together.group_store(timeout)
         dist.init_process_group(library, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except BackendError:
         raise

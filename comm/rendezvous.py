@@ -19,6 +19,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from xtrain.base.errors import BackendError
+from xtrain.comm import store as run_store
+from xtrain.comm import tcp_store
+from xtrain.comm.store.client import RunStore
 from xtrain.comm.whereabouts import Whereabouts
 
 _NAMED = 16
@@ -96,7 +99,8 @@ def _runs(pid: int) -> bool:
 def open_store(
     library: str, init_method: str | None, rank: int, world_size: int, timeout: timedelta
 ) -> tuple[dist.Store, int, int]:
-    """The store at MASTER_ADDR and MASTER_PORT (init_method None) or where `init_method` says, rank and world size.
+    """The run's store (XTRAIN_STORE), or one at MASTER_ADDR and MASTER_PORT (init_method None), or where `init_method`
+    says; rank and world size.
 
     Raises:
         BackendError: it cannot be reached or opened; names library, rank, address and cause.
@@ -105,19 +109,16 @@ def open_store(
         store, rank, world_size = next(iter(dist.rendezvous(init_method, rank, world_size, timeout=timeout)))
         return store, rank, world_size
     if os.environ.get(_AGENT_STORE) == "True":
+        # torchrun's own, also where it was started by a rank that has a run's store.
         store, _, _ = next(iter(dist.rendezvous("env://", rank, world_size, timeout=timeout)))
         return store, rank, world_size
+    if run_store.is_stated():
+        return run_store.from_environment(timeout), rank, world_size
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     place = f"backend {library}, rank {rank} of {world_size}"
     try:
-        # Not waiting here for the others lets `join` say who is missing.
-        return (
-            dist.TCPStore(
-                host, port, world_size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True
-            ),
-            rank,
-            world_size,
-        )
+        opened = tcp_store.open_master if rank == 0 else tcp_store.open_client
+        return opened(host, port, world_size, timeout), rank, world_size
     except RuntimeError as error:
         cause = first_line(error)
         if "EADDRINUSE" in cause or "in use" in cause:
@@ -144,7 +145,10 @@ class Rendezvous:
 
     def __init__(self, store: dist.Store, address: str, library: str, rank: int, world_size: int) -> None:
         self._address, number = address, _held[address]
-        self.group_store = dist.PrefixStore(f"default_pg/{number}", store)
+        self._keys, self._is_run_store = (
+            dist.PrefixStore(f"default_pg/{number}", store),
+            isinstance(store, RunStore),
+        )
         self._store = dist.PrefixStore(f"xtrain/{number}", store)
         self._library, self._rank, self._size = library, rank, world_size
         self._hosts: dict[int, tuple[str, int]] = {}
@@ -179,6 +183,16 @@ class Rendezvous:
             let_all_read(store, "read", self._rank, self._size, timeout.total_seconds())
             raise BackendError(text)
         _held[self._address] += 1  # only together, so that ranks agree after one that failed
+
+    def group_store(self, timeout: timedelta) -> dist.Store:
+        """The store for the process group that they are about to make: apart from that of other starts.
+
+        Raises:
+            BackendError: see `store.environment.group_store`.
+        """
+        if not self._is_run_store:
+            return self._keys
+        return run_store.group_store(self._keys, self._library, self._rank, self._size, timeout)
 
     def _about(self, rank: int) -> dict[str, str]:
         found: dict[str, str] = json.loads(self._store.get(f"rank {rank}"))

@@ -53,6 +53,7 @@ def parse_args(argv=None):
         "--save-interval", type=int, default=0, help="steps between checkpoints; 0: only at the end"
     )
     train.add_argument("--load", help="folder of the checkpoint to continue from")
+    train.add_argument("--load-tag", help="the checkpoint in it; default: the latest")
     train.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.add_config_arguments(parser)
     return parser.parse_args(argv)
@@ -174,7 +175,7 @@ def main(argv=None):
         config_params=None if args.deepspeed_config else default_config(args),
     )
     if args.load:
-        path, _ = engine.load_checkpoint(args.load)
+        path, _ = engine.load_checkpoint(args.load, tag=args.load_tag)
         if path is None:
             raise XtrainError(f"--load {args.load}: there is no checkpoint in this folder")
     engine.train()

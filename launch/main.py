@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from xtrain.base.run_folder import CURVE, METRICS
 from xtrain.launch.compose import compose_config
+from xtrain.launch.describe import describe
 from xtrain.launch.job import Job, check_overrides_are_used, make_job, saved_overrides, write_run_folder
 from xtrain.launch.supervisor import Supervisor
 
@@ -28,11 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config-dir", help="a folder with more choices: cluster/mine.yaml, model/mine.yaml, ..."
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-
-
-def _describe(job: Job) -> str:
-    env = " ".join(f"{key}={shlex.quote(value)}" for key, value in sorted(job.env.items()))
-    return f"{env} {shlex.join(job.agent_command)}"
+    parser.add_argument(
+        "--trust", action="store_true", help="run what the folder of resume= says, although you did not write it"
+    )
 
 
 def _title(job: Job) -> str:
@@ -58,18 +56,18 @@ def run(args: argparse.Namespace, script_args: list[str], draw: Draw) -> int:
     console = Console()
     config, tree = compose_config(args.overrides, args.config_dir)
     # A resumed run starts from what its own command line said; what is said now comes after it and wins.
-    overrides = [*saved_overrides(config.resume), *args.overrides]
+    saved = saved_overrides(config.resume, config.run_dir, args.overrides, args.trust)
+    overrides = [*saved, *(item for item in args.overrides if item not in saved)]
     if overrides != args.overrides:
         config, tree = compose_config(overrides, args.config_dir)
     check_overrides_are_used(config, overrides)
-    job, deepspeed_config = make_job(config, script_args)
+    job = make_job(config, script_args)
     if args.dry_run:
-        print(_describe(job))
+        print(describe(job))
         return 0
     # config.yaml is to say all that this run was started with: `xtrain align --bisect` starts it again.
     tree.script_args = [*config.script_args, *script_args]
-    lock = write_run_folder(job, tree, deepspeed_config, overrides)
-    with lock:
+    with write_run_folder(job, tree, overrides):
         console.print(
             f"{_title(job)}, run folder {job.run_dir}", highlight=False, soft_wrap=True, markup=False
         )

@@ -15,10 +15,12 @@ from typing import Any
 
 from xtrain.align.recorder import Recorder
 from xtrain.backends import Backend, EmulatingBackend
+from xtrain.base import heartbeat
 from xtrain.base.errors import ConfigError, RunInterrupted
 from xtrain.base.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE, STOP, STOPPED
 from xtrain.config import XtrainConfig
 from xtrain.config.schema import RecordConfig
+from xtrain.engine.hooks import Hooks
 
 _engines: list[weakref.ref[Any]] = []
 """Every engine of this process that was started in a run folder, in order of creation."""
@@ -73,10 +75,13 @@ def attach(
     )
 
     def stop_if_asked(engine: Any) -> None:
+        heartbeat.beat(engine.global_steps)
         if recorder.raised and run_dir is not None:
             _save_all(run_dir)
             if engine.global_rank == 0:
                 (run_dir / STOPPED).touch()
             raise RunInterrupted(f"stopped after step {engine.global_steps}")
 
+    if isinstance(hooks := getattr(engine, "train_hooks", None), Hooks):
+        hooks.before_forward.append(lambda *_: heartbeat.beat())
     recorder.attach(engine, after_step=stop_if_asked)
