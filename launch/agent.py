@@ -89,6 +89,8 @@ class Agent:
                 self._write_stacks()
             else:
                 self.orders.put(order)
+                if what == "leave":
+                    return  # the launcher hangs up now
         end_everything("the launcher has gone, or the connection to it")
 
     def watch(self) -> None:
@@ -221,7 +223,6 @@ def main() -> int:
         threading.Thread(target=target, daemon=True).start()
     import xtrain.launch.elastic_agent  # noqa: F401  # torch, which takes seconds: while the launcher asks the other nodes
 
-    voice.say("ready")
     return agent.run()
 
 

@@ -176,7 +176,7 @@ class Agents:
         self._ping()
         channels = list(self.channels.values())
         for channel in channels:
-            if not channel.done and not channel.closed and channel.silent > self.job.cluster.node_timeout:
+            if not channel.ended and channel.silent > self.job.cluster.node_timeout:
                 self._lose(channel, f"has given no sign of life for {channel.silent:.0f} s")
         if channels and all(channel.done for channel in channels):
             return Outcome("stopped" if any(channel.stopped for channel in channels) else "done")
@@ -187,7 +187,7 @@ class Agents:
     def _failed(self, waited: float) -> Outcome | None:
         """The outcome when nothing more is to be learnt."""
         known = self._lost or any(not failure.is_consequence for failure in self._failures)
-        silent = max((c.silent for c in self.channels.values() if not c.closed and not c.done), default=0.0)
+        silent = max((c.silent for c in self.channels.values() if not c.ended), default=0.0)
         # Ranks that only lost a connection: the node at its other end is about to be found silent, if it has gone.
         patience = _SETTLE if known or silent < 2 * _PING + 1 else self.job.cluster.node_timeout + _SETTLE
         heard = {failure.host for failure in self._failures} | set(self._lost)
@@ -226,14 +226,12 @@ class Agents:
         elif event.name == "failed":
             self._failures += [from_json(failure) for failure in about["failures"]]
             self._failing_since = self._failing_since or time.monotonic()
-            channel.done = True
+            channel.failed = True
         elif event.name == "done":
             channel.done, channel.stopped = True, about["stopped"]
-        elif event.name == "ready":
-            channel.ready = True
         elif event.name == "signalled":
             self.signalled[channel.node.name] = about["signal"]
-        elif event.name == "closed" and channel.hello is not None and not channel.done:
+        elif event.name == "closed" and channel.hello is not None and not (channel.done or channel.failed):
             self._lose(channel, _closing(about["code"], channel.printed()))
 
     def _lose(self, channel: Channel, how: str) -> None:

@@ -46,7 +46,7 @@ class Channel:
     ) -> None:
         self.node, self.log = node, log
         self.hello: dict[str, Any] | None = None
-        self.ready = self.done = self.stopped = self.closed = False
+        self.done = self.failed = self.stopped = self.closed = False
         self._events, self._heard = events, time.monotonic()
         self._log_start = log.stat().st_size if log.exists() else 0
         self._lock = threading.Lock()
@@ -80,6 +80,11 @@ class Channel:
         code = self.process.wait()
         self.closed = True
         self._events.put((self, Event(self.node, "closed", {"code": code})))
+
+    @property
+    def ended(self) -> bool:
+        """Whether its ranks, or the agent itself, have ended."""
+        return self.done or self.failed or self.closed
 
     @property
     def silent(self) -> float:
