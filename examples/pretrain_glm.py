@@ -52,6 +52,9 @@ def parse_args(argv=None):
     train.add_argument(
         "--save-interval", type=int, default=0, help="steps between checkpoints; 0: only at the end"
     )
+    train.add_argument(
+        "--continue", dest="go_on", action="store_true", help="continue from what --save holds, if anything"
+    )
     train.add_argument("--load", help="folder of the checkpoint to continue from")
     train.add_argument("--load-tag", help="the checkpoint in it; default: the latest")
     train.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", "0")))
@@ -174,7 +177,9 @@ def main(argv=None):
         dist_init_required=False,
         config_params=None if args.deepspeed_config else default_config(args),
     )
-    if args.load:
+    if args.go_on:
+        engine.load_checkpoint(args.save)
+    elif args.load:
         path, _ = engine.load_checkpoint(args.load, tag=args.load_tag)
         if path is None:
             raise XtrainError(f"--load {args.load}: there is no checkpoint in this folder")

@@ -1,4 +1,4 @@
-"""The agent of one node: `python -m xtrain.launch.agent`. Starts the node's ranks with torchrun's agent, and watches them.
+"""The agent of one node: `python -m xtrain.launch.agent`. Starts the node's ranks with torchrun's agent; watches them.
 
 The launcher sends orders to its standard input and reads what it says from its standard output, one JSON object a line:
 over a pipe, ssh or srun, so that the agent opens no port for it, and nothing but the user's own login gives access.
@@ -41,7 +41,7 @@ class Voice:
     """What the agent says to the launcher; from any thread."""
 
     def __init__(self) -> None:
-        # What others print must not get between the lines: it goes to standard error, which the launcher keeps as a log.
+        # What others print must not get between the lines: it goes to standard error, which becomes the agent's log.
         self._file: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         self._lock = threading.Lock()
@@ -152,7 +152,10 @@ class Agent:
             order = self.orders.get()
         self._start = order
         self._patience = order["node_timeout"]
-        run_dir, ranks = Path(order["run_dir"]), range(order["first_rank"], order["first_rank"] + order["ranks"])
+        run_dir, ranks = (
+            Path(order["run_dir"]),
+            range(order["first_rank"], order["first_rank"] + order["ranks"]),
+        )
         (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
         for name, text in order["files"].items():
             if not (run_dir / name).is_file() or (run_dir / name).read_text() != text:

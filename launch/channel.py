@@ -42,7 +42,12 @@ class Channel:
     """
 
     def __init__(
-        self, node: Node, command: list[str], log: Path, events: queue.Queue[tuple[Channel, Event]], environment: dict[str, str]
+        self,
+        node: Node,
+        command: list[str],
+        log: Path,
+        events: queue.Queue[tuple[Channel, Event]],
+        environment: dict[str, str],
     ) -> None:
         self.node, self.log = node, log
         self.hello: dict[str, Any] | None = None
@@ -101,7 +106,10 @@ class Channel:
 
     def _write(self, about: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        with self._lock, suppress(BrokenPipeError, ValueError):  # ValueError: closed, because the agent is being ended
+        with (
+            self._lock,
+            suppress(BrokenPipeError, ValueError),
+        ):  # ValueError: closed, because the agent is being ended
             self.process.stdin.write(json.dumps(about).encode() + b"\n")
             self.process.stdin.flush()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from xtrain.base.errors import CheckpointError, ConfigError
+from xtrain.base.errors import CheckpointError
 from xtrain.base.files import remove, write_text
 from xtrain.base.run_folder import CHECKPOINTS
 from xtrain.checkpoint.contents import (
@@ -43,11 +43,11 @@ def check_whole(directory: Path) -> None:
 
 def newest_whole(folder: Path) -> tuple[str | None, list[str]]:
     """The newest checkpoint of a folder whose files are as they were written, and what is wrong with newer ones."""
-    damage = []
-    tags = complete_tags(folder)[::-1]
-    named = latest_tag(folder) if tags else None
+    damage: list[str] = []
+    tags = complete_tags(folder)[::-1] if folder.is_dir() else []
+    named = newest_tag(folder)
     if named in tags:  # what `latest` names is the newest, whatever the clocks of file systems say
-        tags = [named, *(tag for tag in tags if tag != named)]  # type: ignore[list-item]
+        tags = [named, *(tag for tag in tags if tag != named)]
     for tag in tags:
         try:
             check_whole(folder / tag)
@@ -59,8 +59,8 @@ def newest_whole(folder: Path) -> tuple[str | None, list[str]]:
 
 
 def make_newest_whole(folder: Path) -> tuple[str | None, list[str]]:
-    """As `newest_whole`, in the run's own folder: damaged ones are put aside (hidden, not removed), and `latest` names the
-    one that is left, so that a script that loads the latest finds it."""
+    """As `newest_whole`, in the run's own folder: damaged ones are put aside (hidden, not removed), and `latest` names
+    the one that is left, so that a script that loads the latest finds it."""
     tag, damage = newest_whole(folder)
     if not damage:
         return tag, damage
@@ -123,12 +123,9 @@ def usable(source: Source) -> tuple[Source, list[str]]:
 
 def prune(folder: Path, keep: int) -> list[str]:
     """Remove the oldest complete checkpoints beyond `keep`, never what `latest` names; their tags."""
-    if keep < 1:
-        raise ConfigError(f"keep={keep} must be at least 1")
-    try:
-        named = latest_tag(folder)
-    except CheckpointError:
-        return []  # told when it is to be loaded; nothing is removed meanwhile
+    named = newest_tag(folder)
+    if named is None:
+        return []  # there is nothing, or it is told when it is to be loaded
     old = [tag for tag in complete_tags(folder)[:-keep] if tag != named]
     for tag in old:
         hidden = folder / f".{tag}.pruned"
@@ -136,3 +133,13 @@ def prune(folder: Path, keep: int) -> list[str]:
         (folder / tag).rename(hidden)  # incomplete at once, so that nobody begins to load it
         remove(hidden)
     return old
+
+
+def newest_tag(folder: Path) -> str | None:
+    """What `latest` names in a run's own folder; None when there is nothing, or it cannot be read."""
+    if not folder.is_dir():
+        return None
+    try:
+        return latest_tag(folder)
+    except CheckpointError:
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from xtrain.launch.attempt import visible_devices
+from xtrain.launch.environment import visible_devices
 from xtrain.launch.job import Job
 from xtrain.launch.launchers.agents import agent_command
 from xtrain.launch.nodes import Layout, place

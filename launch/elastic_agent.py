@@ -29,7 +29,10 @@ def open_store(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The run's store, on this node's address; and where it and the script's MASTER_PORT are."""
     server = run_store.Server(order["address"], bytes.fromhex(order["secret"]))
     host, port = server.address
-    return server, {"store": [host, port], "master_port": order["master_port"] or _free_port(order["address"])}
+    return server, {
+        "store": [host, port],
+        "master_port": order["master_port"] or _free_port(order["address"]),
+    }
 
 
 def _free_port(address: str) -> int:
@@ -95,7 +98,10 @@ class _NodeAgent(LocalElasticAgent):
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         pids = super()._start_workers(worker_group)
         context: Any = self._pcontext
-        handlers, ranks = context.subprocess_handlers, {w.local_rank: w.global_rank for w in worker_group.workers}
+        handlers, ranks = (
+            context.subprocess_handlers,
+            {w.local_rank: w.global_rank for w in worker_group.workers},
+        )
         close = context.close
 
         def codes() -> dict[int, int]:

@@ -71,6 +71,12 @@ def write_failure(run_dir: Path, failure: Failure) -> None:
     _failure_file(run_dir, failure.rank).write_text(json.dumps(asdict(failure)))
 
 
+def read_failure(run_dir: Path, rank: int) -> Failure | None:
+    """What a rank has written on its way out; None when it has not."""
+    path = _failure_file(run_dir, rank)
+    return from_json(json.loads(path.read_text())) if path.exists() else None
+
+
 def forget_failures(run_dir: Path, ranks: Iterable[int]) -> None:
     """Remove what ranks wrote in an earlier start of the run."""
     for rank in ranks:
@@ -106,8 +112,7 @@ def own_failures(run_dir: Path, exit_codes: dict[int, int], host: str) -> list[d
     """Of the ranks that failed by themselves: what they wrote, or what their exit codes say; as JSON."""
     found = []
     for rank, code in sorted(exit_codes.items()):
-        path = _failure_file(run_dir, rank)
-        failure = from_json(json.loads(path.read_text())) if path.exists() else killed(rank, code)
+        failure = read_failure(run_dir, rank) or killed(rank, code)
         lines = tuple(last_lines(rank_log(run_dir, rank)))
         found.append(asdict(replace(failure, host=host, lines=lines)))
     return found

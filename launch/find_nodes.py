@@ -32,7 +32,9 @@ def find_nodes(cluster: ClusterSection) -> list[Node]:
         return _allocated(cluster)
     names = ["localhost"] if cluster.launcher == "mpi" else [f"node{index}" for index in range(cluster.nodes)]
     if cluster.launcher == "mpi" and cluster.nodes > 1:
-        raise ConfigError(f"cluster.nodes={cluster.nodes} under mpiexec: name them in cluster.hosts or cluster.hostfile")
+        raise ConfigError(
+            f"cluster.nodes={cluster.nodes} under mpiexec: name them in cluster.hosts or cluster.hostfile"
+        )
     return [Node(name, cluster.ranks_per_node) for name in names]
 
 
@@ -45,16 +47,22 @@ def _named(cluster: ClusterSection) -> list[Node]:
     if cluster.hosts and cluster.hostfile:
         raise ConfigError("cluster.hosts and cluster.hostfile both name machines: take one of them")
     if cluster.hosts:
-        lines = [line if "slots=" in line else f"{line} slots={cluster.ranks_per_node}" for line in cluster.hosts]
+        lines = [
+            line if "slots=" in line else f"{line} slots={cluster.ranks_per_node}" for line in cluster.hosts
+        ]
         slots: dict[str, int] | None = hostfile.parse_lines(lines, "cluster.hosts")
     else:
         path = cluster.hostfile or DEFAULT_HOSTFILE
         slots = hostfile.read(path)
         if slots is None:
-            raise ConfigError(f"there is no hostfile {path}: name the machines with cluster.hosts=[a,b] or cluster.hostfile")
+            raise ConfigError(
+                f"there is no hostfile {path}: name the machines with cluster.hosts=[a,b] or cluster.hostfile"
+            )
     assert slots is not None
     chosen = hostfile.select(
-        {host: list(range(count)) for host, count in slots.items()}, cluster.include or "", cluster.exclude or ""
+        {host: list(range(count)) for host, count in slots.items()},
+        cluster.include or "",
+        cluster.exclude or "",
     )
     nodes = [
         node if node.devices != tuple(range(slots[node.name])) else Node(node.name, node.slots)
@@ -70,9 +78,14 @@ def _named(cluster: ClusterSection) -> list[Node]:
 def _allocated(cluster: ClusterSection) -> list[Node]:
     """Of the allocation that this process is in."""
     if shutil.which("scontrol") is None:
-        raise ConfigError("SLURM_JOB_NODELIST is set, but there is no scontrol: put Slurm's commands on the PATH")
+        raise ConfigError(
+            "SLURM_JOB_NODELIST is set, but there is no scontrol: put Slurm's commands on the PATH"
+        )
     found = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=False
+        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     names = found.stdout.split()
     if found.returncode or not names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _WAITS_IN = ("/comm/", "torch/distributed")
@@ -14,7 +14,7 @@ _TOP = 12
 
 @dataclass
 class Pulse:
-    """What was last heard of a rank: its step, how often it has said that it goes on, its process's state, since when."""
+    """What was last heard of a rank: its step, its signs of life, its process's state, and since when it is quiet."""
 
     step: int
     count: int
@@ -49,7 +49,9 @@ class Pulses:
     def frozen(self, seconds: float) -> list[int]:
         """Ranks that were stopped (SIGSTOP, a debugger) and have not gone on for so long."""
         now = time.monotonic()
-        return [rank for rank, pulse in self.ranks.items() if pulse.state == "T" and now - pulse.since > seconds]
+        return [
+            rank for rank, pulse in self.ranks.items() if pulse.state == "T" and now - pulse.since > seconds
+        ]
 
     def hangs(self, seconds: float) -> bool:
         """Whether nothing goes on any more."""
@@ -57,19 +59,24 @@ class Pulses:
             return False
         return (self.begun and self.quiet > seconds) or bool(self.frozen(seconds))
 
-    def suspect(self, stacks: dict[int, Sequence[str]]) -> tuple[int | None, str]:
+    def suspect(self, stacks: Mapping[int, Sequence[str]]) -> tuple[int | None, str]:
         """The rank that the others wait for, if it can be told, and why it is that one.
 
         Args:
             stacks: innermost frames of each rank's main thread, where it could write them.
         """
         quiet = f"{self.quiet:.0f} s"
-        for state, what in (("T", "is stopped (SIGSTOP or a debugger)"), ("D", "waits for a disk or a device")):
+        for state, what in (
+            ("T", "is stopped (SIGSTOP or a debugger)"),
+            ("D", "waits for a disk or a device"),
+        ):
             if len(found := [rank for rank, pulse in self.ranks.items() if pulse.state == state]) >= 1:
                 return min(found), f"{what} and has not gone on for {quiet}"
         outside = [rank for rank, frames in stacks.items() if not _waits(frames)]
         if len(outside) == 1 and len(stacks) > 1:
-            return outside[0], f"has not gone on for {quiet}, in {stacks[outside[0]][0]}; the others wait for it"
+            return outside[
+                0
+            ], f"has not gone on for {quiet}, in {stacks[outside[0]][0]}; the others wait for it"
         counts = {rank: pulse.count for rank, pulse in self.ranks.items()}
         behind = [rank for rank, count in counts.items() if count == min(counts.values())]
         if len(behind) == 1 and len(counts) > 1:
@@ -92,4 +99,3 @@ def frames_of(text: str) -> list[str]:
         elif inside and line.startswith("  File "):
             frames.append(line.strip().removeprefix("File "))
     return frames
-

@@ -42,7 +42,9 @@ def parse_lines(lines: Iterable[str], source: str) -> dict[str, int]:
         if host in hosts:
             raise ConfigError(f"{source}, line {number}: host {host!r} is there a second time")
         if slots == 0:
-            raise ConfigError(f"{source}, line {number}: {host!r} has no slot; remove the line, or give it one")
+            raise ConfigError(
+                f"{source}, line {number}: {host!r} has no slot; remove the line, or give it one"
+            )
         hosts[host] = slots
     if not hosts:
         raise ConfigError(f"{source} names no host: a line for each is needed, such as `worker-0 slots=4`")
@@ -104,7 +106,9 @@ def select(hosts: Mapping[str, Sequence[int]], include: str = "", exclude: str =
     for host, all_slots in hosts.items():
         # A host without a list of slots is meant as a whole.
         chosen = set(named[host] or all_slots) if host in named else set()
-        left[host] = list(all_slots) if not named else [s for s in all_slots if (s in chosen) == bool(include)]
+        left[host] = (
+            list(all_slots) if not named else [s for s in all_slots if (s in chosen) == bool(include)]
+        )
     return {host: slots for host, slots in left.items() if slots}
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from xtrain.base.files import write_text
 from xtrain.base.run_folder import CURVE, METRICS
 from xtrain.launch.compose import compose_config
 from xtrain.launch.describe import describe
+from xtrain.launch.find_nodes import in_allocation
 from xtrain.launch.job import Job, check_overrides_are_used, make_job, saved_overrides, write_run_folder
+from xtrain.launch.launchers import kubernetes, slurm
 from xtrain.launch.supervisor import Supervisor
 
 Draw = Callable[[Path, Path, str, str], dict[int, float]]
@@ -29,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     parser.add_argument(
-        "--trust", action="store_true", help="run what the folder of resume= says, although you did not write it"
+        "--trust",
+        action="store_true",
+        help="run what the folder of resume= says, although you did not write it",
     )
 
 
@@ -51,6 +56,18 @@ def _summarise(job: Job, console: Console, seconds: float, draw: Draw) -> None:
     )
 
 
+def _hand_over(job: Job, overrides: list[str], script_args: list[str], config_dir: str | None) -> str | None:
+    """Where another program starts the run later: hand it over; what to tell the user."""
+    if job.cluster.launcher == "kubernetes":
+        path = job.run_dir / kubernetes.MANIFEST
+        write_text(path, kubernetes.manifest(job))
+        return f"start it with: kubectl apply -f {path}"
+    if job.cluster.launcher == "slurm" and not in_allocation():
+        number = slurm.submit(job, slurm.launch_command(overrides, script_args, job, config_dir))
+        return f"submitted as job {number}; everything goes to {job.run_dir}"
+    return None
+
+
 def run(args: argparse.Namespace, script_args: list[str], draw: Draw) -> int:
     """Carry out the command; returns the exit status. `draw` makes the picture of the loss when the run has ended."""
     console = Console()
@@ -68,6 +85,9 @@ def run(args: argparse.Namespace, script_args: list[str], draw: Draw) -> int:
     # config.yaml is to say all that this run was started with: `xtrain align --bisect` starts it again.
     tree.script_args = [*config.script_args, *script_args]
     with write_run_folder(job, tree, overrides):
+        if (handed := _hand_over(job, overrides, script_args, args.config_dir)) is not None:
+            console.print(handed, highlight=False, soft_wrap=True, markup=False)
+            return 0
         console.print(
             f"{_title(job)}, run folder {job.run_dir}", highlight=False, soft_wrap=True, markup=False
         )

@@ -19,7 +19,7 @@ def parameters(model: ModelSection) -> int:
 def model_states(config: LaunchConfig, deepspeed_config: dict[str, Any], ranks: int) -> int:
     """Bytes of weights, gradients, masters and Adam's states of one rank; activations come on top.
 
-    16 bytes a parameter, divided by the number of ranks as far as the ZeRO stage divides them (Rajbhandari et al., SC20).
+    16 bytes a parameter, divided by the ranks as far as the ZeRO stage divides them (Rajbhandari et al., SC20).
     """
     stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
     mixed = any(deepspeed_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))

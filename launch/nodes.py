@@ -57,8 +57,9 @@ class Layout:
 
 
 def place(nodes: Sequence[Node], ranks: int | None = None) -> Layout:
-    """Number the ranks through, node after node; `ranks` limits how many there are (the last nodes get fewer or none)."""
-    placements, first = [], 0
+    """Number the ranks through, node after node; `ranks` limits them: the last nodes get fewer, or none."""
+    placements: list[Placement] = []
+    first = 0
     left = sum(node.slots for node in nodes) if ranks is None else ranks
     for node in nodes:
         count = min(node.slots, left)

@@ -121,7 +121,7 @@ def report(introduction: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         introduction: `node`, this one's name, and `peer`, that of another one or null; `files` whose content the
-            launcher wants to know; `token`, a file of the run folder that is there when the folder is shared; `backend`.
+            launcher wants to know; `token`, a file that is there when the run folder is shared; `backend`.
     """
     names = interfaces()
     address = own_address(introduction["node"], introduction["peer"])

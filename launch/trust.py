@@ -73,6 +73,6 @@ def check_overrides(path: Path, saved: list[str], given: list[str], trusted: boo
         key = item.lstrip("+~").partition("=")[0]
         if key.partition(".")[0].partition("@")[0] in _CODE and item not in given:
             raise ConfigError(
-                f"{path} says {item}, which decides what is run, and was not written by your launcher: repeat it on the "
-                "command line, or say --trust if all that it says may be run"
+                f"{path} says {item}, which decides what is run, and was not written by your launcher: repeat it on "
+                "the command line, or say --trust if all that it says may be run"
             )

@@ -11,10 +11,15 @@ from xtrain.launch.nodes import Node
 from xtrain.launch.processes import safe_path_flag
 from xtrain.launch.schema import ClusterSection
 
-_UNKNOWN = re.compile(r"Could not resolve hostname|Name or service not known|unknown host|Invalid node name", re.IGNORECASE)
+_UNKNOWN = re.compile(
+    r"Could not resolve hostname|Name or service not known|unknown host|Invalid node name", re.IGNORECASE
+)
 _ANSWERS: tuple[tuple[re.Pattern[str], str], ...] = (
     (_UNKNOWN, "there is no host of this name: correct cluster.hosts or the hostfile"),
-    (re.compile(r"Connection refused"), "it refuses ssh: start sshd there, or give its port in ~/.ssh/config or cluster.ssh.args"),
+    (
+        re.compile(r"Connection refused"),
+        "it refuses ssh: start sshd there, or give its port in ~/.ssh/config or cluster.ssh.args",
+    ),
     (
         re.compile(r"Permission denied"),
         "ssh is not let in without a password: put your public key into its authorized_keys",
@@ -24,9 +29,12 @@ _ANSWERS: tuple[tuple[re.Pattern[str], str], ...] = (
         "its host key is not known or has changed: connect once by hand, and accept the key",
     ),
     (re.compile(r"timed out|No route to host|Network is unreachable", re.IGNORECASE), "it cannot be reached"),
-    (re.compile(r"No module named '?xtrain"), "its Python has no xtrain: install it there, or name the Python with cluster.python"),
     (
-        re.compile(r"(No such file or directory|not found|cannot execute).*python|python\S*: (No such file|not found|command not found)|can't cd to|cd: .*No such"),
+        re.compile(r"No module named '?xtrain"),
+        "its Python has no xtrain: install it there, or name the Python with cluster.python",
+    ),
+    (
+        re.compile(r"No such file or directory|not found|cannot execute|can't cd"),
         "the Python or the working folder is not there: name the node's Python with cluster.python",
     ),
 )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -68,10 +68,12 @@ class Launches:
     def run(self, tree: Tree, folder: Path, log: Path) -> int:
         """As `xtrain launch` does; the checkpoint is not kept."""
         tree = {**tree, "run_dir": str(folder)}
-        job, deepspeed_config = make_job(check_tree(tree), [])
+        job = make_job(check_tree(tree), [])
+        # That it fails is what the search wants to know.
+        job = replace(job, cluster=job.cluster.model_copy(update={"max_restarts": 0}))
         with log.open("w", encoding="utf-8") as output:
             console = Console(file=output, width=200)
-            with write_run_folder(job, OmegaConf.create(tree), deepspeed_config, []):
+            with write_run_folder(job, OmegaConf.create(tree), []):
                 status = Supervisor(job, console, debug=False).run()
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         if status == INTERRUPTED:

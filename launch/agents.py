@@ -7,41 +7,25 @@ import queue
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from xtrain.base.errors import ConfigError
 from xtrain.base.run_folder import ATTEMPT_VARIABLE, LOGS
 from xtrain.launch.channel import Channel, Event
+from xtrain.launch.environment import exported, interface, visible_devices
 from xtrain.launch.failure import Failure, from_json
 from xtrain.launch.hang import Pulses
 from xtrain.launch.job import Job
 from xtrain.launch.launchers.agents import agent_command, explain_silence
 from xtrain.launch.nodes import Layout, Node
 from xtrain.launch.processes import signal_name
+from xtrain.launch.start import Outcome
 
 _PING = 1.0
 _SETTLE = 3.0
 """Seconds after the first failure in which others may say what they know."""
 _STACKS = 5.0
 """Seconds in which agents answer with stacks."""
-
-
-@dataclass
-class Outcome:
-    """How a start of the ranks has ended.
-
-    Attributes:
-        kind: "done", "stopped" (asked to, and saved), "failed", "hang" or "killed" (the user did not wait).
-        failures: what ranks or agents have said.
-        lost: nodes that have gone, and how.
-        suspect: of a hang, the rank that the others wait for, and why it is that one.
-    """
-
-    kind: str
-    failures: list[Failure] = field(default_factory=list)
-    lost: dict[str, str] = field(default_factory=dict)
-    suspect: tuple[int | None, str] = (None, "")
 
 
 class Agents:
@@ -84,19 +68,28 @@ class Agents:
         )
         self.channels[node.name] = channel
 
+    def answered(self) -> bool:
+        """Whether every agent has said what it has found, or is not going to."""
+        self._take_events()
+        return not any(channel.hello is None and not channel.closed for channel in self.channels.values())
+
+    def hellos(self) -> dict[str, dict[str, Any]]:
+        """What the agents that are there have found, by the name of the node."""
+        return {
+            name: channel.hello
+            for name, channel in self.channels.items()
+            if channel.hello is not None and not channel.closed
+        }
+
     def gather(self, patience: float, given_up: Callable[[], bool]) -> dict[str, str]:
-        """Wait until every agent has said what it has found, or is not going to; those that are absent, and why."""
-        until, absent = time.monotonic() + patience, {}
-        while not given_up():
-            self._take_events()
-            waiting = [c for c in self.channels.values() if c.hello is None and not c.closed]
-            if not waiting or time.monotonic() > until:
-                break
+        """Wait until every agent has said what it has found; those that have not, and why."""
+        until = time.monotonic() + patience
+        while not self.answered() and time.monotonic() < until and not given_up():
             time.sleep(0.02)
+        absent, here = {}, self.hellos()
         for name, channel in list(self.channels.items()):
-            if channel.hello is None or channel.closed:
-                code = channel.process.poll()
-                absent[name] = explain_silence(channel.node, channel.printed(), code)
+            if name not in here:
+                absent[name] = explain_silence(channel.node, channel.printed(), channel.process.poll())
                 self.drop(name)
         return absent
 
@@ -137,7 +130,7 @@ class Agents:
             channel = self.channels[placement.node.name]
             env = {**exported(), **job.env, ATTEMPT_VARIABLE: str(number)}
             env.update(visible_devices(job, placement.node, placement.ranks))
-            env = {**interface(channel, address, job), **env}
+            env = {**interface(channel.hello or {}, address, job.cluster), **env}
             channel.order(
                 "start",
                 **common,
@@ -268,40 +261,3 @@ def _closing(code: int, printed: list[str]) -> str:
         return f"has lost its agent, which was killed by {signal_name(-code)}"
     said = f": {printed[-1].strip()}" if printed else ""
     return f"has lost its agent (status {code}{said})"
-
-
-_EXPORTED = (
-    "XTRAIN_", "DS_", "DEEPSPEED_", "NCCL_", "GLOO_", "HCCL_", "RCCL_", "ASCEND_", "CUDA_", "HIP_", "ROCR_", "HSA_",
-    "UCX_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "HF_", "TOKENIZERS_", "WANDB_",
-)  # fmt: skip
-"""Beginnings of variables that ranks on other nodes get from this one, as those of DeepSpeed's launcher do."""
-_NOT_EXPORTED = ("XTRAIN_STORE", "XTRAIN_RUN_DIR", "XTRAIN_HEARTBEAT")
-
-
-def exported() -> dict[str, str]:
-    """Variables of this process that concern training."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(_EXPORTED) and not name.startswith(_NOT_EXPORTED)
-    }
-
-
-def visible_devices(job: Job, node: Node, ranks: int) -> dict[str, str]:
-    """The variables that show a node's ranks the devices which are theirs, where not all are."""
-    if node.devices is None:
-        return {}
-    names = {"cuda": "CUDA_VISIBLE_DEVICES", "dcu": "HIP_VISIBLE_DEVICES", "ascend": "ASCEND_RT_VISIBLE_DEVICES"}
-    listed = ",".join(map(str, node.devices[:ranks]))
-    wanted = [names[job.backend]] if job.backend in names else list(names.values()) if job.backend is None else []
-    return dict.fromkeys(wanted, listed)
-
-
-def interface(channel: Channel, address: str, job: Job) -> dict[str, str]:
-    """Which network interface libraries take: loopback where all ranks are on one node, else the cluster's."""
-    if job.cluster.interface is not None and not address.startswith("127."):
-        return {f"{name}_SOCKET_IFNAME": job.cluster.interface for name in ("GLOO", "NCCL", "HCCL", "TP")}
-    if address.startswith("127."):
-        return {"GLOO_SOCKET_IFNAME": "lo"}
-    found = (channel.hello or {}).get("interface")
-    return {"GLOO_SOCKET_IFNAME": found} if found else {}

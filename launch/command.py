@@ -1,0 +1,185 @@
+"""One start of a run's ranks by mpiexec or a queue's own starter: there are no agents, and the run folder is shared.
+
+What agents say elsewhere is read from the run folder: signs of life, and what failed ranks have written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from xtrain.base import heartbeat
+from xtrain.base.errors import ConfigError
+from xtrain.base.files import write_text
+from xtrain.base.run_folder import ATTEMPT_VARIABLE, HEARTBEAT_VARIABLE, LOGS, STOP, STOPPED
+from xtrain.launch.failure import Failure, forget_failures, killed, last_lines, rank_log, read_failure
+from xtrain.launch.hang import Pulses, frames_of
+from xtrain.launch.job import Job
+from xtrain.launch.launchers import mpi, sunway
+from xtrain.launch.nodes import Layout
+from xtrain.launch.processes import process_state
+from xtrain.launch.start import Outcome
+from xtrain.launch.survey import STACKS_SIGNAL
+
+_LOOK = 0.5
+"""Seconds between two looks at the signs of life."""
+_STACKS = 2.0
+"""Seconds that ranks get to write their stacks."""
+_POLITE = 10.0
+"""Seconds that mpiexec gets to end."""
+_SIGNAL = re.compile(r"EXIT STRING: .*\(signal (\d+)\)|exited on signal (\d+)|KILLED BY SIGNAL: (\d+)")
+"""What MPICH, Open MPI and Intel MPI print about the rank that was killed."""
+
+
+class CommandStart:
+    """The ranks of one start; begins at once.
+
+    Raises:
+        ConfigError: the command is not there.
+    """
+
+    def __init__(self, job: Job, layout: Layout, number: int) -> None:
+        self._job, self._layout = job, layout
+        self._logs = job.run_dir / LOGS
+        self._log = self._logs / f"{job.cluster.launcher}.log"
+        self._hearts = self._logs / "hearts"
+        self._pulses = Pulses()
+        self._next_look = 0.0
+        self._first_gone: int | None = None
+        self._prepare()
+        environment = {**job.env, ATTEMPT_VARIABLE: str(number), HEARTBEAT_VARIABLE: str(self._hearts)}
+        module = sunway if job.cluster.launcher == "sunway" else mpi
+        command = module.command(job, layout, environment)
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
+        try:
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    command,
+                    env={**os.environ, **environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except FileNotFoundError:
+            raise ConfigError(
+                f"there is no {command[0]} on this machine: put it on the PATH, or choose another cluster"
+            ) from None
+
+    def _prepare(self) -> None:
+        shutil.rmtree(self._hearts, ignore_errors=True)
+        self._hearts.mkdir(parents=True)
+        for name in (STOP, STOPPED):
+            (self._job.run_dir / name).unlink(missing_ok=True)
+        forget_failures(self._job.run_dir, range(self._job.ranks))
+        write_text(self._job.run_dir / "ds_config.json", self._job.config_for(self._layout.ranks))
+
+    @property
+    def _here(self) -> bool:
+        """Whether all ranks are processes of this machine."""
+        return all(node.name == "localhost" for node in self._layout.nodes)
+
+    def poll(self) -> Outcome | None:
+        """What has ended the start; None while it goes on."""
+        self._look()
+        code = self._process.poll()
+        if code is None:
+            if self._pulses.hangs(self._job.cluster.hang_timeout):
+                return Outcome("hang", suspect=self._pulses.suspect(self._stacks()))
+            return None
+        if code == 0:
+            return Outcome("stopped" if (self._job.run_dir / STOPPED).exists() else "done")
+        time.sleep(_LOOK)  # the ranks' last words may be on their way to the disk
+        failures = self._failures()
+        said = last_lines_from(self._log, self._log_start)
+        why = f"{self._job.cluster.launcher} ended with status {code}" + (
+            f": {said[-1].strip()}" if said else ""
+        )
+        return Outcome("failed", failures, why=why)
+
+    def _look(self) -> None:
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK
+        for rank in range(self._layout.ranks):
+            beat = heartbeat.read_beat(self._hearts, rank)
+            if beat is None:
+                continue
+            state = process_state(beat.pid) if self._here else ""
+            self._pulses.take(rank, beat.step, beat.count, state)
+            if self._here and state in ("", "Z") and self._first_gone is None:
+                self._first_gone = rank
+
+    def _failures(self) -> list[Failure]:
+        found = [read_failure(self._job.run_dir, rank) for rank in range(self._layout.ranks)]
+        told = [failure for failure in found if failure is not None]
+        printed = "\n".join(last_lines_from(self._log, self._log_start, 200))
+        match = _SIGNAL.search(printed)
+        if match and (not told or all(failure.is_consequence for failure in told)):
+            number = int(next(filter(None, match.groups())))
+            spoke = {failure.rank for failure in told}
+            silent = [rank for rank in range(self._layout.ranks) if rank not in spoke]
+            rank = self._first_gone if self._first_gone in silent else silent[0] if len(silent) == 1 else None
+            if rank is not None:
+                lines = tuple(last_lines(rank_log(self._job.run_dir, rank)))
+                told.append(replace(killed(rank, -number), lines=lines, host=self._layout.node_of(rank).name))
+        return told
+
+    def _stacks(self) -> dict[int, list[str]]:
+        """Innermost frames of the ranks on this machine; those elsewhere cannot be asked under mpiexec."""
+        if not self._here:
+            return {}
+        logs = {rank: rank_log(self._job.run_dir, rank) for rank in self._pulses.ranks}
+        sizes = {rank: log.stat().st_size for rank, log in logs.items()}
+        for rank in logs:
+            beat = heartbeat.read_beat(self._hearts, rank)
+            if beat is not None and _is_of_run(beat.pid, self._job.run_dir):
+                os.kill(beat.pid, STACKS_SIGNAL)
+        time.sleep(_STACKS)
+        texts = {rank: log.read_bytes()[sizes[rank] :].decode(errors="replace") for rank, log in logs.items()}
+        return {rank: frames for rank, text in texts.items() if (frames := frames_of(text))}
+
+    def stop_ranks(self) -> None:
+        """Have all ranks save at the same step and leave."""
+        (self._job.run_dir / STOP).touch()
+
+    def end(self, politely: bool) -> None:
+        """End mpiexec and, through it, all ranks: politely, then for certain."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=_POLITE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._here:
+            for rank in self._pulses.ranks:
+                beat = heartbeat.read_beat(self._hearts, rank)
+                if beat is not None and _is_of_run(beat.pid, self._job.run_dir):
+                    with suppress(ProcessLookupError):
+                        os.kill(beat.pid, signal.SIGKILL)
+        shutil.rmtree(self._hearts, ignore_errors=True)
+
+
+def _is_of_run(pid: int, run_dir: Path) -> bool:
+    """Whether a process is a rank of this run, and not one that has got the number since."""
+    try:
+        return f"XTRAIN_RUN_DIR={run_dir}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def last_lines_from(log: Path, start: int, count: int = 5) -> list[str]:
+    """The last lines of what a log has got since `start`."""
+    with log.open("rb") as file:
+        file.seek(start)
+        return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-count:]
