@@ -210,6 +210,8 @@ class Agents:
                 return
 
     def _take(self, channel: Channel, event: Event) -> None:
+        if self.channels.get(channel.node.name) is not channel:
+            return  # of a node that does not take part
         about = event.about
         if event.name == "beat":
             for rank, (step, count, state) in about["ranks"].items():

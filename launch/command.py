@@ -35,6 +35,8 @@ _STACKS = 2.0
 _POLITE = 10.0
 """Seconds that mpiexec gets to end."""
 _SIGNAL = re.compile(r"EXIT STRING: .*\(signal (\d+)\)|exited on signal (\d+)|KILLED BY SIGNAL: (\d+)")
+_RANK = re.compile(r"process rank (\d+) with PID")
+_PID = re.compile(r"PID (\d+) RUNNING AT")
 """What MPICH, Open MPI and Intel MPI print about the rank that was killed."""
 
 
@@ -52,7 +54,6 @@ class CommandStart:
         self._hearts = self._logs / "hearts"
         self._pulses = Pulses()
         self._next_look = 0.0
-        self._first_gone: int | None = None
         self._prepare()
         environment = {**job.env, ATTEMPT_VARIABLE: str(number), HEARTBEAT_VARIABLE: str(self._hearts)}
         module = sunway if job.cluster.launcher == "sunway" else mpi
@@ -114,23 +115,29 @@ class CommandStart:
                 continue
             state = process_state(beat.pid) if self._here else ""
             self._pulses.take(rank, beat.step, beat.count, state)
-            if self._here and state in ("", "Z") and self._first_gone is None:
-                self._first_gone = rank
 
     def _failures(self) -> list[Failure]:
         found = [read_failure(self._job.run_dir, rank) for rank in range(self._layout.ranks)]
         told = [failure for failure in found if failure is not None]
         printed = "\n".join(last_lines_from(self._log, self._log_start, 200))
         match = _SIGNAL.search(printed)
-        if match and (not told or all(failure.is_consequence for failure in told)):
+        rank = self._named(printed)
+        if match and rank is not None and all(failure.is_consequence for failure in told):
             number = int(next(filter(None, match.groups())))
-            spoke = {failure.rank for failure in told}
-            silent = [rank for rank in range(self._layout.ranks) if rank not in spoke]
-            rank = self._first_gone if self._first_gone in silent else silent[0] if len(silent) == 1 else None
-            if rank is not None:
-                lines = tuple(last_lines(rank_log(self._job.run_dir, rank)))
-                told.append(replace(killed(rank, -number), lines=lines, host=self._layout.node_of(rank).name))
+            lines = tuple(last_lines(rank_log(self._job.run_dir, rank)))
+            told.append(replace(killed(rank, -number), lines=lines, host=self._layout.node_of(rank).name))
         return told
+
+    def _named(self, printed: str) -> int | None:
+        """The rank whose end mpiexec tells: by number, or by its process."""
+        if match := _RANK.search(printed):
+            return int(match[1])
+        pids = set(map(int, _PID.findall(printed)))
+        for rank in range(self._layout.ranks):
+            beat = heartbeat.read_beat(self._hearts, rank)
+            if beat is not None and beat.pid in pids:
+                return rank
+        return None
 
     def _stacks(self) -> dict[int, list[str]]:
         """Innermost frames of the ranks on this machine; those elsewhere cannot be asked under mpiexec."""

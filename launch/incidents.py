@@ -72,21 +72,27 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-    """Writes down when the ranks of each start began and ended; what lies between two starts counts to the second."""
+    """Writes down when each start of the ranks began and how it ended; the time between two starts counts, too."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / ATTEMPTS
-        self.starts = len(_read(self._path))
+        self.starts = sum("began" in entry for entry in _read(self._path))
         """Starts of this run so far, those of earlier launches included."""
-        self._began = time.time()
+        self._ended: float | None = None
 
-    def ended(self, ranks: int, nodes: list[str], outcome: str) -> None:
-        """The start that is running has ended."""
-        now = time.time()
+    def begins(self) -> int:
+        """The next start begins; its number."""
         self.starts += 1
-        about = {"start": self.starts, "began": self._began, "ended": now, "ranks": ranks, "nodes": nodes}
-        _append(self._path, {**about, "outcome": outcome})
-        self._began = now
+        _append(self._path, {"start": self.starts, "began": self._ended or time.time()})
+        return self.starts
+
+    def ends(self, ranks: int, nodes: list[str], outcome: str) -> None:
+        """The start that is running has ended."""
+        self._ended = time.time()
+        _append(
+            self._path,
+            {"start": self.starts, "ended": self._ended, "ranks": ranks, "nodes": nodes, "outcome": outcome},
+        )
 
 
 def last_step(run_dir: Path) -> int | None:
@@ -108,5 +114,10 @@ def _kept(run_dir: Path) -> dict[int, float]:
 
 def goodput(run_dir: Path) -> tuple[float, float]:
     """(seconds of steps that were kept, seconds that the run took, restarts and waiting between them included)."""
-    taken = sum(entry["ended"] - entry["began"] for entry in _read(run_dir / ATTEMPTS))
+    taken, began = 0.0, 0.0
+    for entry in _read(run_dir / ATTEMPTS):
+        # A start without an end was that of a launcher that was killed; the next one followed at once.
+        now = entry.get("began", entry.get("ended"))
+        taken += now - began if began else 0.0
+        began = entry.get("began", 0.0)
     return sum(_kept(run_dir).values()), taken

@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from xtrain.base.files import write_text
 from xtrain.base.run_folder import CURVE, METRICS
+from xtrain.launch.checkpoints import AUTO, find_source
 from xtrain.launch.compose import compose_config
 from xtrain.launch.describe import describe
 from xtrain.launch.find_nodes import in_allocation
+from xtrain.launch.incidents import Incident, write_incident
 from xtrain.launch.job import Job, check_overrides_are_used, make_job, saved_overrides, write_run_folder
+from xtrain.launch.keeper import keep
 from xtrain.launch.launchers import kubernetes, slurm
 from xtrain.launch.supervisor import Supervisor
 
@@ -92,7 +96,17 @@ def run(args: argparse.Namespace, script_args: list[str], draw: Draw) -> int:
             f"{_title(job)}, run folder {job.run_dir}", highlight=False, soft_wrap=True, markup=False
         )
         start = time.monotonic()
-        status = Supervisor(job, console, args.debug).run()
+        status = keep(lambda again: _supervise(job, console, args.debug, again))
         if (job.run_dir / METRICS).exists():
             _summarise(job, console, time.monotonic() - start, draw)
         return status
+
+
+def _supervise(job: Job, console: Console, debug: bool, again: bool) -> int:
+    """In a process of its own."""
+    if again:
+        write_incident(
+            job.run_dir, Incident("launcher", 0, "the launcher was killed", action="is started again")
+        )
+        job = replace(job, source=find_source(AUTO, job.run_dir) or job.source)
+    return Supervisor(job, console, debug).run()

@@ -85,7 +85,7 @@ class Supervisor:
     def _start_once(self) -> Outcome:
         """One start of the ranks, to its end."""
         job = replace(self.job, source=self._where_from())
-        number = self._clock.starts + 1
+        number = self._clock.begins()
         if job.cluster.launcher in ("mpi", "sunway"):
             self._layout = place(job.nodes)
             outcome = self._follow(CommandStart(job, self._layout, number))
@@ -93,7 +93,7 @@ class Supervisor:
             outcome = self._with_agents(job, number)
         self._started = True
         self._display.update(self._tail.new_steps())
-        self._clock.ended(self._layout.ranks, [node.name for node in self._layout.nodes], outcome.kind)
+        self._clock.ends(self._layout.ranks, [node.name for node in self._layout.nodes], outcome.kind)
         return outcome
 
     def _with_agents(self, job: Job, number: int) -> Outcome:
