@@ -17,31 +17,31 @@ _CPUS = Path("/sys/devices/system/cpu")
 _NODES = Path("/sys/devices/system/node")
 
 
-def parse_range(text: str) -> range:
+def parse_range(rng: str) -> range:
     """`3` or `2-5`.
 
     Raises:
         ConfigError: it is neither, or runs backwards.
     """
-    low, dash, high = text.partition("-")
+    low, dash, high = rng.partition("-")
     if not all(number.isascii() and number.isdigit() for number in ((low, high) if dash else (low,))):
-        raise ConfigError(f"the core list has {text!r}, which is neither a number nor a range such as 2-5")
+        raise ConfigError(f"the core list has {rng!r}, which is neither a number nor a range such as 2-5")
     if dash and int(high) < int(low):
-        raise ConfigError(f"the core list has the range {text}, which runs backwards")
+        raise ConfigError(f"the core list has the range {rng}, which runs backwards")
     return range(int(low), int(high or low) + 1)
 
 
-def parse_range_list(text: str) -> list[int]:
+def parse_range_list(range_str: str) -> list[int]:
     """`0,2-4,6` as [0, 2, 3, 4, 6].
 
     Raises:
         ConfigError: the text is no such list, or not in ascending order.
     """
     cores: list[int] = []
-    for part in text.split(","):
+    for part in range_str.split(","):
         found = parse_range(part)
         if cores and found[0] <= cores[-1]:
-            raise ConfigError(f"the core list {text!r} has to ascend: {part} comes too late")
+            raise ConfigError(f"the core list {range_str!r} has to ascend: {part} comes too late")
         cores.extend(found)
     return cores
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from xtrain.base.errors import ConfigError, NotImplementedYetError, unknown_name
+from xtrain.base.errors import ConfigError, NotImplementedYetError, XtrainError, unknown_name
 from xtrain.base.log import configure, logger
 from xtrain.launch import deepspeed_options, devices, hostfile
 from xtrain.launch.binding import binding
@@ -42,6 +42,15 @@ def main(given: Sequence[str], beginnings: Iterable[str] = BEGINNINGS) -> int:
     """
     invocation = make_invocation(deepspeed_options.parse(given), beginnings)
     return run_local(invocation) if invocation.here else launch_on_nodes(invocation)
+
+
+def command_line(given: Sequence[str]) -> int:
+    """As `main`, with one sentence for what is wrong."""
+    try:
+        return main(given)
+    except XtrainError as error:
+        print(f"xtrain: error: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def launch_on_nodes(invocation: Invocation) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from xtrain.base.errors import ConfigError
+from xtrain.base.log import logger
 
 BEGINNINGS = ("MLFLOW", "PYTHON", "MV2", "UCX")
 """Whatever the chip, as in DeepSpeed."""
@@ -43,7 +44,7 @@ def read_environment_file(path: Path, environ: Mapping[str, str]) -> dict[str, s
     """NAME=VALUE lines. Quotes around a value are taken off, and $NAME in it stands for this machine's variable.
 
     Raises:
-        ConfigError: a line is of another form.
+        ConfigError: a line has no =.
     """
     found = {}
     for number, line in enumerate(map(str.strip, path.read_text().splitlines()), start=1):
@@ -51,8 +52,13 @@ def read_environment_file(path: Path, environ: Mapping[str, str]) -> dict[str, s
             continue
         name, equals, value = line.partition("=")
         name = name.strip().removeprefix("export ").strip()
-        if not equals or not name.isidentifier():
+        if not equals:
             raise ConfigError(f"{path}, line {number}: {line!r} is not of the form NAME=VALUE")
+        if not name.isidentifier():  # Accelerate writes down whatever its environment has
+            logger.warning(
+                "%s, line %d: no shell takes %r for a variable's name; it is left out", path, number, name
+            )
+            continue
         found[name] = _value(value.strip(), environ)
     return found
 
@@ -75,7 +81,7 @@ def exports(environ: Mapping[str, str], cwd: Path, beginnings: Iterable[str] = B
         beginnings: of the names that are taken, besides those of the backends.
 
     Raises:
-        ConfigError: the file has a line that is not NAME=VALUE.
+        ConfigError: the file has a line without =.
     """
     cann = any(name.startswith("ASCEND") for name in environ)
     names = (*beginnings, *CHIPS, *(PATHS if cann else ()))

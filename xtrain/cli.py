@@ -38,28 +38,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _deepspeed(given: list[str]) -> int:
-    """DeepSpeed's command has its own options, and the script's arguments stay as they are, `--` included."""
-    from xtrain.launch import deepspeed_command
-
-    try:
-        return deepspeed_command.main(given)
-    except XtrainError as error:
-        print(f"xtrain: error: {error}", file=sys.stderr)
-        return error.exit_code
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Errors of the user are one sentence and status 2."""
     from xtrain.align import main as align
     from xtrain.align.plot import draw_record
     from xtrain.doctor import main as doctor
+    from xtrain.launch import deepspeed_command, shims
     from xtrain.launch import main as launch
-    from xtrain.launch import shims
 
     given = sys.argv[1:] if argv is None else argv
-    if given[:1] == ["deepspeed"]:
-        return _deepspeed(given[1:])
+    if given[:1] == ["deepspeed"]:  # its options are DeepSpeed's, and the script's arguments stay as they are
+        return deepspeed_command.command_line(given[1:])
     ours, separator, script_args = given, "", []
     if "--" in given:
         cut = given.index("--")
