@@ -250,10 +250,10 @@ def _elastic(args: argparse.Namespace, nodes: list[Node]) -> tuple[int, int] | N
         return None
     low = 1 if args.min_elastic_nodes == -1 else args.min_elastic_nodes
     high = len(nodes) if args.max_elastic_nodes == -1 else args.max_elastic_nodes
+    if low > len(nodes):
+        raise ConfigError(f"--min_elastic_nodes={low}: there are not so many hosts, but {len(nodes)}")
     if not 1 <= low <= high:
         raise ConfigError(f"elastic training on {low} to {high} hosts: at least 1, and no more than the most")
-    if low > len(nodes):
-        raise ConfigError(f"--min_elastic_nodes={low}: there are {len(nodes)} hosts")
     return low, high
 
 

@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(given: Sequence[str]) -> argparse.Namespace:
     """The options. Whatever follows the script is its own, and stays as it is."""
     args = parser().parse_args(list(given))
-    before = given[: len(given) - len(args.user_args)]
+    before = list(given[: len(given) - len(args.user_args)])
     if before[-2:] == [args.user_script, "--"]:  # argparse takes a `--` behind the script for its own
         args.user_args.insert(0, "--")
     return args

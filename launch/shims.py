@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-import xtrain
+from xtrain.base import errors
 from xtrain.base.errors import ConfigError
 from xtrain.launch.python_module import python_module
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _python_path(folder: Path, environ: Mapping[str, str]) -> list[str]:
     """What comes first on the PYTHONPATH of everything that a shim starts."""
-    root = Path(xtrain.__file__).absolute().parent.parent
+    root = Path(errors.__file__).absolute().parents[2]
     given = [Path(entry).absolute() for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     # An installed xtrain is found anyway; one that this process has by its PYTHONPATH would be lost.
     return [str(folder / "python"), *([str(root)] if root in given else [])]

@@ -122,7 +122,7 @@ MISSING: tuple[Missing, ...] = (
     Missing(
         "the launcher's inner parts",
         "give the command's options to xtrain deepspeed (docs/howto/deepspeed_command.md)",
-        ("launcher.launch", "launcher.launcher_helper", "launcher.multinode_runner"),
+        ("launcher.launch*", "launcher.multinode_runner"),
     ),
     Missing(
         "data efficiency",
