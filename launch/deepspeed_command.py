@@ -48,6 +48,9 @@ def command_line(given: Sequence[str]) -> int:
     """As `main`, with one sentence for what is wrong."""
     try:
         return main(given)
+    except KeyboardInterrupt:  # before ranks are started
+        print("xtrain: interrupted", file=sys.stderr)
+        return 130
     except XtrainError as error:
         print(f"xtrain: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -40,15 +40,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Errors of the user are one sentence and status 2."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["deepspeed"]:  # its options are DeepSpeed's, and the script's arguments stay as they are
+        from xtrain.launch import deepspeed_command
+
+        return deepspeed_command.command_line(given[1:])
     from xtrain.align import main as align
     from xtrain.align.plot import draw_record
     from xtrain.doctor import main as doctor
-    from xtrain.launch import deepspeed_command, shims
     from xtrain.launch import main as launch
+    from xtrain.launch import shims
 
-    given = sys.argv[1:] if argv is None else argv
-    if given[:1] == ["deepspeed"]:  # its options are DeepSpeed's, and the script's arguments stay as they are
-        return deepspeed_command.command_line(given[1:])
     ours, separator, script_args = given, "", []
     if "--" in given:
         cut = given.index("--")
