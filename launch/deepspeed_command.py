@@ -73,7 +73,7 @@ def make_invocation(args: argparse.Namespace, beginnings: Iterable[str] = BEGINN
     configure("error" if args.quiet else args.log_level)
     _check_options(args)
     cwd = Path.cwd()
-    program = _program(args)
+    program = rank_program(args.user_script, args.module, args.no_python)
     nodes, variables, has_hostfile = _nodes(args)
     alone = len(nodes) == 1 and not args.force_multi
     here = alone or args.no_ssh
@@ -95,7 +95,7 @@ def make_invocation(args: argparse.Namespace, beginnings: Iterable[str] = BEGINN
         ssh_port=args.ssh_port,
         ssh_check=not args.no_ssh_check,
         venv_script=args.venv_script,
-        rank_logs=_rank_logs(args.enable_each_rank_log),
+        rank_logs=rank_logs(args.enable_each_rank_log),
         pid_file=str(PID_FOLDER / f"{os.getpid()}.deepspeed") if args.save_pid else None,
         bind_cores=args.bind_cores_to_rank,
         core_list=args.bind_core_list,
@@ -103,7 +103,8 @@ def make_invocation(args: argparse.Namespace, beginnings: Iterable[str] = BEGINN
         log_level="error" if args.quiet else args.log_level,
     )
     if here:
-        _check_machine(made)
+        check_machine(made)
+        _tell_unused(args)
         if len(nodes) == 1:
             _tell_where(nodes[0])
             made = replace(made, nodes=(replace(nodes[0], name="localhost"),))
@@ -114,8 +115,6 @@ def _check_options(args: argparse.Namespace) -> None:
     """What can be seen from the options alone."""
     if args.autotuning:
         raise NotImplementedYetError("--autotuning", "set train_micro_batch_size_per_gpu by hand")
-    if args.module and args.no_python:
-        raise ConfigError("--module and --no_python are both given: a module is run by python")
     if (args.num_nodes >= 0 or args.num_gpus >= 0) and (args.include or args.exclude):
         raise ConfigError("--num_nodes and --num_gpus cannot be given with --include or --exclude")
     for option in ("num_nodes", "num_gpus"):
@@ -148,14 +147,19 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ConfigError(f"--launcher_args {args.launcher_args!r} cannot be read: {error}") from None
 
 
-def _program(args: argparse.Namespace) -> tuple[str, ...]:
-    """The command of a rank without the script's arguments."""
-    script = args.user_script
-    if args.no_python:
+def rank_program(script: str, module: bool, no_python: bool) -> tuple[str, ...]:
+    """The command of a rank without the script's arguments.
+
+    Raises:
+        ConfigError: there is no such script, module or program.
+    """
+    if module and no_python:
+        raise ConfigError("--module and --no_python are both given: a module is run by python")
+    if no_python:
         if shutil.which(script) is None:
             raise ConfigError(f"--no_python: there is no program {script!r} that can be run")
         return (script,)
-    if args.module:
+    if module:
         top = script.partition(".")[0]
         if PathFinder.find_spec(top, ["", *sys.path]) is None:
             raise ConfigError(f"--module: there is no module {top!r} in this folder or where Python looks")
@@ -260,8 +264,12 @@ def _elastic(args: argparse.Namespace, nodes: list[Node]) -> tuple[int, int] | N
     return low, high
 
 
-def _rank_logs(folder: str) -> str | None:
-    """What the ranks' files begin with; the folder is made."""
+def rank_logs(folder: str) -> str | None:
+    """What the ranks' files begin with; the folder of --enable_each_rank_log is made.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     if folder == deepspeed_options.NO_LOGS:
         return None
     try:
@@ -276,8 +284,12 @@ def _rank_logs(folder: str) -> str | None:
 # ---------------------------------------------------------------- this machine
 
 
-def _check_machine(invocation: Invocation) -> None:
-    """What would fail in the ranks, later and less clearly."""
+def check_machine(invocation: Invocation) -> None:
+    """Find what would fail in the ranks of this machine, later and less clearly.
+
+    Raises:
+        ConfigError: the port is taken, or the cores cannot be divided.
+    """
     node = invocation.nodes[invocation.node_rank]
     if invocation.bind_cores:
         binding(invocation.core_list, node.slots, 0)
@@ -296,6 +308,14 @@ def _is_taken(port: int) -> bool:
         except OSError:
             return True
     return False
+
+
+def _tell_unused(args: argparse.Namespace) -> None:
+    """Options that only matter where other machines are reached; DeepSpeed takes them, too."""
+    given = [name for name in ("launcher_args", "ssh_port", "venv_script") if getattr(args, name)]
+    if given:
+        names = " and ".join(f"--{name}" for name in given)
+        logger.warning("%s: nothing is done with it, since ranks start on this machine only", names)
 
 
 def _tell_where(node: Node) -> None:

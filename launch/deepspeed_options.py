@@ -77,8 +77,6 @@ def _running(add: argparse._ArgumentGroup) -> None:
         metavar="FOLDER",
         help="ranks write to files in this folder",
     )
-    add.add_argument("--save_pid", action="store_true", help="write /tmp/PID.deepspeed while ranks run")
-    add.add_argument("--autotuning", default="", choices=["tune", "run"], help="not there in xtrain")
     add.add_argument("--log_level", default="info", choices=LOG_LEVELS, help="of the launcher's own messages")
     add.add_argument("-q", "--quiet", action="store_true", help="as --log_level error")
 
@@ -92,15 +90,42 @@ def parser() -> argparse.ArgumentParser:
     )
     _nodes(made.add_argument_group("where"))
     _reaching(made.add_argument_group("several hosts"))
-    _running(made.add_argument_group("how"))
+    how = made.add_argument_group("how")
+    _running(how)
+    how.add_argument("--save_pid", action="store_true", help="write /tmp/PID.deepspeed while ranks run")
+    how.add_argument("--autotuning", default="", choices=["tune", "run"], help="not there in xtrain")
     made.add_argument("user_script", help="the training script")
     made.add_argument("user_args", nargs=argparse.REMAINDER, help="its own arguments, as they are")
     return made
 
 
-def parse(given: Sequence[str]) -> argparse.Namespace:
+def node_parser() -> argparse.ArgumentParser:
+    """The same for DeepSpeed's inner command `python -m deepspeed.launcher.launch`, which is given on each node."""
+    made = argparse.ArgumentParser(
+        prog="deepspeed.launcher.launch",
+        usage="python -m deepspeed.launcher.launch [options] script [arguments of the script]",
+        description="Start the ranks of one node.",
+    )
+    add = made.add_argument_group("which")
+    add.add_argument(
+        "--world_info", required=True, metavar="BASE64", help="of JSON: host -> its device numbers"
+    )
+    add.add_argument("--node_rank", type=int, default=0, metavar="N", help="which of the hosts this one is")
+    add.add_argument("--master_addr", default="127.0.0.1", metavar="HOST", help="address of rank 0")
+    add.add_argument("--master_port", type=int, default=DEFAULT_PORT, metavar="PORT", help="port of rank 0")
+    how = made.add_argument_group("how")
+    _running(how)
+    how.add_argument(
+        "--save_pid", type=int, default=0, metavar="PID", help="write /tmp/PID.deepspeed while ranks run"
+    )
+    made.add_argument("user_script", help="the training script")
+    made.add_argument("user_args", nargs=argparse.REMAINDER, help="its own arguments, as they are")
+    return made
+
+
+def parse(given: Sequence[str], by: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """The options. Whatever follows the script is its own, and stays as it is."""
-    args = parser().parse_args(list(given))
+    args = (by or parser()).parse_args(list(given))
     before = list(given[: len(given) - len(args.user_args)])
     if before[-2:] == [args.user_script, "--"]:  # argparse takes a `--` behind the script for its own
         args.user_args.insert(0, "--")

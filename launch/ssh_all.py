@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"there is no hostfile {args.hostfile}: name one by -f")
         # One argument is a line of shell as it is; several are words.
         return run(list(hosts), command[0] if len(command) == 1 else shlex.join(command))
+    except KeyboardInterrupt:  # ssh has got it as well
+        return 130
     except XtrainError as error:
         print(f"ds_ssh: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -241,3 +241,14 @@ def test_the_command_line_is_handed_on(
     assert capsys.readouterr().err.startswith("xtrain: error: there is no script 'trian.py'")
     assert cli.main(["deepspeed", "-H", "hosts", "train.py"]) == 2
     assert "--no_ssh --node_rank" in capsys.readouterr().err
+
+
+def test_options_without_a_use_here_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "xtrain"):
+        _make("--venv_script", "x.sh", "--ssh_port=22", "--bind_core_list", "0", "--node_rank=0", "train.py")
+    for name in (
+        "--ssh_port and --venv_script: nothing is done",
+        "--bind_core_list does nothing",
+        "--node_rank does",
+    ):
+        assert name in caplog.text

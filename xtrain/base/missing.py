@@ -122,7 +122,7 @@ MISSING: tuple[Missing, ...] = (
     Missing(
         "the launcher's inner parts",
         "give the command's options to xtrain deepspeed (docs/howto/deepspeed_command.md)",
-        ("launcher.launch*", "launcher.multinode_runner"),
+        ("launcher.multinode_runner",),
     ),
     Missing(
         "data efficiency",
