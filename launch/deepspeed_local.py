@@ -15,6 +15,7 @@ from xtrain.base.errors import ConfigError
 from xtrain.base.log import logger
 from xtrain.base.run_folder import LAUNCHER_VARIABLE
 from xtrain.launch.invocation import Invocation
+from xtrain.launch.processes import signal_name
 from xtrain.launch.python_module import python_module
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -43,8 +44,12 @@ def run_local(invocation: Invocation) -> int:
         received = _wait(agent)
     if received is not None:
         return 128 + received
-    code = agent.returncode
-    return code if code >= 0 else 128 - code
+    if agent.returncode < 0:
+        logger.error(
+            "the ranks' agent was killed by %s, and the ranks with it", signal_name(-agent.returncode)
+        )
+        return 128 - agent.returncode
+    return agent.returncode
 
 
 def _wait(agent: subprocess.Popen[bytes]) -> int | None:

@@ -15,9 +15,11 @@ import pytest
 from xtrain.launch import deepspeed_command, shims
 
 SCRIPT = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 rank, what = os.environ["RANK"], sys.argv[-1]
+if what == "stay":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 Path(f"pid{rank}").write_text(str(os.getpid()))
 if what == "again":
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -113,6 +115,23 @@ def test_signals_end_the_ranks(
     assert seen == [str(os.getpid())]
     assert not pid_file.exists()
     assert f"launcher pid: {os.getpid()}" in capfd.readouterr().out
+
+
+def test_a_second_signal_kills(folder: Path) -> None:
+    def interrupt() -> None:
+        while not (folder / "pid0").exists():
+            time.sleep(0.05)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    begun = time.monotonic()
+    assert _run("--num_gpus=1", "script.py", "stay") == 128 + signal.SIGINT
+    thread.join()
+    _wait_for_end(folder, 1)
+    assert time.monotonic() - begun < 25  # SIGTERM alone would take 30 seconds
 
 
 def test_ranks_write_to_files_on_cores_of_their_own(folder: Path) -> None:

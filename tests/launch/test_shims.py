@@ -36,10 +36,13 @@ def test_the_package_is_an_installed_deepspeed(tmp_path: Path) -> None:
     assert found.version == shims.API_VERSION == alias.API_VERSION
     code = "import deepspeed.launcher.runner as r, deepspeed, xtrain; print(deepspeed is xtrain, r.__name__)"
     path = os.pathsep.join([str(tmp_path / "python"), os.environ.get("PYTHONPATH", ""), str(Path.cwd())])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert done.stdout == "True xtrain.launcher.runner\n", done.stderr
+
+    def python(*arguments: str) -> str:
+        env = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True).stdout
+
+    assert python("-c", code) == "True xtrain.launcher.runner\n"
+    assert "--include" in python("-m", "deepspeed.launcher.runner", "--help")  # as debuggers start it
 
 
 def test_an_xtrain_that_is_not_installed_is_found_as_it_was(tmp_path: Path) -> None:
