@@ -13,6 +13,7 @@ def _parser() -> argparse.ArgumentParser:
     from xtrain.align import main as align
     from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
+    from xtrain.launch import shims
 
     parser = argparse.ArgumentParser(prog="xtrain", description="DeepSpeed scripts on every accelerator")
     parser.add_argument("--version", action="version", version=f"xtrain {__version__}")
@@ -25,21 +26,31 @@ def _parser() -> argparse.ArgumentParser:
             doctor,
             "what is here, what is not and why, and whether collectives give the right numbers",
         ),
+        ("shims", shims, "write the commands deepspeed, ds_report, ds_ssh, ... into a folder for the PATH"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--debug", action="store_true", help="show tracebacks")
         module.add_arguments(command)
+    # Only named here: main() hands it on before anything is parsed.
+    commands.add_parser(
+        "deepspeed", help="start a script as DeepSpeed's command does: xtrain deepspeed train.py ..."
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Errors of the user are one sentence and status 2."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["deepspeed"]:  # its options are DeepSpeed's, and the script's arguments stay as they are
+        from xtrain.launch import deepspeed_command
+
+        return deepspeed_command.command_line(given[1:])
     from xtrain.align import main as align
     from xtrain.align.plot import draw_record
     from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
+    from xtrain.launch import shims
 
-    given = sys.argv[1:] if argv is None else argv
     ours, separator, script_args = given, "", []
     if "--" in given:
         cut = given.index("--")
@@ -60,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             return align.run(args, script_args if separator else None)
         if separator:
             raise XtrainError(f"`--` has no meaning for xtrain {args.command}")
-        return doctor.run(args)
+        return shims.run(args) if args.command == "shims" else doctor.run(args)
     except KeyboardInterrupt:  # outside the supervised run, which handles it itself
         print("xtrain: interrupted", file=sys.stderr)
         return 130

@@ -31,7 +31,8 @@ REMOVED = "removed"
 
 MODULES = [
     "deepspeed", "accelerator", "autotuning", "checkpoint", "checkpointing", "comm", "compile",
-    "inference", "inference.config", "io", "linear", "module_inject", "moe", "moe.layer",
+    "inference", "inference.config", "io", "launcher.launch",
+    "launcher.multinode_runner", "launcher.runner", "linear", "module_inject", "moe", "moe.layer",
     "moe.sharded_moe", "moe.utils", "monitor", "monitor.config", "monitor.monitor", "nvme", "ops",
     "ops.adagrad", "ops.adam", "ops.aio", "ops.lamb", "ops.lion", "ops.op_builder", "ops.random_ltd",
     "ops.transformer", "pipe", "profiling", "profiling.config", "profiling.flops_profiler", "runtime",
@@ -47,7 +48,7 @@ MODULES = [
     "runtime.zero.offload_config", "runtime.zero.partition_parameters", "runtime.zero.stage3",
     "runtime.zero.stage_1_and_2", "runtime.zero.tiling", "runtime.zero.utils", "sequence",
     "sequence.cross_entropy", "sequence.fpdt_layer", "sequence.layer", "utils", "utils.groups",
-    "utils.logging", "utils.tensor_fragment", "utils.timer", "utils.z3_leaf_module",
+    "utils.logging", "utils.numa", "utils.tensor_fragment", "utils.timer", "utils.z3_leaf_module",
     "utils.zero_to_fp32", "zero",
 ]  # fmt: skip
 """Modules that scripts import, without the leading `deepspeed.`."""

@@ -120,6 +120,11 @@ MISSING: tuple[Missing, ...] = (
         ("autotuning", "engine.autotuning_*"),
     ),
     Missing(
+        "the launcher's inner parts",
+        "give the command's options to xtrain deepspeed (docs/howto/deepspeed_command.md)",
+        ("launcher.multinode_runner",),
+    ),
+    Missing(
         "data efficiency",
         "sample and schedule in the script's own loader",
         ("runtime.data_pipeline", "ops.random_ltd", "engine.*random_ltd*", "engine.*curriculum*", "engine.data_*",

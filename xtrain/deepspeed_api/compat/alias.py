@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.abc import InspectLoader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from xtrain.base.errors import ConfigError
@@ -43,6 +44,11 @@ class _Loader:
         module = importlib.import_module(_ours(spec.name))
         self._spec = module.__spec__
         return module
+
+    def get_code(self, name: str) -> CodeType | None:
+        """For `python -m deepspeed.launcher.runner`, which runs the code as `__main__`."""
+        spec = importlib.util.find_spec(_ours(name))
+        return spec.loader.get_code(_ours(name)) if spec and isinstance(spec.loader, InspectLoader) else None
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self._spec  # the import system has put the other name's there

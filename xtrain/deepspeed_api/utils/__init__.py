@@ -6,6 +6,7 @@ from xtrain.engine.dataloader import RepeatingLoader
 from xtrain.utils import groups, logging
 from xtrain.utils.init_on_device import OnDevice
 from xtrain.utils.logging import log_dist_once, set_log_level_from_string
+from xtrain.utils.numa import get_numactl_cmd
 from xtrain.utils.nvtx import instrument_w_nvtx
 
 # By these paths, and not from xtrain.zero: `z3_leaf_module` is a module here and, from this line on, the function.
@@ -17,6 +18,7 @@ from xtrain.zero import tensor_fragment as _tensor_fragment
 __all__ = [
     "OnDevice",
     "RepeatingLoader",
+    "get_numactl_cmd",
     "groups",
     "instrument_w_nvtx",
     "log_dist",
