@@ -19,11 +19,12 @@ from pathlib import Path
 
 from xtrain.base.errors import ConfigError, NotImplementedYetError, XtrainError, unknown_name
 from xtrain.base.log import configure, logger
-from xtrain.launch import deepspeed_options, devices, hostfile
-from xtrain.launch.binding import binding
-from xtrain.launch.deepspeed_local import run_local
-from xtrain.launch.exports import BEGINNINGS, exports
-from xtrain.launch.invocation import Invocation
+from xtrain.launch import devices, hostfile
+from xtrain.launch.deepspeed import options as deepspeed_options
+from xtrain.launch.deepspeed.binding import binding
+from xtrain.launch.deepspeed.exports import BEGINNINGS, exports
+from xtrain.launch.deepspeed.invocation import Invocation
+from xtrain.launch.deepspeed.local import run_local
 from xtrain.launch.nodes import Node
 
 PID_FOLDER = Path("/tmp")
