@@ -3,6 +3,7 @@
     python benchmarks/startup.py                       over torch's TCP store, with gloo
     python benchmarks/startup.py --store run           over the run's store, as the first node's ranks have it
     python benchmarks/startup.py --store relay         over a relay of it, as the other nodes' ranks have it
+    python benchmarks/startup.py --store relay --only-meeting --sizes 64 128 256 512
     python benchmarks/startup.py --mpi                 the same under this Python's mpiexec
 
     store   processor time of the process that keeps the run's store (and the relay), over all parts together
@@ -154,6 +155,50 @@ def over_run_store(ranks: int, relayed: bool) -> Times:
     return times
 
 
+def _meet_in_threads(ranks: int, where: dict[str, str], begin: Any, end: Any) -> None:
+    """One process whose threads meet as ranks would."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from xtrain.comm import rendezvous, store
+
+    os.environ.update(where)
+    timeout = timedelta(seconds=300)
+
+    def meet(rank: int) -> None:
+        keys = store.from_environment(timeout)
+        rendezvous.Rendezvous(keys, "here", "gloo", rank, ranks).join(timeout)
+
+    with ThreadPoolExecutor(ranks) as threads:
+        begin.wait()
+        list(threads.map(meet, range(ranks)))
+    end.wait()
+    os._exit(0)
+
+
+def only_meeting(ranks: int, relayed: bool) -> Times:
+    """Time until threads of one other process have met, and what that costs the process that keeps the store."""
+    from xtrain.comm.store import Relay, Server, environment
+
+    secret = os.urandom(32)
+    server = Server("127.0.0.1", secret)
+    relay = Relay(*server.address, secret) if relayed else None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "xtrain.comm"])
+    begin, end = context.Barrier(2), context.Barrier(2)
+    where = environment(*(relay or server).address, secret)
+    process = context.Process(target=_meet_in_threads, args=(ranks, where, begin, end), daemon=True)
+    process.start()
+    begin.wait()
+    since, work = time.perf_counter(), time.process_time()
+    end.wait()
+    times = {"meet": time.perf_counter() - since, "store cpu": time.process_time() - work}
+    process.join()
+    if relay is not None:
+        relay.close()
+    server.close()
+    return times
+
+
 def over_tcp(ranks: int, where: dict[str, str] | None = None) -> Times:
     """The slowest rank's times, and the busiest rank's processor times.
 
@@ -229,6 +274,11 @@ def main() -> None:
     )
     parser.add_argument("--mpi", action="store_true", help="under mpiexec instead of over a TCP store")
     parser.add_argument("--store", choices=["tcp", "run", "relay"], default="tcp")
+    parser.add_argument(
+        "--only-meeting",
+        action="store_true",
+        help="ranks are threads that meet at the run's store, and no more",
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every time there, too")
@@ -238,10 +288,16 @@ def main() -> None:
         mpi_rank(args.rank_of_mpi)
         return
     measure: Callable[[int], Times] = over_mpi if args.mpi else over_tcp
-    columns, found = COLUMNS, {}
+    columns: tuple[str, ...] = COLUMNS
+    found: dict[int, dict[str, list[float]]] = {}
     if args.store != "tcp" and not args.mpi:
         measure = functools.partial(over_run_store, relayed=args.store == "relay")
         columns += ("store cpu",)
+        if args.only_meeting:
+            measure, columns = (
+                functools.partial(only_meeting, relayed=args.store == "relay"),
+                ("meet", "store cpu"),
+            )
     print("medians, ms; cpu: the busiest rank's processor time")
     print("ranks  " + "  ".join(f"{name:>10}" for name in columns), flush=True)
     for size in args.sizes:
