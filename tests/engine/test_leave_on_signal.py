@@ -210,3 +210,34 @@ def test_the_error_is_an_exit_and_an_interrupt() -> None:
     assert isinstance(error, SystemExit)
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.code) == ("words", 143)
+
+
+@pytest.mark.slow
+def test_under_torchrun(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+    ]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        command += ["--master-port", str(probe.getsockname()[1])]
+    torchrun = subprocess.Popen(
+        [*command, "-m", "tests.engine.signalled", str(tmp_path), "2000"],
+        env={name: value for name, value in os.environ.items() if not name.startswith("XTRAIN_R")},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _STARTED.append(torchrun)
+    _read_until(torchrun, "step 3\n")
+    torchrun.send_signal(signal.SIGTERM)
+    (status,), _, (error,) = _end([torchrun])
+    assert status != 0
+    assert "stopped by SIGTERM: step " in error
+    assert (tmp_path / "latest").is_file()
