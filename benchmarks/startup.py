@@ -1,7 +1,12 @@
 """How long it takes until ranks have a process group, for 2 to 64 light ranks, and what a fit says for 8192.
 
-    python benchmarks/startup.py                       over a TCP store, with gloo
+    python benchmarks/startup.py                       over torch's TCP store, with gloo
+    python benchmarks/startup.py --store run           over the run's store, as the first node's ranks have it
+    python benchmarks/startup.py --store relay         over a relay of it, as the other nodes' ranks have it
+    python benchmarks/startup.py --store relay --only-meeting --sizes 64 128 256 512
     python benchmarks/startup.py --mpi                 the same under this Python's mpiexec
+
+    store   processor time of the process that keeps the run's store (and the relay), over all parts together
 
 Ranks are processes that do nothing else. Over TCP they are forked from one that has imported torch; mpiexec starts
 interpreters, so there the clock starts after the import, and every time is that of the slowest rank. What is measured:
@@ -21,6 +26,7 @@ errors (a, b not negative). It leaves out the network, and for MPI it is an uppe
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -63,15 +69,16 @@ def _the_rest(times: Times, timeout: timedelta) -> None:
     assert total.item() == dist.get_world_size()
 
 
-def tcp_rank(rank: int, ranks: int, port: int, begin: Any, pipe: Any) -> None:
+def tcp_rank(rank: int, ranks: int, port: int, where: dict[str, str], begin: Any, pipe: Any) -> None:
     """Steps of `init_distributed`, apart."""
     import torch
     import torch.distributed as dist
 
-    from xtrain.comm import rendezvous
+    from xtrain.comm import rendezvous, tcp_store
 
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **where)
+    tcp_store.keep_gloo_on_this_host()
     timeout, times = timedelta(seconds=300), Times()
 
     # Rank 0 listens before the clock starts: who comes too early would sleep about a second before it tries again.
@@ -132,15 +139,81 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def over_tcp(ranks: int) -> Times:
-    """The slowest rank's times, and the busiest rank's processor times."""
+def over_run_store(ranks: int, relayed: bool) -> Times:
+    """As `over_tcp`; this process, which only waits meanwhile, keeps the store."""
+    from xtrain.comm.store import Relay, Server, environment
+
+    secret = os.urandom(32)
+    server = Server("127.0.0.1", secret)
+    relay = Relay(*server.address, secret) if relayed else None
+    work = time.process_time()
+    times = over_tcp(ranks, environment(*(relay or server).address, secret))
+    times["store cpu"] = time.process_time() - work
+    if relay is not None:
+        relay.close()
+    server.close()
+    return times
+
+
+def _meet_in_threads(ranks: int, where: dict[str, str], begin: Any, end: Any) -> None:
+    """One process whose threads meet as ranks would."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from xtrain.comm import rendezvous, store
+
+    os.environ.update(where)
+    timeout = timedelta(seconds=300)
+
+    def meet(rank: int) -> None:
+        keys = store.from_environment(timeout)
+        rendezvous.Rendezvous(keys, "here", "gloo", rank, ranks).join(timeout)
+
+    with ThreadPoolExecutor(ranks) as threads:
+        begin.wait()
+        list(threads.map(meet, range(ranks)))
+    end.wait()
+    os._exit(0)
+
+
+def only_meeting(ranks: int, relayed: bool) -> Times:
+    """Time until threads of one other process have met, and what that costs the process that keeps the store."""
+    from xtrain.comm.store import Relay, Server, environment
+
+    secret = os.urandom(32)
+    server = Server("127.0.0.1", secret)
+    relay = Relay(*server.address, secret) if relayed else None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "xtrain.comm"])
+    begin, end = context.Barrier(2), context.Barrier(2)
+    where = environment(*(relay or server).address, secret)
+    process = context.Process(target=_meet_in_threads, args=(ranks, where, begin, end), daemon=True)
+    process.start()
+    begin.wait()
+    since, work = time.perf_counter(), time.process_time()
+    end.wait()
+    times = {"meet": time.perf_counter() - since, "store cpu": time.process_time() - work}
+    process.join()
+    if relay is not None:
+        relay.close()
+    server.close()
+    return times
+
+
+def over_tcp(ranks: int, where: dict[str, str] | None = None) -> Times:
+    """The slowest rank's times, and the busiest rank's processor times.
+
+    Args:
+        where: variables that name the run's store; None: torch's.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "xtrain.comm"])
     begin, port = context.Barrier(ranks), _free_port()
     pipes, processes = [], []
     for rank in range(ranks):
         ours, theirs = context.Pipe()
-        process = context.Process(target=tcp_rank, args=(rank, ranks, port, begin, theirs), daemon=True)
+        process = context.Process(
+            target=tcp_rank, args=(rank, ranks, port, where or {}, begin, theirs), daemon=True
+        )
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -200,6 +273,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mpi", action="store_true", help="under mpiexec instead of over a TCP store")
+    parser.add_argument("--store", choices=["tcp", "run", "relay"], default="tcp")
+    parser.add_argument(
+        "--only-meeting",
+        action="store_true",
+        help="ranks are threads that meet at the run's store, and no more",
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every time there, too")
@@ -208,17 +287,28 @@ def main() -> None:
     if args.rank_of_mpi is not None:
         mpi_rank(args.rank_of_mpi)
         return
-    measure, found = over_mpi if args.mpi else over_tcp, {}
+    measure: Callable[[int], Times] = over_mpi if args.mpi else over_tcp
+    columns: tuple[str, ...] = COLUMNS
+    found: dict[int, dict[str, list[float]]] = {}
+    if args.store != "tcp" and not args.mpi:
+        measure = functools.partial(over_run_store, relayed=args.store == "relay")
+        columns += ("store cpu",)
+        if args.only_meeting:
+            measure, columns = (
+                functools.partial(only_meeting, relayed=args.store == "relay"),
+                ("meet", "store cpu"),
+            )
     print("medians, ms; cpu: the busiest rank's processor time")
-    print("ranks  " + "  ".join(f"{name:>10}" for name in COLUMNS), flush=True)
+    print("ranks  " + "  ".join(f"{name:>10}" for name in columns), flush=True)
     for size in args.sizes:
         rows = [measure(size) for _ in range(args.rounds)]
-        found[size] = {name: [row[name] for row in rows] for name in COLUMNS}
+        found[size] = {name: [row[name] for row in rows] for name in columns}
         cells = [f"{1000 * statistics.median(values):.4g}" for values in found[size].values()]
         print(f"{size:>5}  " + "  ".join(f"{cell:>10}" for cell in cells), flush=True)
     if args.json:
         args.json.write_text(json.dumps(found))
-    for part in PARTS if len(args.sizes) > 3 else ():
+    parts = [name.removesuffix(" cpu") for name in columns if name.endswith(" cpu")]
+    for part in parts if len(args.sizes) > 3 else ():
         medians = [statistics.median(found[size][f"{part} cpu"]) for size in args.sizes]
         print(f"{part:<7} {extrapolated(args.sizes, medians)}")
 

@@ -18,18 +18,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from xtrain.backends import registry
 from xtrain.base.errors import BackendError, ConfigError, unknown_name
 from xtrain.base.log import log_dist
-from xtrain.comm import discovery, libraries, mpi, rendezvous, shm, tcp_store
+from xtrain.comm import discovery, libraries, mpi, rendezvous, shm, tcp_store, timeouts
 from xtrain.comm.launchers import launched
+from xtrain.comm.timeouts import default_timeout
 
 TORCH_DISTRIBUTED_DEFAULT_PORT = discovery.DEFAULT_PORT
 
 _SETTLE_SECONDS = 0.1
 
+_started: weakref.ref[dist.ProcessGroup] | None = None
+"""The group of all ranks, where `init_distributed` has made it, and not the script."""
 _companions: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 is_available = dist.is_available
 is_initialized = dist.is_initialized
-new_group = dist.new_group
 get_global_rank = dist.get_global_rank
 
 
@@ -87,6 +89,15 @@ def has_reduce_scatter_tensor() -> bool:
 has_all_gather_into_tensor = has_all_reduce_coalesced = has_coalescing_manager = has_reduce_scatter_tensor
 
 
+def new_group(
+    ranks: list[int] | None = None, timeout: timedelta | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """`torch.distributed.new_group`, whose time-out is that of the group of all ranks where none is given."""
+    if timeout is None and dist.is_initialized():
+        timeout = timeouts.of(None)
+    return dist.new_group(ranks, timeout, *args, **kwargs)
+
+
 def companion(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """A second process group of the same ranks, for collectives whose order is independent of the first's.
 
@@ -98,16 +109,8 @@ def companion(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     assert parent is not None
     if parent not in _companions:
         ranks = None if group is None else dist.get_process_group_ranks(group)
-        _companions[parent] = dist.new_group(ranks, use_local_synchronization=group is not None)
+        _companions[parent] = new_group(ranks, use_local_synchronization=group is not None)
     return _companions[parent]
-
-
-def default_timeout() -> timedelta:
-    """How long a collective may wait: DEEPSPEED_TIMEOUT in minutes, or 10 minutes, as in DeepSpeed."""
-    text = os.environ.get("DEEPSPEED_TIMEOUT", "10")
-    if not (text.isascii() and text.isdigit()) or int(text) == 0:
-        raise ConfigError(f"DEEPSPEED_TIMEOUT={text!r} is not a whole number of minutes of at least 1")
-    return timedelta(minutes=int(text))
 
 
 def init_distributed(
@@ -128,13 +131,16 @@ def init_distributed(
     mpiexec or srun (docs/launchers.md); those five variables are set afterwards. A lone process is rank
     0 of 1.
 
+    Where the script has started torch.distributed itself, its groups keep their time-outs, unless one is stated here
+    or by DEEPSPEED_TIMEOUT.
+
     Args:
         dist_backend: process-group library; None takes the one of the detected backend. "mpi" is comm/mpi, where
             the ranks are MPI's; "shm" is comm/shm, for ranks that share a host.
         auto_mpi_discovery: whether MPI's and Slurm's variables count where the five are not set.
         distributed_port: port of rank 0 when the environment has no MASTER_PORT.
         verbose: whether rank 0 logs what was found.
-        timeout: how long a collective may wait for the other ranks; None: see `default_timeout`.
+        timeout: how long a collective of any group may wait for the other ranks; None: see `default_timeout`.
         init_method: as in torch.distributed; None means `env://`, or no network for a world of one.
         dist_init_required: False asserts that the process group exists already.
         rank, world_size: override the environment.
@@ -145,6 +151,7 @@ def init_distributed(
         BackendError: the process group cannot be made; says with which library, rank and address.
     """
     if dist.is_initialized():
+        _state_timeout(timeout)
         return
     if dist_init_required is False:
         raise ConfigError(
@@ -169,11 +176,26 @@ def init_distributed(
         elif init_method is None:
             rank, world_size = 0, 1
         _start(library, init_method, rank, world_size, timeout)
+    _note_start(timeout)
     atexit.register(_settle)
     if verbose:
         if place is not None:
             log_dist(_found(place), ranks=[0])
         log_dist(f"torch {torch.__version__} distributed: {library}, {get_world_size()} ranks", ranks=[0])
+
+
+def _note_start(timeout: timedelta) -> None:
+    global _started
+    timeouts.set_default(timeout)
+    assert dist.group.WORLD is not None
+    _started = weakref.ref(dist.group.WORLD)
+
+
+def _state_timeout(timeout: timedelta | None) -> None:
+    """torch.distributed runs already: give its groups the stated time-out if the script has started it."""
+    by_xtrain = _started is not None and _started() is dist.group.WORLD
+    if not by_xtrain and (timeout is not None or timeouts.VARIABLE in os.environ):
+        timeouts.set_everywhere(default_timeout() if timeout is None else timeout)
 
 
 def _find_place(
@@ -283,3 +305,4 @@ def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
         dist.destroy_process_group(group)
         if not dist.is_initialized():
             rendezvous.current = None
+            timeouts.forget()

@@ -42,17 +42,18 @@ class RollCall:
         """How long a rank waits for the others where it cannot go on without them."""
         self._store = dist.PrefixStore(f"roll call {name}", store)
 
-    def all_here(self, question: str, patience: float) -> bool:
+    def all_here(self, question: str, patience: float, meanwhile: Callable[[], None] = lambda: None) -> bool:
         """Whether all ranks come within `patience` seconds of the first; the same answer on every rank.
 
-        Once a rank has left with False, so does everybody who comes later, at once.
+        Once a rank has left with False, so does everybody who comes later, at once. `meanwhile` is called again and
+        again while this one waits; what it raises ends the waiting.
         """
         arrived, decided = f"{question} arrived", f"{question} decided"
         number = self._store.add(arrived, 1)
         if number > _LEFT:
             return False
         if number < len(self.ranks):
-            if self._wait(decided, patience):
+            if self._wait(decided, patience, meanwhile):
                 return self._store.get(decided) == b"here"
             left, came = divmod(self._store.add(arrived, _LEFT), _LEFT)
             if left > 1:  # the first that left knows
@@ -62,6 +63,17 @@ class RollCall:
                 return False
         self._store.set(decided, "here")
         return True
+
+    def raise_to(self, question: str, number: int) -> None:
+        """Tell a number of at least 0, of which the highest counts. Waits for nobody."""
+        key, mine = f"{question} highest", str(number)
+        current = self._store.compare_set(key, "", mine)
+        while int(current) < number:
+            current = self._store.compare_set(key, current.decode(), mine)
+
+    def highest(self, question: str) -> int:
+        """The highest number of those who have told theirs; of all ranks after `all_here`."""
+        return int(self._store.get(f"{question} highest"))
 
     def first(self, question: str, mine: str) -> str:
         """The note of the rank that asked first: `mine`, or that of an earlier one. Waits for nobody."""

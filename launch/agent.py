@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from xtrain.base import heartbeat
 from xtrain.base.files import write_text
-from xtrain.base.run_folder import HEARTBEAT_VARIABLE, LOGS, STOP, STOPPED
+from xtrain.base.run_folder import HEARTBEAT_VARIABLE, LOGS, SIGNALLED, STOP, STOPPED
 from xtrain.launch import survey
 from xtrain.launch.failure import forget_failures, own_failures, rank_log
 from xtrain.launch.hang import frames_of
@@ -160,7 +160,7 @@ class Agent:
         for name, text in order["files"].items():
             if not (run_dir / name).is_file() or (run_dir / name).read_text() != text:
                 write_text(run_dir / name, text)
-        for name in (STOP, STOPPED):
+        for name in (STOP, STOPPED, SIGNALLED):
             (run_dir / name).unlink(missing_ok=True)
         forget_failures(run_dir, ranks)
         with tempfile.TemporaryDirectory(prefix="xtrain-", dir=survey.memory_folder()) as hearts:
@@ -171,7 +171,9 @@ class Agent:
             if codes:
                 self.voice.say("failed", failures=own_failures(run_dir, codes, order["node"]))
             else:
-                self.voice.say("done", stopped=(run_dir / STOPPED).exists())
+                signalled = run_dir / SIGNALLED
+                told = json.loads(signalled.read_text()) if signalled.exists() else None
+                self.voice.say("done", stopped=(run_dir / STOPPED).exists(), signalled=told)
             self.orders.get()  # to leave: others may still need the store
         if server is not None:
             server.close()

@@ -39,7 +39,8 @@ class Agents:
     def __init__(self, job: Job, nodes: Sequence[Node]) -> None:
         self.job = job
         self.channels: dict[str, Channel] = {}
-        self.signalled: dict[str, int] = {}
+        self.signalled: dict[str, str] = {}
+        self._by_rank: tuple[int, str] | None = None
         self.pulses = Pulses()
         self._events: queue.Queue[tuple[Channel, Event]] = queue.Queue()
         self._failures: list[Failure] = []
@@ -172,7 +173,10 @@ class Agents:
             if not channel.ended and channel.silent > self.job.cluster.node_timeout:
                 self._lose(channel, f"has given no sign of life for {channel.silent:.0f} s")
         if channels and all(channel.done for channel in channels):
-            return Outcome("stopped" if any(channel.stopped for channel in channels) else "done")
+            stopped = any(channel.stopped for channel in channels)
+            return Outcome(
+                "stopped" if stopped else "done", by_rank=self._by_rank, by_node=dict(self.signalled)
+            )
         if self._failing_since is not None:
             return self._failed(time.monotonic() - self._failing_since)
         return self._hanging()
@@ -224,8 +228,10 @@ class Agents:
             channel.failed = True
         elif event.name == "done":
             channel.done, channel.stopped = True, about["stopped"]
+            if about["signalled"] is not None:
+                self._by_rank = about["signalled"]["rank"], about["signalled"]["signal"]
         elif event.name == "signalled":
-            self.signalled[channel.node.name] = about["signal"]
+            self.signalled[channel.node.name] = signal_name(about["signal"])
         elif event.name == "closed" and channel.hello is not None and not (channel.done or channel.failed):
             self._lose(channel, _closing(about["code"], channel.printed()))
 

@@ -5,6 +5,7 @@ What agents say elsewhere is read from the run folder: signs of life, and what f
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from xtrain.base import heartbeat
 from xtrain.base.errors import ConfigError
 from xtrain.base.files import write_text
-from xtrain.base.run_folder import ATTEMPT_VARIABLE, HEARTBEAT_VARIABLE, LOGS, STOP, STOPPED
+from xtrain.base.run_folder import ATTEMPT_VARIABLE, HEARTBEAT_VARIABLE, LOGS, SIGNALLED, STOP, STOPPED
 from xtrain.launch.failure import Failure, forget_failures, killed, last_lines, rank_log, read_failure
 from xtrain.launch.hang import Pulses, frames_of
 from xtrain.launch.job import Job
@@ -77,7 +78,7 @@ class CommandStart:
     def _prepare(self) -> None:
         shutil.rmtree(self._hearts, ignore_errors=True)
         self._hearts.mkdir(parents=True)
-        for name in (STOP, STOPPED):
+        for name in (STOP, STOPPED, SIGNALLED):
             (self._job.run_dir / name).unlink(missing_ok=True)
         forget_failures(self._job.run_dir, range(self._job.ranks))
         write_text(self._job.run_dir / "ds_config.json", self._job.config_for(self._layout.ranks))
@@ -96,7 +97,10 @@ class CommandStart:
                 return Outcome("hang", suspect=self._pulses.suspect(self._stacks()))
             return None
         if code == 0:
-            return Outcome("stopped" if (self._job.run_dir / STOPPED).exists() else "done")
+            stopped, signalled = (self._job.run_dir / name for name in (STOPPED, SIGNALLED))
+            told = json.loads(signalled.read_text()) if signalled.exists() else None
+            by_rank = (told["rank"], told["signal"]) if told else None
+            return Outcome("stopped" if stopped.exists() else "done", by_rank=by_rank)
         time.sleep(_LOOK)  # the ranks' last words may be on their way to the disk
         failures = self._failures()
         said = last_lines_from(self._log, self._log_start)

@@ -41,6 +41,8 @@ def _check_overrides(overrides: list[str], extra: Path | None) -> None:
     choices = groups(extra)
     for override in overrides:
         key, equals, value = override.partition("=")
+        if key.lstrip("+~").startswith("hydra"):
+            raise ConfigError(f"{override!r} is for sweeps: say --multirun")
         if not equals and not override.startswith("~"):
             raise ConfigError(f"{override!r} is not of the form key=value (script arguments go after `--`)")
         if key in choices and value not in choices[key]:
@@ -67,7 +69,22 @@ def _explain(error: Exception, defaults: dict[str, Any]) -> str:
         return f"unknown key {key!r}: {hint}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: quote the value, as in 'key=\"value\"'"
+    if match := re.search(r"Could not find 'hydra/(launcher|sweeper)/([^']+)'", first):
+        return f"no installed package brings hydra/{match[1]}={match[2]}: install its plug-in"
     return f"the configuration cannot be composed: {first}"
+
+
+def register_resolvers() -> None:
+    """What ${equal:a,b} in the configuration means."""
+    OmegaConf.register_new_resolver("equal", lambda a, b: a == b, replace=True)
+
+
+def explain_error(error: Exception) -> str:
+    """A sentence for what Hydra says, where the settings without overrides tell which keys there are."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(_conf_dir()), version_base="1.3"):
+        defaults: Any = OmegaConf.to_container(compose("config"), resolve=False)
+    return _explain(error, defaults)
 
 
 def compose_config(overrides: list[str], config_dir: str | None = None) -> tuple[LaunchConfig, DictConfig]:
@@ -84,7 +101,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> tuple
     if extra is not None and not extra.is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a folder")
     _check_overrides(overrides, extra)
-    OmegaConf.register_new_resolver("equal", lambda a, b: a == b, replace=True)
+    register_resolvers()
     search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(_conf_dir()), version_base="1.3"):

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from xtrain.base.errors import BackendError
-from xtrain.launch.binding import numa_nodes
+from xtrain.launch.deepspeed.binding import numa_nodes
 
 
 @dataclass(frozen=True)

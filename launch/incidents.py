@@ -117,7 +117,7 @@ def goodput(run_dir: Path) -> tuple[float, float]:
     taken, began = 0.0, 0.0
     for entry in _read(run_dir / ATTEMPTS):
         # A start without an end was that of a launcher that was killed; the next one followed at once.
-        now = float(entry["began"] if "began" in entry else entry["ended"])
+        now = entry["began"] if "began" in entry else entry["ended"]
         taken += now - began if began else 0.0
         began = entry.get("began", 0.0)
     return sum(_kept(run_dir).values()), taken

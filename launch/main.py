@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from omegaconf import DictConfig
 from rich.console import Console
 
 from xtrain.base.files import write_text
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config-dir", help="a folder with more choices: cluster/mine.yaml, model/mine.yaml, ..."
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="run every combination of settings such as train.lr=0.1,0.2",
+    )
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -75,6 +82,10 @@ def _hand_over(job: Job, overrides: list[str], script_args: list[str], config_di
 def run(args: argparse.Namespace, script_args: list[str], draw: Draw) -> int:
     """Carry out the command; returns the exit status. `draw` makes the picture of the loss when the run has ended."""
     console = Console()
+    if args.multirun:
+        from xtrain.launch.sweep import run_sweep
+
+        return run_sweep(args.overrides, args.config_dir, script_args, args.debug)
     config, tree = compose_config(args.overrides, args.config_dir)
     # A resumed run starts from what its own command line said; what is said now comes after it and wins.
     saved = saved_overrides(config.resume, config.run_dir, args.overrides, args.trust)
@@ -88,18 +99,34 @@ def run(args: argparse.Namespace, script_args: list[str], draw: Draw) -> int:
         return 0
     # config.yaml is to say all that this run was started with: `xtrain align --bisect` starts it again.
     tree.script_args = [*config.script_args, *script_args]
+    status, told = carry_out(job, tree, overrides, script_args, console, args.debug, args.config_dir, draw)
+    if told:
+        console.print(told, highlight=False, soft_wrap=True, markup=False)
+    return status
+
+
+def carry_out(
+    job: Job,
+    tree: DictConfig,
+    overrides: list[str],
+    script_args: list[str],
+    console: Console,
+    debug: bool,
+    config_dir: str | None,
+    draw: Draw | None = None,
+) -> tuple[int, str | None]:
+    """Write the run folder and run the job, or hand it over; the exit status, and what to tell of the latter."""
     with write_run_folder(job, tree, overrides):
-        if (handed := _hand_over(job, overrides, script_args, args.config_dir)) is not None:
-            console.print(handed, highlight=False, soft_wrap=True, markup=False)
-            return 0
+        if (handed := _hand_over(job, overrides, script_args, config_dir)) is not None:
+            return 0, handed
         console.print(
             f"{_title(job)}, run folder {job.run_dir}", highlight=False, soft_wrap=True, markup=False
         )
         start = time.monotonic()
-        status = keep(lambda again: _supervise(job, console, args.debug, again))
-        if (job.run_dir / METRICS).exists():
+        status = keep(lambda again: _supervise(job, console, debug, again))
+        if draw is not None and (job.run_dir / METRICS).exists():
             _summarise(job, console, time.monotonic() - start, draw)
-        return status
+        return status, None
 
 
 def _supervise(job: Job, console: Console, debug: bool, again: bool) -> int:

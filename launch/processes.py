@@ -31,6 +31,11 @@ def safe_path_flag() -> list[str]:
     return ["-P"] if sys.version_info >= (3, 11) else []
 
 
+def python_module(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module with this Python."""
+    return [sys.executable, *safe_path_flag(), "-m", module, *arguments]
+
+
 def signal_name(number: int) -> str:
     """ "SIGKILL" for 9."""
     try:

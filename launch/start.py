@@ -18,6 +18,8 @@ class Outcome:
         lost: nodes that have gone, and how.
         suspect: of a hang, the rank that the others wait for, and why it is that one.
         why: of a failure that no rank or node has told.
+        by_rank: of a stop that a signal to a rank has brought about: the rank, and the signal's name.
+        by_node: the same of agents: nodes, and the signal's name.
     """
 
     kind: str
@@ -25,6 +27,8 @@ class Outcome:
     lost: dict[str, str] = field(default_factory=dict)
     suspect: tuple[int | None, str] = (None, "")
     why: str = ""
+    by_rank: tuple[int, str] | None = None
+    by_node: dict[str, str] = field(default_factory=dict)
 
 
 class Start(Protocol):

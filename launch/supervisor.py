@@ -43,7 +43,7 @@ class Supervisor:
         self._lookout = Lookout(job, self._members)
         self._stop = Stop()
         self._layout = Layout(())
-        self._started = False
+        self._started = self._growing = False
         self._tail = RecordTail(job.run_dir / METRICS)
         self._display = ProgressDisplay(console, job.total_steps, job.model)
         self._next_prune = 0.0
@@ -75,10 +75,34 @@ class Supervisor:
             if outcome.kind in ("failed", "hang") and (status := self._after_failure(outcome)) is not None:
                 self._report.summary()
                 return status
-            if self._stop.asked:
+            if self._stop.asked or (outcome.kind == "stopped" and not self._goes_on(outcome)):
                 self._report.stopped()
                 requeue(self.job, self._stop.warned, self._report.say)
                 return INTERRUPTED
+
+    def _goes_on(self, outcome: Outcome) -> bool:
+        """After ranks have saved and left without the user's asking: whether they are started again."""
+        if self._growing:
+            self._growing = False
+            return True
+        if outcome.by_rank is None and not outcome.by_node:
+            return False  # somebody has made the stop file
+        again = self.job.max_restarts > 0
+        start, step = self._clock.starts, last_step(self.job.run_dir)
+        if outcome.by_rank is not None:
+            rank, name = outcome.by_rank
+            node = self._layout.node_of(rank).name
+            incident = Incident(
+                "signal", start, f"has received {name}, and all ranks have saved", node, rank, step
+            )
+        else:
+            node, name = next(iter(outcome.by_node.items()))
+            incident = Incident(
+                "signal", start, f"has received {name}, and all ranks have saved", node, None, step
+            )
+        self._note(replace(incident, action="starts again" if again else "the run ends"))
+        self._report.say(f"{incident.sentence()}{'; they are started again' if again else ''}", "red")
+        return again
 
     # One start.
 
@@ -195,6 +219,7 @@ class Supervisor:
             )
             self._note(replace(incident, action=action))
             self._report.say(f"{incident.sentence()}: {action}")
+            self._growing = True
         return bool(names)
 
     def _prune(self) -> None:

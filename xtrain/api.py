@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from xtrain.backends import Backend
 from xtrain.base import log
 from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.base.log import log_dist
+from xtrain.base.run_folder import RUN_DIR_VARIABLE
 from xtrain.config import XtrainConfig, load_config
 from xtrain.config.backend import choose_backend
 from xtrain.deepspeed_engine import start as deepspeed_engine
+from xtrain.engine import leave_on_signal
 from xtrain.integrity import corruption_check
 from xtrain.integrity import fault_injection as faults
 from xtrain.parallel import grid_from_mpu
@@ -151,6 +154,8 @@ def initialize(
     faults.attach(engine.train_state, engine.train_hooks)
     corruption_check.attach(engine.train_state, engine.train_hooks, checked.values.xtrain.sdc_check)
     run_recording.attach(engine, checked, backend, {"engine": "native"}, engine.grid.model.reports_loss)
+    if RUN_DIR_VARIABLE not in os.environ:
+        leave_on_signal.attach(engine)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -13,7 +13,7 @@ def _parser() -> argparse.ArgumentParser:
     from xtrain.align import main as align
     from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
-    from xtrain.launch import shims
+    from xtrain.launch.deepspeed import shims
 
     parser = argparse.ArgumentParser(prog="xtrain", description="DeepSpeed scripts on every accelerator")
     parser.add_argument("--version", action="version", version=f"xtrain {__version__}")
@@ -42,14 +42,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Errors of the user are one sentence and status 2."""
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["deepspeed"]:  # its options are DeepSpeed's, and the script's arguments stay as they are
-        from xtrain.launch import deepspeed_command
+        from xtrain.launch.deepspeed import command as deepspeed_command
 
         return deepspeed_command.command_line(given[1:])
     from xtrain.align import main as align
     from xtrain.align.plot import draw_record
     from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
-    from xtrain.launch import shims
+    from xtrain.launch.deepspeed import shims
 
     ours, separator, script_args = given, "", []
     if "--" in given:

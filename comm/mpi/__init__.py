@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from xtrain.base.log import logger
 from xtrain.comm.mpi.library import load
+from xtrain.comm.timeouts import default_timeout
 
 NAME = "mpi4py"
 """The backend's name in torch.distributed, whose own "mpi" is reserved for a torch that was built with MPI."""
@@ -38,7 +39,7 @@ def version() -> str:
 def start(
     rank: int = -1,
     world_size: int = -1,
-    timeout: timedelta = timedelta(minutes=30),
+    timeout: timedelta | None = None,
     init_method: str | None = None,
 ) -> None:
     """Start torch.distributed over the processes that mpiexec or srun has started.
@@ -49,12 +50,13 @@ def start(
     Args:
         rank, world_size: what the caller expects, -1 for whatever MPI says; RANK and WORLD_SIZE of the
             environment count as expectations too. Ranks may be ordered differently from MPI's own.
-        timeout: how long an operation may wait for the other ranks.
+        timeout: how long an operation may wait for the other ranks; None: `default_timeout`.
         init_method: the address of a rendezvous, which MPI does not need: a warning says that it is not used.
 
     Raises:
         BackendError: mpi4py or the MPI library is missing; MPI has another number of processes than expected.
     """
+    timeout = default_timeout() if timeout is None else timeout
     load(timeout)
     if init_method not in (None, "env://", "mpi://"):
         logger.warning("init_method %r is not used: ranks meet through MPI", init_method)

@@ -214,16 +214,14 @@ class MpiStore(dist.Store):
 
     def __init__(self, client: Client, timeout: timedelta) -> None:
         super().__init__()
-        self._client, self._patience = client, timeout.total_seconds()
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """How long `get` and `wait` may wait for a key."""
-        self._patience = timeout.total_seconds()
+        self._client = client
+        self.set_timeout(timeout)  # C++ keeps it, and groups and prefixes read it there
 
     @property
     def timeout(self) -> timedelta:
-        """How long `get` and `wait` may wait for a key."""
-        return timedelta(seconds=self._patience)
+        """How long `get` and `wait` may wait for a key; see `set_timeout`."""
+        stated: timedelta = super().timeout  # type: ignore[misc]  # torch's stubs lack it
+        return stated
 
     def set(self, key: str, value: bytes | str) -> None:
         """Set a key."""
@@ -231,7 +229,7 @@ class MpiStore(dist.Store):
 
     def get(self, key: str) -> bytes:
         """A key's value, waiting for it."""
-        return bytes(self._client.ask("get", key, patience=self._patience))
+        return bytes(self._client.ask("get", key, patience=self.timeout.total_seconds()))
 
     def add(self, key: str, value: int) -> int:
         """Add to a counter; its new value."""
@@ -247,7 +245,7 @@ class MpiStore(dist.Store):
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Until all keys exist."""
-        patience = self._patience if timeout is None else timeout.total_seconds()
+        patience = (self.timeout if timeout is None else timeout).total_seconds()
         self._client.ask("wait", keys, patience=patience)
 
     def delete_key(self, key: str) -> bool:
@@ -276,7 +274,10 @@ class MpiStore(dist.Store):
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         """Several values, waiting for all."""
-        return [bytes(value) for value in self._client.ask("multi_get", keys, patience=self._patience)]
+        return [
+            bytes(value)
+            for value in self._client.ask("multi_get", keys, patience=self.timeout.total_seconds())
+        ]
 
     def multi_set(self, keys: list[str], values: list[bytes | str]) -> None:
         """Set several keys."""

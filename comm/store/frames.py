@@ -110,7 +110,7 @@ def number_of(body: bytes) -> int:
     return int(LENGTH.unpack_from(body)[0])
 
 
-def length(prefix: bytes) -> int:
+def length(prefix: bytes | bytearray) -> int:
     """How many bytes follow.
 
     Raises:
@@ -140,6 +140,31 @@ def unpack(body: bytes) -> Frame:
     except struct.error as error:
         raise FrameError(f"a frame that cannot be read: {error}") from error
     return number, code, fields
+
+
+class Incoming:
+    """Cuts what arrives on a connection into the bodies of frames, many at a time where they come so."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that are complete now.
+
+        Raises:
+            FrameError: one is larger than LARGEST.
+        """
+        self._rest += data
+        bodies, at = [], 0
+        while len(self._rest) - at >= LENGTH.size:
+            begin = at + LENGTH.size
+            end = begin + length(self._rest[at:begin])
+            if end > len(self._rest):
+                break
+            bodies.append(bytes(self._rest[begin:end]))
+            at = end
+        del self._rest[:at]
+        return bodies
 
 
 def seconds(value: float) -> bytes:

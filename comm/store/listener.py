@@ -24,6 +24,8 @@ _PATIENCE = 5.0
 _BACKLOG = 4096
 """Connections that may wait to be accepted: ranks start at the same moment. Linux caps it at net.core.somaxconn."""
 _FILES = 65536
+_AT_ONCE = 1 << 18
+"""Bytes that are read from one connection before it is others' turn."""
 _LEAST_SECRET = 16
 _BROKEN = (OSError, EOFError, frames.FrameError)
 """How a connection ends that its other side has left or uses wrongly."""
@@ -31,14 +33,17 @@ _BROKEN = (OSError, EOFError, frames.FrameError)
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def read_frame(reader: asyncio.StreamReader) -> bytes:
-    """The next frame's body.
+async def read_frames(reader: asyncio.StreamReader, incoming: frames.Incoming) -> list[bytes]:
+    """The bodies that have come since; empty where only a part of one has.
 
     Raises:
         EOFError: the other side has closed the connection.
-        FrameError: it is too large.
+        FrameError: one is too large.
     """
-    return await reader.readexactly(frames.length(await reader.readexactly(frames.LENGTH.size)))
+    data = await reader.read(_AT_ONCE)
+    if not data:
+        raise EOFError("the other side has closed the connection")
+    return incoming.feed(data)
 
 
 def check_secret(secret: bytes) -> bytes:

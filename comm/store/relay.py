@@ -11,7 +11,7 @@ import itertools
 
 from xtrain.base.errors import BackendError
 from xtrain.comm.store import frames
-from xtrain.comm.store.listener import Listener, check_secret, connect, read_frame
+from xtrain.comm.store.listener import Listener, check_secret, connect, read_frames
 
 _PATIENCE = 60.0
 """Seconds in which the server has to come: the first node's agent may start later than this one."""
@@ -66,25 +66,27 @@ class Relay(Listener):
 
     async def _hand_back(self, reader: asyncio.StreamReader) -> None:
         """Give the server's answers to who asked, until the server goes: then this relay's clients have to know."""
+        incoming = frames.Incoming()
         try:
             while True:
-                body = await read_frame(reader)
-                writer, number = self._asked.pop(frames.number_of(body), (None, 0))
-                if writer is not None and not writer.is_closing():
-                    writer.write(frames.renumbered(body, number))
+                for body in await read_frames(reader, incoming):
+                    writer, number = self._asked.pop(frames.number_of(body), (None, 0))
+                    if writer is not None and not writer.is_closing():
+                        writer.write(frames.renumbered(body, number))
         except (OSError, EOFError, frames.FrameError):
             self._stopping.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        mine = set()
+        mine: set[int] = set()
+        incoming = frames.Incoming()
         try:
             while True:
-                body = await read_frame(reader)
-                number = next(self._numbers) % _NUMBERS
-                self._asked[number] = writer, frames.number_of(body)
-                mine.add(number)
+                for body in await read_frames(reader, incoming):
+                    number = next(self._numbers) % _NUMBERS
+                    self._asked[number] = writer, frames.number_of(body)
+                    mine.add(number)
+                    self._upstream.write(frames.renumbered(body, number))
                 mine.intersection_update(self._asked)
-                self._upstream.write(frames.renumbered(body, number))
                 await self._upstream.drain()
         finally:
             for number in mine:

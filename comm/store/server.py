@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from xtrain.comm.store import frames
 from xtrain.comm.store.frames import Frame
-from xtrain.comm.store.listener import Listener, read_frame
+from xtrain.comm.store.listener import Listener, read_frames
 
 _NAMED = 4
 """Missing keys that a message lists at most."""
@@ -39,11 +39,12 @@ class Server(Listener):
         super().__init__(host, secret, port)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        incoming = frames.Incoming()
         while True:
-            frame = frames.unpack(await read_frame(reader))
-            if (answer := self._answer(frame, writer)) is not None:
-                writer.write(answer)
-                await writer.drain()  # who does not read its answers is not read from either
+            for body in await read_frames(reader, incoming):
+                if (answer := self._answer(frames.unpack(body), writer)) is not None:
+                    writer.write(answer)
+            await writer.drain()  # who does not read its answers is not read from either
 
     def _answer(self, frame: Frame, writer: asyncio.StreamWriter) -> bytes | None:
         """The answer; None where it has to wait."""

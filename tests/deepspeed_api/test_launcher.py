@@ -11,7 +11,8 @@ import pytest
 
 from xtrain.base.errors import NotImplementedYetError
 from xtrain.base.missing import MissingModuleError
-from xtrain.launch import binding, deepspeed_command
+from xtrain.launch.deepspeed import binding
+from xtrain.launch.deepspeed import command as deepspeed_command
 from xtrain.launcher import runner
 from xtrain.utils import numa
 

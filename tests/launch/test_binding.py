@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xtrain.base.errors import ConfigError
-from xtrain.launch import binding
+from xtrain.launch.deepspeed import binding
 
 FOUR = {0: [0, 1, 4, 5], 1: [2, 3, 6, 7]}
 """Four cores of two threads each, in two NUMA nodes."""

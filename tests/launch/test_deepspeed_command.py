@@ -12,9 +12,12 @@ import pytest
 
 from xtrain import cli
 from xtrain.base.errors import XtrainError
-from xtrain.launch import binding, deepspeed_command, deepspeed_options, devices
+from xtrain.launch import devices
+from xtrain.launch.deepspeed import binding
+from xtrain.launch.deepspeed import command as deepspeed_command
+from xtrain.launch.deepspeed import options as deepspeed_options
+from xtrain.launch.deepspeed.invocation import Invocation
 from xtrain.launch.devices import Devices
-from xtrain.launch.invocation import Invocation
 from xtrain.launch.nodes import Node
 
 

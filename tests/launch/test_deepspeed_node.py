@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from xtrain.base.errors import ConfigError
-from xtrain.launch import deepspeed_command, deepspeed_node, devices
+from xtrain.launch import devices
+from xtrain.launch.deepspeed import command as deepspeed_command
+from xtrain.launch.deepspeed import node as deepspeed_node
 from xtrain.launch.devices import Devices
 from xtrain.launch.nodes import Node
 from xtrain.launcher import launch

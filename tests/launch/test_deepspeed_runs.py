@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from xtrain.launch import deepspeed_command, shims
+from xtrain.launch.deepspeed import command as deepspeed_command
+from xtrain.launch.deepspeed import shims
 
 SCRIPT = """
 import json, os, signal, sys, time

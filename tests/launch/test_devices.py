@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from xtrain.base.errors import BackendError
-from xtrain.launch import binding, devices
+from xtrain.launch import devices
+from xtrain.launch.deepspeed import binding
 from xtrain.launch.devices import Devices
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xtrain.base.errors import ConfigError
-from xtrain.launch.exports import exports, read_environment_file
+from xtrain.launch.deepspeed.exports import exports, read_environment_file
 
 
 def test_names_are_taken_by_their_beginnings(tmp_path: Path) -> None:

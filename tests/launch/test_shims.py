@@ -13,7 +13,7 @@ import pytest
 from xtrain import cli
 from xtrain.base.errors import ConfigError
 from xtrain.deepspeed_api.compat import alias
-from xtrain.launch import shims, ssh_all
+from xtrain.launch.deepspeed import shims, ssh_all
 
 
 def test_the_commands_are_deepspeeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

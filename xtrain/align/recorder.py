@@ -83,8 +83,8 @@ class Recorder:
         path: the record; lines are appended. None: `metrics.jsonl` in the run folder that XTRAIN_RUN_DIR names.
         header: facts about the run that go into the header line.
         tokens_per_sample: with it, every line says how many tokens the step consumed.
-        flag: asked once per step on rank 0; the answer reaches all ranks in the same collective as the
-            loss (see `raised`).
+        flag: asked once per step on every rank; whether it is True on any reaches all in the same collective as
+            the loss (see `raised`).
         counts: whether this rank's losses are in the mean: not where another has the same, or where a pipeline
             stage that is not the last has none.
         model: whose modules are measured, for loops without an engine; `step(model=...)` does the same later.
@@ -114,7 +114,7 @@ class Recorder:
         self.counts = counts
         self.more = more
         self.raised = False
-        """Whether `flag` answered True on rank 0 at the last step; the same on every rank."""
+        """Whether `flag` answered True on any rank at the last step; the same on every rank."""
         if modules_every is not None and modules_every < 1:
             raise RecordError(f"modules_every is {modules_every}: give a number of steps, or None for never")
         self.modules_every = modules_every
@@ -321,8 +321,7 @@ class Recorder:
     def _over_ranks(self, mine: float, device: torch.device | str) -> tuple[float, list[float]]:
         """(mean loss, loss of each rank if all of them count); sets `raised` alike on every rank."""
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        raised = bool(self.flag and first and self.flag())
+        raised = bool(self.flag and self.flag())
         row = torch.tensor(
             [mine if self.counts else 0.0, float(self.counts), float(raised)], dtype=torch.float64
         ).to(device)

@@ -69,6 +69,22 @@ class RunInterrupted(KeyboardInterrupt):
     """
 
 
+class RunSignalled(RunInterrupted, SystemExit):
+    """A signal asked the run to stop, and the ranks have saved where they could.
+
+    A SystemExit too: a script that does not catch it ends without a traceback, with the status `code`, which is 128 +
+    the signal's number.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An exception is unpickled by calling its class, by default with the message alone."""
+        return type(self), (str(self), self.code), self.__dict__
+
+
 def nearest(word: str, choices: Iterable[str], similarity: float = 0.6) -> str | None:
     """The choice most similar to `word`, or None when none is at least so similar (1: equal)."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=similarity)

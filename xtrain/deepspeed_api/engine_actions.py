@@ -270,6 +270,7 @@ class EngineActions(Engine):
             save_latest,
             exclude_frozen_parameters,
         )
+        self.checkpoint_folder = save_dir
         return True
 
     def _get_optimizer_ckpt_name(self, checkpoints_path: str, tag: str, expp_rank: int = 0) -> str:
@@ -308,6 +309,8 @@ class EngineActions(Engine):
             counters=not load_module_only,
             custom=custom_load_fn is not None,
         )
+        if not load_module_only:
+            self.checkpoint_folder = load_dir
         try:
             return read.load(self.train_state, self.loads, load_dir, tag, wanted, custom_load_fn)
         finally:

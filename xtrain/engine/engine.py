@@ -42,6 +42,7 @@ class Engine(nn.Module):
         module: the user's model.
         train_state: all that training has made; `train_hooks` get it.
         train_hooks: who is called when.
+        checkpoint_folder: that was last saved to, or trained on from; None before.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Engine(nn.Module):
         self._boundary_override: bool | None = None
         self._syncing = True
         self._step_applied = self._stepping = False
+        self.checkpoint_folder: str | None = None
         self._backwards = 0  # since the last update
         self._tell_boundary()
         if values.disable_python_gc:

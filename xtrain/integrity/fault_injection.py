@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from xtrain import comm
@@ -21,7 +20,7 @@ from xtrain.backends import EmulatingBackend
 from xtrain.backends.fake.faults import damage_
 from xtrain.base.errors import ConfigError, PeerLostError, unknown_name
 from xtrain.base.log import log_dist
-from xtrain.comm.groups import default_timeout
+from xtrain.comm import timeouts
 from xtrain.config import backend as backends_in_use
 from xtrain.config.fake import FaultConfig
 from xtrain.engine.hooks import Hooks
@@ -98,12 +97,8 @@ class Messages:
 
 def _timeout() -> float:
     """Seconds that collectives of the default group wait."""
-    group: Any = dist.group.WORLD
-    try:
-        seconds: float = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-    except (AttributeError, RuntimeError):  # a library whose groups do not say
-        return default_timeout().total_seconds()
-    return seconds
+    stated = timeouts.of() if comm.is_initialized() else None
+    return (stated or timeouts.default_timeout()).total_seconds()
 
 
 class Faults:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from xtrain.launch import deepspeed_node, deepspeed_options
-from xtrain.launch.deepspeed_command import PID_FOLDER
+from xtrain.launch.deepspeed import node as deepspeed_node
+from xtrain.launch.deepspeed import options as deepspeed_options
+from xtrain.launch.deepspeed.command import PID_FOLDER
 
 PID_FILE_BASEPATH = str(PID_FOLDER)
 

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.base.errors import NotImplementedYetError
-from xtrain.launch import deepspeed_command, deepspeed_options, exports, hostfile
+from xtrain.launch import hostfile
+from xtrain.launch.deepspeed import command as deepspeed_command
+from xtrain.launch.deepspeed import exports
+from xtrain.launch.deepspeed import options as deepspeed_options
 from xtrain.launcher.constants import (
     IMPI_LAUNCHER,
     MPICH_LAUNCHER,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from xtrain.launch.binding import binding, numa_nodes, parse_range, parse_range_list
+from xtrain.launch.deepspeed.binding import binding, numa_nodes, parse_range, parse_range_list
 
 __all__ = ["check_for_numactl_pkg", "get_numa_cores", "get_numactl_cmd", "parse_range", "parse_range_list"]
 

@@ -1,4 +1,4 @@
-"""torchrun's agent for the ranks of one `deepspeed` command: `python -m xtrain.launch.deepspeed_agent INVOCATION`.
+"""torchrun's agent for the ranks of one `deepspeed` command: `python -m xtrain.launch.deepspeed.agent INVOCATION`.
 
 It opens no port: this machine's ranks are all that it knows, and they meet at MASTER_ADDR and MASTER_PORT.
 """
@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from xtrain.base.log import configure, logger
 from xtrain.base.run_folder import LAUNCHER_VARIABLE
-from xtrain.launch.invocation import Invocation
-from xtrain.launch.processes import die_with_parent, signal_name
-from xtrain.launch.python_module import python_module
+from xtrain.launch.deepspeed.invocation import Invocation
+from xtrain.launch.processes import die_with_parent, python_module, signal_name
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
@@ -65,7 +64,7 @@ def _run(invocation: Invocation) -> RunResult:
         if name.startswith("torch.distributed.elastic"):  # main() says in one line what it says in twenty
             logging.getLogger(name).setLevel(logging.CRITICAL)
     assert invocation.master_addr is not None
-    program, *arguments = python_module("xtrain.launch.deepspeed_rank", invocation.encode())
+    program, *arguments = python_module("xtrain.launch.deepspeed.rank", invocation.encode())
     spec = WorkerSpec(
         role="rank",
         local_world_size=invocation.nodes[invocation.node_rank].slots,

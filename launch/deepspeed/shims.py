@@ -14,7 +14,7 @@ from pathlib import Path
 
 from xtrain.base import errors
 from xtrain.base.errors import ConfigError
-from xtrain.launch.python_module import python_module
+from xtrain.launch.processes import python_module
 
 _MARK = "written by `xtrain shims`"
 API_VERSION = "0.19.8"
@@ -26,7 +26,7 @@ _COMMANDS = {
     "ds": ("xtrain.cli", "deepspeed"),
     "ds_report": ("xtrain.cli", "doctor"),
     "dsr": ("xtrain.cli", "doctor"),
-    "ds_ssh": ("xtrain.launch.ssh_all",),
+    "ds_ssh": ("xtrain.launch.deepspeed.ssh_all",),
 }
 _REFUSED = {
     "ds_bench": "`xtrain doctor` measures the bandwidth between ranks",

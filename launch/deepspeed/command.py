@@ -1,6 +1,6 @@
 """`xtrain deepspeed`: DeepSpeed's command, its options checked before anything starts. Imports no torch.
 
-One host is run by deepspeed_local.py, several by the launcher's core.
+One host is run by local.py, several by hosts.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 
 from xtrain.base.errors import ConfigError, NotImplementedYetError, XtrainError, unknown_name
 from xtrain.base.log import configure, logger
-from xtrain.launch import deepspeed_options, devices, hostfile
-from xtrain.launch.binding import binding
-from xtrain.launch.deepspeed_local import run_local
-from xtrain.launch.exports import BEGINNINGS, exports
-from xtrain.launch.invocation import Invocation
+from xtrain.launch import devices, hostfile
+from xtrain.launch.deepspeed import options as deepspeed_options
+from xtrain.launch.deepspeed.binding import binding
+from xtrain.launch.deepspeed.exports import BEGINNINGS, exports
+from xtrain.launch.deepspeed.invocation import Invocation
+from xtrain.launch.deepspeed.local import run_local
 from xtrain.launch.nodes import Node
 
 PID_FOLDER = Path("/tmp")
@@ -41,7 +42,11 @@ def main(given: Sequence[str], beginnings: Iterable[str] = BEGINNINGS) -> int:
         XtrainError: something is wrong with the options, the hostfile or this machine.
     """
     invocation = make_invocation(deepspeed_options.parse(given), beginnings)
-    return run_local(invocation) if invocation.here else launch_on_nodes(invocation)
+    if invocation.here:
+        return run_local(invocation)
+    from xtrain.launch.deepspeed.hosts import launch_on_nodes
+
+    return launch_on_nodes(invocation)
 
 
 def command_line(given: Sequence[str]) -> int:
@@ -54,14 +59,6 @@ def command_line(given: Sequence[str]) -> int:
     except XtrainError as error:
         print(f"xtrain: error: {error}", file=sys.stderr)
         return error.exit_code
-
-
-def launch_on_nodes(invocation: Invocation) -> int:
-    """Start ranks on other machines; returns the exit status."""
-    raise NotImplementedYetError(
-        f"starting ranks on {', '.join(node.name for node in invocation.nodes)}",
-        "give the command on each host, with --no_ssh --node_rank=N --master_addr=HOST",
-    )
 
 
 def make_invocation(args: argparse.Namespace, beginnings: Iterable[str] = BEGINNINGS) -> Invocation:

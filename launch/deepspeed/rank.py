@@ -1,4 +1,4 @@
-"""The beginning of a rank of a `deepspeed` command: `python -m xtrain.launch.deepspeed_rank INVOCATION [NODE]`.
+"""The beginning of a rank of a `deepspeed` command: `python -m xtrain.launch.deepspeed.rank INVOCATION [NODE]`.
 
 Sets the variables, binds the cores, opens the log, and becomes the script.
 """
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from xtrain.base.errors import XtrainError
-from xtrain.launch.binding import binding
-from xtrain.launch.invocation import Invocation
+from xtrain.launch.deepspeed.binding import binding
+from xtrain.launch.deepspeed.invocation import Invocation
 from xtrain.launch.processes import die_with_parent
 
 

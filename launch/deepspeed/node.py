@@ -13,10 +13,11 @@ from pathlib import Path
 
 from xtrain.base.errors import ConfigError, XtrainError
 from xtrain.base.log import configure
-from xtrain.launch import deepspeed_options, devices, hostfile
-from xtrain.launch.deepspeed_command import PID_FOLDER, check_machine, rank_logs, rank_program
-from xtrain.launch.deepspeed_local import run_local
-from xtrain.launch.invocation import Invocation
+from xtrain.launch import devices, hostfile
+from xtrain.launch.deepspeed import options as deepspeed_options
+from xtrain.launch.deepspeed.command import PID_FOLDER, check_machine, rank_logs, rank_program
+from xtrain.launch.deepspeed.invocation import Invocation
+from xtrain.launch.deepspeed.local import run_local
 from xtrain.launch.nodes import Node
 
 

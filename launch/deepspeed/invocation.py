@@ -1,6 +1,6 @@
 """One `deepspeed` command, checked: what runs where. Made by deepspeed_command.py, carried out by whoever starts ranks.
 
-It travels to the ranks as text, as an argument of deepspeed_rank.py.
+It travels to the ranks as text, as an argument of rank.py.
 """
 
 from __future__ import annotations

@@ -14,9 +14,8 @@ from types import FrameType
 from xtrain.base.errors import ConfigError
 from xtrain.base.log import logger
 from xtrain.base.run_folder import LAUNCHER_VARIABLE
-from xtrain.launch.invocation import Invocation
-from xtrain.launch.processes import signal_name
-from xtrain.launch.python_module import python_module
+from xtrain.launch.deepspeed.invocation import Invocation
+from xtrain.launch.processes import python_module, signal_name
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -38,7 +37,7 @@ def run_local(invocation: Invocation) -> int:
         shlex.join(invocation.command(0)),
     )
     with _pid_file(invocation.pid_file):
-        command = python_module("xtrain.launch.deepspeed_agent", invocation.encode())
+        command = python_module("xtrain.launch.deepspeed.agent", invocation.encode())
         # In the terminal's foreground, so that a rank can stop in a debugger.
         agent = subprocess.Popen(command, env={**os.environ, LAUNCHER_VARIABLE: str(os.getpid())})
         received = _wait(agent)
