@@ -17,7 +17,7 @@ from types import FrameType
 from xtrain.base.errors import XtrainError
 from xtrain.launch.processes import die_with_parent, signal_name
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _MOST = 5
 """Ends by a signal, in a row, after which the launcher itself is at fault."""
 _LONG = 60.0
@@ -52,6 +52,9 @@ def _once(work: Callable[[bool], int], again: bool) -> int:
     parent = os.getpid()
     child = os.fork()
     if child == 0:
+        # Out of the terminal's group: a Ctrl-C comes through this process, once, as does `kill -INT`.
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # and it may still print, whatever `stty tostop` says
         # Without this process the launcher saves and ends.
         die_with_parent(signal.SIGTERM, parent)
         _in_child(work, again)
@@ -60,9 +63,6 @@ def _once(work: Callable[[bool], int], again: bool) -> int:
         os.kill(child, number)
 
     previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
-    previous[signal.SIGINT] = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the child by itself
     try:
         while True:
             pid, status = os.waitpid(child, 0)

@@ -11,6 +11,9 @@ from typing import Any
 
 _ASK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Ctrl-C, scancel or kill, the end of an ssh session, a scheduler's warning before the time limit."""
+_SAME = 1.0
+"""Seconds in which the same signal is the same request: scancel sends it to all processes, and the keeper passes it
+on."""
 
 
 @dataclass
@@ -19,12 +22,16 @@ class Stop:
 
     signals: list[int] = field(default_factory=list)
     since: float = 0.0
+    _last: dict[int, float] = field(default_factory=dict)
 
     def ask(self, number: int, _: Any = None) -> None:
         """A signal has come."""
+        now = time.monotonic()
         if not self.signals:
-            self.since = time.monotonic()
-        self.signals.append(number)
+            self.since = now
+        if now - self._last.get(number, -_SAME) >= _SAME:
+            self.signals.append(number)
+            self._last[number] = now
 
     @property
     def asked(self) -> bool:

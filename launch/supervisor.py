@@ -117,6 +117,8 @@ class Supervisor:
             outcome = self._with_agents(job, number)
         self._started = True
         self._display.update(self._tail.new_steps())
+        self._next_prune = 0.0
+        self._prune()
         self._clock.ends(self._layout.ranks, [node.name for node in self._layout.nodes], outcome.kind)
         return outcome
 

@@ -20,7 +20,7 @@ def _launch(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> t
     ("args", "said"),
     [
         (["model=glm_tin"], "unknown model 'glm_tin': did you mean 'glm_tiny'?"),
-        (["cluster=frontier"], "unknown cluster 'frontier': choose one of local"),
+        (["cluster=frontier"], "unknown cluster 'frontier': choose one of ascend910, "),
         (["parallel=zero4"], "unknown parallel 'zero4': did you mean 'zero"),
         (["train.stepps=5"], "unknown key 'train.stepps': did you mean 'train.steps'?"),
         (["train.steps=many"], "train.steps is 'many'"),
@@ -29,7 +29,10 @@ def _launch(capsys: pytest.CaptureFixture[str], tmp_path: Path, *args: str) -> t
         (["cluster.ranks_per_node=0"], "cluster.ranks_per_node is 0"),
         (["cluster.ranks_per_node=3"], "train_batch_size (16) is not divisible by"),
         (["train.global_batch_size=15"], "make train_batch_size a multiple of 16"),
-        (["cluster.nodes=2"], "cluster.nodes=2 is not there yet"),
+        (
+            ["cluster.nodes=2"],
+            "cluster.nodes=2 on one machine: choose cluster=hosts, slurm, mpi or kubernetes",
+        ),
         (["data.path=/no/such/file"], "data path '/no/such/file' does not exist"),
         (["data.path=[/no/*.txt,/other]"], "data path '/no/*.txt' does not exist"),
         (["deepspeed_config=/no/config.json"], "config file /no/config.json does not exist"),
@@ -107,7 +110,10 @@ def test_dry_run_prints_what_would_run(capsys: pytest.CaptureFixture[str], tmp_p
     assert status == 0
     assert "--steps=7" in out
     assert "--hidden-size=1024" in out
-    assert out.rstrip().endswith("--seed=5")
+    assert "ranks:\n  localhost: ranks 0 to 1, devices 0,1\n" in out
+    (ranks,) = [line for line in out.splitlines() if line.startswith("  python -u")]
+    assert ranks.endswith("--seed=5")
+    assert "-m xtrain.launch.agent\n" in out
     assert "OMP_NUM_THREADS=1" in out
     assert not (tmp_path / "run").exists()
 
@@ -115,7 +121,7 @@ def test_dry_run_prints_what_would_run(capsys: pytest.CaptureFixture[str], tmp_p
 def test_a_users_own_choices_and_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "mine" / "cluster").mkdir(parents=True)
     (tmp_path / "mine" / "cluster" / "big.yaml").write_text(
-        "name: big\nlauncher: torchrun\nnodes: 1\nranks_per_node: 4\nstop_timeout: 5\nenv: {FOO: bar}\n"
+        "defaults: [local, _self_]\nname: big\nranks_per_node: 4\nstop_timeout: 5\nenv: {FOO: bar}\n"
     )
     script = tmp_path / "my.py"
     script.write_text("")
@@ -132,5 +138,5 @@ def test_a_users_own_choices_and_script(capsys: pytest.CaptureFixture[str], tmp_
     assert status == 0
     assert "FOO=bar" in out
     assert f"-m xtrain.launch.rank {script} --deepspeed --deepspeed_config" in out
-    assert out.rstrip().endswith("--mine 1")
+    assert "--mine 1\n" in out
     assert "--hidden-size" not in out

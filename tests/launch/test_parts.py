@@ -13,7 +13,7 @@ from rich.console import Console
 from xtrain.base.errors import BackendError, PeerLostError
 from xtrain.launch import rank
 from xtrain.launch.compose import compose_config
-from xtrain.launch.failure import Failure, culprit, killed, rank_log, read_failures, write_failure
+from xtrain.launch.failure import Failure, culprit, from_json, killed, own_failures, rank_log, write_failure
 from xtrain.launch.job import make_job
 from xtrain.launch.progress import ProgressDisplay, RecordTail
 
@@ -50,8 +50,12 @@ def test_the_earliest_of_several_errors_is_blamed() -> None:
 def test_failures_are_collected_from_files_and_exit_codes(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     write_failure(tmp_path, _failure(1, "ValueError: a", at=1.0))
-    failures = read_failures(tmp_path, {1: 1, 2: -11})
-    assert [(f.rank, f.message) for f in failures] == [(1, "ValueError: a"), (2, "was killed by SIGSEGV")]
+    rank_log(tmp_path, 2).write_text("one\n\ntwo\n")
+    failures = [from_json(entry) for entry in own_failures(tmp_path, {1: 1, 2: -11}, "a")]
+    assert [(f.rank, f.message, f.host, f.lines) for f in failures] == [
+        (1, "ValueError: a", "a", ()),
+        (2, "was killed by SIGSEGV", "a", ("one", "two")),
+    ]
 
 
 def _step(number: int, seconds: float = 0.5) -> dict[str, object]:
@@ -124,7 +128,7 @@ def test_a_script_that_leaves_for_a_lost_peer_is_not_the_culprit(tmp_path: Path)
 def test_the_launcher_names_the_backend_to_its_ranks(tmp_path: Path) -> None:
     for overrides, named in (([], None), (["backend=sunway"], "sunway")):
         config, _ = compose_config([f"run_dir={tmp_path / 'run'}", *overrides])
-        assert make_job(config, [])[0].env.get("XTRAIN_BACKEND") == named
+        assert make_job(config, []).env.get("XTRAIN_BACKEND") == named
 
 
 def test_the_emulated_chip_is_chosen_with_the_backend(tmp_path: Path) -> None:
@@ -137,4 +141,4 @@ def test_the_emulated_chip_is_chosen_with_the_backend(tmp_path: Path) -> None:
         (["backend=cpu"], None),
     ):
         config, _ = compose_config([f"run_dir={tmp_path / 'run'}", *overrides])
-        assert make_job(config, [])[1]["xtrain"]["fake"] == expected
+        assert make_job(config, []).deepspeed_config["xtrain"]["fake"] == expected

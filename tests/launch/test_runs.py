@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.launch.runs import SMALL, children, finish, processes_of, start, steps, wait_for
 from tests.parity.corpus import write_corpus
 from xtrain.align.record import read_record
 from xtrain.checkpoint import is_checkpoint
+from xtrain.checkpoint.contents import complete_tags
+from xtrain.launch.incidents import read_incidents
 
-SMALL = ["model.num_layers=1", "model.hidden_size=32", "model.ffn_size=32", "model.vocab_size=300"]
-SMALL += ["train.seq_length=32", "train.micro_batch_size=4", "train.global_batch_size=8"]
 SCRIPT = """
 import sys, time, torch
 import xtrain as deepspeed
@@ -41,62 +38,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("text"), 200)
 
 
-def _start(run_dir: Path, *args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "xtrain.cli", "launch", f"run_dir={run_dir}", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=run_dir.parent,
-        env={**os.environ, "COLUMNS": "400"},
-    )
-
-
-def _finish(process: subprocess.Popen[str]) -> str:
-    try:
-        return process.communicate(timeout=120)[0]
-    finally:
-        process.kill()
-
-
-def _processes_of(run_dir: Path) -> list[int]:
-    """Every living process that was started for this run."""
-    needle = f"XTRAIN_RUN_DIR={run_dir}".encode()
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if needle in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except OSError:
-                continue  # it ended meanwhile, or is somebody else's
-    return found
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def _steps(run_dir: Path) -> int:
-    path = run_dir / "metrics.jsonl"
-    return path.read_text().count('"type": "step"') if path.exists() else 0
-
-
 def test_run_folder_interruption_and_resume(tmp_path: Path, corpus: Path) -> None:
     """A run stopped by Ctrl-C and continued is, to the bit, the run that was left alone."""
     args = [*SMALL, "train.steps=60", f"data.path={corpus}"]
     whole = tmp_path / "whole"
-    process = _start(whole, *args)
-    output = _finish(process)
+    process = start(whole, *args)
+    output = finish(process)
     assert process.returncode == 0, output
     assert "step 60/60 · loss " in output
     assert "tokens/s" in output
     names = {path.name for path in whole.iterdir()}
     assert names == {
-        "config.yaml", "ds_config.json", "overrides.json", "metrics.jsonl", "curve.png", "logs", "checkpoint",
+        "config.yaml", "ds_config.json", "overrides.json", "signatures.json", "metrics.jsonl", "curve.png", "logs",
+        "checkpoint",
     }  # fmt: skip
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert yaml.safe_load((whole / "config.yaml").read_text())["train"]["steps"] == 60
@@ -106,17 +60,17 @@ def test_run_folder_interruption_and_resume(tmp_path: Path, corpus: Path) -> Non
     assert is_checkpoint(whole / "checkpoint")
 
     stopped = tmp_path / "stopped"
-    process = _start(stopped, *args)
-    _wait_for(lambda: _steps(stopped) >= 3)
+    process = start(stopped, *args)
+    wait_for(lambda: steps(stopped) >= 3)
     process.send_signal(signal.SIGINT)
-    output = _finish(process)
+    output = finish(process)
     assert process.returncode == 130, output
-    assert _processes_of(stopped) == []
+    assert processes_of(stopped) == []
     assert is_checkpoint(stopped / "checkpoint")
-    assert _steps(stopped) < 60
+    assert steps(stopped) < 60
 
-    process = _start(stopped, f"resume={stopped}")  # the settings are the interrupted run's own
-    output = _finish(process)
+    process = start(stopped, f"resume={stopped}")  # the settings are the interrupted run's own
+    output = finish(process)
     assert process.returncode == 0, output
     losses = read_record(stopped).losses()
     assert list(losses) == list(range(1, 61))
@@ -144,36 +98,63 @@ def test_the_culprit_is_named_and_all_ranks_end(tmp_path: Path, code: str, statu
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("CODE", code))
     run_dir = tmp_path / "run"
-    process = _start(run_dir, f"script={script}")
-    output = _finish(process)
+    process = start(run_dir, f"script={script}")
+    output = finish(process)
     assert process.returncode == status
     assert said in output
     assert "Traceback" not in output
-    assert _processes_of(run_dir) == []
+    assert processes_of(run_dir) == []
 
 
 def test_killing_the_launcher_leaves_nothing(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.replace("CODE", "pass"))
     run_dir = tmp_path / "run"
-    process = _start(run_dir, f"script={script}", "script_args=[--mine]", "--", "--more=1")
-    _wait_for(lambda: _steps(run_dir) >= 1)
+    process = start(run_dir, f"script={script}", "script_args=[--mine]", "--", "--more=1")
+    wait_for(lambda: steps(run_dir) >= 1)
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["script_args"] == ["--mine", "--more=1"]
-    second = _start(run_dir, f"script={script}")
-    assert "holds a run already" in _finish(second)
+    second = start(run_dir, f"script={script}")
+    assert "holds a run already" in finish(second)
     assert second.returncode == 2
-    assert len(_processes_of(run_dir)) >= 3
+    assert len(processes_of(run_dir)) == 2
     process.kill()
     process.wait()
-    _wait_for(lambda: _processes_of(run_dir) == [], seconds=20)
+    wait_for(lambda: processes_of(run_dir) == [], seconds=20)
+    assert is_checkpoint(
+        run_dir / "checkpoint"
+    )  # the launcher proper has lost its keeper, and has the ranks save
+
+
+def test_a_killed_launcher_is_started_again(tmp_path: Path, corpus: Path) -> None:
+    """Its ranks end with it; the run goes on from the newest checkpoint, with the bits of an undisturbed one."""
+    run_dir = tmp_path / "run"
+    args = [*SMALL, "train.steps=40", f"data.path={corpus}", "train.save_interval=5", "keep=2"]
+    process = start(run_dir, *args)
+    wait_for(lambda: is_checkpoint(run_dir / "checkpoint") and steps(run_dir) >= 12)
+    (launcher,) = children(process.pid)
+    os.kill(launcher, signal.SIGKILL)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert "the launcher was killed by SIGKILL; it is started again" in output
+    assert "1 incident (incidents.jsonl); goodput" in output
+    (incident,) = read_incidents(run_dir)
+    assert (incident["kind"], incident["cause"]) == ("launcher", "the launcher was killed")
+    tags = complete_tags(run_dir / "checkpoint")
+    assert len(tags) <= 2
+    assert tags[-1] == "global_step40"
+    undisturbed = tmp_path / "undisturbed"
+    process = start(undisturbed, *args)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert list(read_record(run_dir).losses().items()) == list(read_record(undisturbed).losses().items())
 
 
 def test_an_empty_corpus_is_found_by_the_ranks(tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    process = _start(tmp_path / "run", f"data.path={empty}")
-    output = _finish(process)
+    process = start(tmp_path / "run", f"data.path={empty}")
+    output = finish(process)
     assert process.returncode == 2
     assert "xtrain: error: the corpus is empty" in output
     assert "Traceback" not in output
-    assert _processes_of(tmp_path / "run") == []
+    assert processes_of(tmp_path / "run") == []
