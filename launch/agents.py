@@ -178,6 +178,9 @@ class Agents:
         """What has ended the start; None while it goes on."""
         self._take_events()
         self._ping()
+        if self.collector is not None and self.collector.go_on():
+            for channel in self.channels.values():
+                channel.order("prune", keep=KEPT_ON_NODES)
         channels = list(self.channels.values())
         for channel in channels:
             if not channel.ended and channel.silent > self.job.cluster.node_timeout:
@@ -243,9 +246,7 @@ class Agents:
         elif event.name == "record" and self.collector is not None:
             self.collector.record(about["text"])
         elif event.name == "saved" and self.collector is not None:
-            if self.collector.saved(channel.node, about["tag"]):
-                for other in self.channels.values():
-                    other.order("prune", keep=KEPT_ON_NODES)
+            self.collector.saved(channel.node, about["tag"])
         elif event.name == "signalled":
             self.signalled[channel.node.name] = signal_name(about["signal"])
         elif event.name == "closed" and channel.hello is not None and not (channel.done or channel.failed):

@@ -30,7 +30,9 @@ class Collector:
         self._job, self._apart = job, apart
         self._here = len(apart) < len(layout.nodes)
         self._saved: dict[str, set[str]] = {}
-        self._threads: list[threading.Thread] = []
+        self._wanted: list[str] = []
+        self._thread: threading.Thread | None = None
+        self._fetched = False
         self.troubles: list[str] = []
         """What could not be fetched, in words."""
 
@@ -39,21 +41,35 @@ class Collector:
         with (self._job.run_dir / METRICS).open("a", encoding="utf-8") as file:
             file.write(text)
 
-    def saved(self, node: Node, tag: str) -> bool:
-        """A node has its part of a checkpoint; True when that was the last one, and all are being fetched."""
+    def saved(self, node: Node, tag: str) -> None:
+        """A node has its part of a checkpoint; when all have, it is fetched."""
         nodes = self._saved.setdefault(tag, set())
         nodes.add(node.name)
-        if node not in self._apart or not {one.name for one in self._apart} <= nodes:
+        if node in self._apart and {one.name for one in self._apart} <= nodes:
+            self._wanted.append(tag)
+        self.go_on()
+
+    def go_on(self) -> bool:
+        """Begin to fetch what is wanted; whether nodes may now remove older checkpoints."""
+        if self._thread is not None and self._thread.is_alive():
             return False
-        thread = threading.Thread(target=self._fetch, args=(tag,))
-        thread.start()
-        self._threads.append(thread)
-        return True
+        if self._wanted:
+            # Older ones that have waited meanwhile are not worth the way.
+            tag, self._wanted = self._wanted[-1], []
+            self._thread = threading.Thread(target=self._fetch, args=(tag,))
+            self._thread.start()
+            return False
+        fetched, self._fetched = self._fetched, False
+        return fetched
 
     def finish(self) -> None:
-        """Wait for what is being fetched."""
-        for thread in self._threads:
-            thread.join()
+        """Fetch the newest, and wait for it."""
+        while True:
+            if self._thread is not None:
+                self._thread.join()
+            if not self._wanted:
+                return
+            self.go_on()
 
     def _fetch(self, tag: str) -> None:
         """A thread: the parts of all nodes into one folder, which gets its name when it is whole."""
@@ -77,7 +93,10 @@ class Collector:
                 temporary.rename(target)
             sync_directory(folder)
             write_text(folder / LATEST, tag)
+            self._fetched = True
         except (CheckpointError, OSError, subprocess.CalledProcessError) as error:
+            if temporary != target:
+                remove(temporary)
             self.troubles.append(f"checkpoint {tag} could not be fetched from the nodes: {error}")
 
 
@@ -109,7 +128,8 @@ def hand_out(job: Job, source: Source | None, apart: list[Node]) -> None:
 
 def _pipe(first: list[str], second: list[str]) -> None:
     """`first | second`, both of which have to succeed."""
-    with subprocess.Popen(first, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as writer:
-        subprocess.run(second, stdin=writer.stdout, stdout=subprocess.DEVNULL, check=True)
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(first, stdout=subprocess.PIPE, stdin=quiet, stderr=quiet) as writer:
+        subprocess.run(second, stdin=writer.stdout, stdout=quiet, stderr=quiet, check=True)
     if writer.returncode:
         raise subprocess.CalledProcessError(writer.returncode, first)

@@ -188,7 +188,7 @@ def lost_steps(run_dir: Path) -> int:
         except ValueError:
             continue
         if entry.get("type") == "header":
-            lost = max(lost, last - entry.get("from_step", last + 1) + 1)
+            lost = max(lost, last - entry.get("from_step", last))
         elif entry.get("type") == "step":
             last = entry["step"]
     return lost
