@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, script_args: list[str], draw: Draw) -> int:
     check_overrides_are_used(config, overrides)
     job = make_job(config, script_args)
     if args.dry_run:
-        print(describe(job))
+        print(describe(job, slurm.launch_command(overrides, script_args, job, args.config_dir)))
         return 0
     # config.yaml is to say all that this run was started with: `xtrain align --bisect` starts it again.
     tree.script_args = [*config.script_args, *script_args]
