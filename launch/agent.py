@@ -22,9 +22,11 @@ from typing import Any, TextIO
 
 from xtrain.base import heartbeat
 from xtrain.base.files import write_text
-from xtrain.base.run_folder import HEARTBEAT_VARIABLE, LOGS, SIGNALLED, STOP, STOPPED
+from xtrain.base.run_folder import CHECKPOINTS, HEARTBEAT_VARIABLE, LOGS, METRICS, SIGNALLED, STOP, STOPPED
 from xtrain.launch import survey
+from xtrain.launch.checkpoints import newest_tag, prune
 from xtrain.launch.failure import forget_failures, own_failures, rank_log
+from xtrain.launch.files import new_text
 from xtrain.launch.hang import frames_of
 from xtrain.launch.processes import process_state
 
@@ -72,6 +74,9 @@ class Agent:
         self._heard, self._patience = time.monotonic(), float("inf")
         self._start: dict[str, Any] = {}
         self._hearts: Path | None = None
+        self._handing = threading.Lock()
+        self._record_read = 0
+        self._newest: str | None = None
 
     def listen(self) -> None:
         """A thread: orders from the launcher; those that concern running ranks are carried out here."""
@@ -85,6 +90,8 @@ class Agent:
                 end_everything("the launcher said so")
             elif what == "stop":
                 self.stop()
+            elif what == "prune":
+                prune(Path(self._start["run_dir"]) / CHECKPOINTS, order["keep"])
             elif what == "stacks":
                 self._write_stacks()
             else:
@@ -102,6 +109,7 @@ class Agent:
                 end_everything(f"the launcher has been silent for {silent:.0f} s")
             if self.pids and self._hearts is not None:
                 self.voice.say("beat", ranks=self._beats(self._hearts))
+                self._hand_over()
 
     def _beats(self, folder: Path) -> dict[int, tuple[int, int, str]]:
         """For each rank: its step, how often it has said that it goes on, and the state of its process."""
@@ -111,6 +119,21 @@ class Agent:
             step, count = (-1, 0) if beat is None else (beat.step, beat.count)
             found[rank] = (step, count, process_state(pid))
         return found
+
+    def _hand_over(self) -> None:
+        """Where the launcher does not see this node's run folder: what is new of the record, and saved checkpoints."""
+        if not self._start["apart"]:
+            return
+        run_dir = Path(self._start["run_dir"])
+        with self._handing:
+            if self._start["node_rank"] == 0:
+                text, self._record_read = new_text(run_dir / METRICS, self._record_read)
+                if text:
+                    self.voice.say("record", text=text)
+            tag = newest_tag(run_dir / CHECKPOINTS)
+            if tag is not None and tag != self._newest:
+                self._newest = tag
+                self.voice.say("saved", tag=tag)
 
     def stop(self) -> None:
         """Let the ranks finish their step, save and leave."""
@@ -163,11 +186,14 @@ class Agent:
         for name in (STOP, STOPPED, SIGNALLED):
             (run_dir / name).unlink(missing_ok=True)
         forget_failures(run_dir, ranks)
+        _, self._record_read = new_text(run_dir / METRICS, 0)
+        self._newest = newest_tag(run_dir / CHECKPOINTS)
         with tempfile.TemporaryDirectory(prefix="xtrain-", dir=survey.memory_folder()) as hearts:
             self._hearts = Path(hearts)
             order["env"][HEARTBEAT_VARIABLE] = hearts
             codes = self._train(order)
             self.pids = {}
+            self._hand_over()
             if codes:
                 self.voice.say("failed", failures=own_failures(run_dir, codes, order["node"]))
             else:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xtrain.base.errors import ConfigError
-from xtrain.base.run_folder import ATTEMPT_VARIABLE, LOGS
+from xtrain.base.run_folder import APART_VARIABLE, ATTEMPT_VARIABLE, LOGS
 from xtrain.launch.channel import Channel, Event
+from xtrain.launch.collect import KEPT_ON_NODES, Collector, hand_out
 from xtrain.launch.environment import exported, interface, visible_devices
 from xtrain.launch.failure import Failure, from_json
 from xtrain.launch.hang import Pulses
@@ -40,6 +41,8 @@ class Agents:
         self.job = job
         self.channels: dict[str, Channel] = {}
         self.signalled: dict[str, str] = {}
+        self.collector: Collector | None = None
+        self.troubles: list[str] = []
         self._by_rank: tuple[int, str] | None = None
         self.pulses = Pulses()
         self._events: queue.Queue[tuple[Channel, Event]] = queue.Queue()
@@ -109,6 +112,10 @@ class Agents:
         Raises:
             ConfigError: the first node cannot open the run's store, in one sentence.
         """
+        apart = [node for node in layout.nodes if not (self.channels[node.name].hello or {})["shared"]]
+        hand_out(self.job, self.job.source, apart)
+        if apart:
+            self.collector = Collector(self.job, layout, apart)
         first = self.channels[layout.placements[0].node.name]
         secret = secrets.token_hex(32)
         first.order("open", address=address, secret=secret, master_port=self.job.cluster.master_port)
@@ -131,6 +138,8 @@ class Agents:
             channel = self.channels[placement.node.name]
             env = {**exported(), **job.env, ATTEMPT_VARIABLE: str(number)}
             env.update(visible_devices(job, placement.node, placement.ranks))
+            if apart:
+                env[APART_VARIABLE] = "1"
             env = {**interface(channel.hello or {}, address, job.cluster), **env}
             channel.order(
                 "start",
@@ -139,6 +148,7 @@ class Agents:
                 node_rank=placement.index,
                 first_rank=placement.first_rank,
                 ranks=placement.ranks,
+                apart=placement.node in apart,
                 env=env,
             )
 
@@ -168,6 +178,9 @@ class Agents:
         """What has ended the start; None while it goes on."""
         self._take_events()
         self._ping()
+        if self.collector is not None and self.collector.go_on():
+            for channel in self.channels.values():
+                channel.order("prune", keep=KEPT_ON_NODES)
         channels = list(self.channels.values())
         for channel in channels:
             if not channel.ended and channel.silent > self.job.cluster.node_timeout:
@@ -230,6 +243,10 @@ class Agents:
             channel.done, channel.stopped = True, about["stopped"]
             if about["signalled"] is not None:
                 self._by_rank = about["signalled"]["rank"], about["signalled"]["signal"]
+        elif event.name == "record" and self.collector is not None:
+            self.collector.record(about["text"])
+        elif event.name == "saved" and self.collector is not None:
+            self.collector.saved(channel.node, about["tag"])
         elif event.name == "signalled":
             self.signalled[channel.node.name] = signal_name(about["signal"])
         elif event.name == "closed" and channel.hello is not None and not (channel.done or channel.failed):
@@ -261,6 +278,10 @@ class Agents:
             channel.order("leave" if politely else "end")
         for channel in self.channels.values():
             channel.end()
+        self._take_events()
+        if self.collector is not None:
+            self.collector.finish()
+            self.troubles += self.collector.troubles
 
 
 def _closing(code: int, printed: list[str]) -> str:

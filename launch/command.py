@@ -50,6 +50,7 @@ class CommandStart:
 
     def __init__(self, job: Job, layout: Layout, number: int) -> None:
         self._job, self._layout = job, layout
+        self.troubles: list[str] = []
         self._logs = job.run_dir / LOGS
         self._log = self._logs / f"{job.cluster.launcher}.log"
         self._hearts = self._logs / "hearts"

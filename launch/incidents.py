@@ -106,7 +106,7 @@ def _kept(run_dir: Path) -> dict[int, float]:
     kept: dict[int, float] = {}
     for entry in _read(run_dir / METRICS):
         if entry.get("type") == "header" and "from_step" in entry:
-            kept = {step: seconds for step, seconds in kept.items() if step < entry["from_step"]}
+            kept = {step: seconds for step, seconds in kept.items() if step <= entry["from_step"]}
         elif entry.get("type") == "step":
             kept[entry["step"]] = entry.get("seconds", 0.0)
     return kept

@@ -32,7 +32,13 @@ class Outcome:
 
 
 class Start(Protocol):
-    """Ranks that run: under agents, or under mpiexec or a queue's own starter."""
+    """Ranks that run: under agents, or under mpiexec or a queue's own starter.
+
+    Attributes:
+        troubles: what did not end the start, but has to be told when it has ended.
+    """
+
+    troubles: list[str]
 
     def poll(self) -> Outcome | None:
         """What has ended the start; None while it goes on."""

@@ -205,6 +205,8 @@ class Supervisor:
             return outcome
         finally:
             start.end(politely)
+            for sentence in start.troubles:
+                self._report.say(sentence, "red")
 
     def _grows(self) -> bool:
         """Whether missing nodes answer again, with which the run is to go on."""

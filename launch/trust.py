@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from xtrain.base.errors import ConfigError
 from xtrain.base.files import write_text
@@ -75,4 +76,30 @@ def check_overrides(path: Path, saved: list[str], given: list[str], trusted: boo
             raise ConfigError(
                 f"{path} says {item}, which decides what is run, and was not written by your launcher: repeat it on "
                 "the command line, or say --trust if all that it says may be run"
+            )
+
+
+_RUNS = ("script", "script_args", "deepspeed_config")
+_RUNS_IN_CLUSTER = ("launcher", "env", "python", "ssh", "slurm", "mpi", "hosts", "hostfile")
+
+
+def check_configuration(path: Path, tree: dict[str, Any], usual: dict[str, Any], trusted: bool) -> None:
+    """Refuse to run what the config.yaml of a foreign run folder says beyond the usual.
+
+    Args:
+        usual: the configuration without any settings.
+
+    Raises:
+        ConfigError: naming the first setting that decides what is run.
+    """
+    if trusted or is_own(path):
+        return
+    places: list[tuple[tuple[str, ...], Any, Any]] = [((key,), tree.get(key), usual[key]) for key in _RUNS]
+    cluster: dict[str, Any] = tree.get("cluster") or {}
+    places += [(("cluster", key), cluster.get(key), usual["cluster"][key]) for key in _RUNS_IN_CLUSTER]
+    for names, value, normal in places:
+        if value != normal and value not in (None, []):
+            raise ConfigError(
+                f"{path} says {'.'.join(names)}={value}, which decides what is run, and was not written by your "
+                "launcher: say --trust if it may be run"
             )

@@ -49,17 +49,34 @@ def agent_command(cluster: ClusterSection, node: Node) -> list[str]:
     """What starts the agent of a node."""
     words = agent_words(cluster)
     if cluster.launcher == "slurm":
-        return [
-            "srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={node.name}", "--overlap",
-            "--kill-on-bad-exit=0", "--unbuffered", "--quiet", *cluster.slurm.srun_args, *words,
-        ]  # fmt: skip
+        return [*_srun(cluster, node), *words]
     if cluster.launcher == "local" or node.name == "localhost":
         return words
     # A checkout is found by PYTHONPATH; everything else goes through the connection, where nobody reads it in ps.
     path = [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if os.environ.get("PYTHONPATH") else []
-    remote = f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*path, *words])}"
+    return ssh_command(
+        cluster, node, f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*path, *words])}"
+    )
+
+
+def ssh_command(cluster: ClusterSection, node: Node, remote: str) -> list[str]:
+    """ssh with a command for the node's shell."""
     options = ["-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={cluster.ssh.connect_timeout}"]
     return [cluster.ssh.command, *options, *cluster.ssh.args, node.name, remote]
+
+
+def remote_command(cluster: ClusterSection, node: Node, remote: str) -> list[str]:
+    """What runs a shell's command on a node."""
+    if cluster.launcher == "slurm":
+        return [*_srun(cluster, node), "sh", "-c", remote]
+    return ssh_command(cluster, node, remote)
+
+
+def _srun(cluster: ClusterSection, node: Node) -> list[str]:
+    return [
+        "srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={node.name}", "--overlap",
+        "--kill-on-bad-exit=0", "--unbuffered", "--quiet", *cluster.slurm.srun_args,
+    ]  # fmt: skip
 
 
 def explain_silence(node: Node, printed: list[str], code: int | None) -> str:

@@ -82,7 +82,7 @@ def _bisect(
 def test_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = _run_folder(tmp_path / "good")
     bad = _run_folder(tmp_path / "bad", "train.precision=fp16", *HARMLESS)
-    status, said = _bisect(capsys, tmp_path / "kept", good, bad)
+    status, said = _bisect(capsys, tmp_path / "kept", good, bad, options=("--trust",))
     assert status == 1, said
     assert f"the reference is GOOD: {good / 'metrics.jsonl'}" in said
     assert "the departure comes from: train.precision: fp32 -> fp16 (with deepspeed.fp16.enabled)\n" in said
@@ -160,6 +160,9 @@ def test_a_deepspeed_config_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFi
     bad = _run_folder(tmp_path / "bad", *own, "train.lr=1")
     file.unlink()
     status, said = _bisect(capsys, tmp_path / "kept", good, bad)
+    assert status == 2
+    assert f"says script={tmp_path / 'script.py'}, which decides what is run, and was not written by your" in said
+    status, said = _bisect(capsys, tmp_path / "kept", good, bad, options=("--trust",))
     assert status == 1, said
     assert "the departure comes from: deepspeed.fp16.enabled: false -> true\n" in said
     assert "2 settings differ" in said  # where it is recorded is the trials' affair

@@ -6,6 +6,7 @@ They share files, processes' numbers and users with the machine; what each has f
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -45,10 +46,11 @@ class Hosts:
         folder: for keys, configurations and logs.
         names: of the hosts.
         net: third number of their addresses, and part of the devices' names: one a set of hosts.
+        own: a folder that each host has for itself, empty at first; None: they share all files.
     """
 
-    def __init__(self, folder: Path, names: list[str], net: int = 0) -> None:
-        self.folder, self.names, self.net = folder, names, net
+    def __init__(self, folder: Path, names: list[str], net: int = 0, own: Path | None = None) -> None:
+        self.folder, self.names, self.net, self.own = folder, names, net, own
         self.bridge = f"xtbr{net}"
         self._sshd: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -111,9 +113,13 @@ class Hosts:
             f"AuthorizedKeysFile {self.folder}/authorized_keys\nStrictModes no\nPermitRootLogin yes\nUsePAM no\n"
             f"PidFile none\nMaxStartups 100\n"
         )
+        server = ["/usr/sbin/sshd", "-D", "-e", "-f", str(config)]
+        if self.own is not None:
+            mount = shlex.join(["mount", "-t", "tmpfs", "tmpfs", str(self.own)])
+            server = ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(server)}"]
         with (self.folder / f"sshd_{name}.log").open("ab") as log:
             self._sshd[name] = subprocess.Popen(
-                ["ip", "netns", "exec", self._space(name), "/usr/sbin/sshd", "-D", "-e", "-f", str(config)],
+                ["ip", "netns", "exec", self._space(name), *server],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

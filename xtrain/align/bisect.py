@@ -85,7 +85,7 @@ def _start(args: argparse.Namespace, command: list[str] | None) -> Bisection:
         raise RecordError(f"--envelope {args.envelope} is for --policy envelope, and the policy is {policy}")
     if args.markdown is not None and not Path(args.markdown).parent.is_dir():
         raise RecordError(f"--markdown {args.markdown}: there is no folder {Path(args.markdown).parent}")
-    good, bad, runner = read_configurations(args.paths, command)
+    good, bad, runner = read_configurations(args.paths, command, args.trust)
     envelope = find_envelope(good.path, args.envelope) if policy.kind == "envelope" else None
     if policy.kind == "envelope" and envelope is None:
         raise no_envelope()

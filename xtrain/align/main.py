@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or the word envelope, and the runs to measure it from; or the two configurations of --bisect",
     )
     parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="with --bisect: run what the run folders say, although your launcher has not written them",
+    )
+    parser.add_argument(
         "--bisect",
         action="store_true",
         help="find the settings that make BAD depart from GOOD, by running mixtures of the two",

@@ -26,9 +26,10 @@ from xtrain.base.errors import ConfigError, RecordError, XtrainError
 from xtrain.base.files import write_text
 from xtrain.base.run_folder import CHECKPOINTS, METRICS, RUN_DIR_VARIABLE
 from xtrain.config.load import load_config, read_json
-from xtrain.launch.compose import CONF, check_tree
+from xtrain.launch.compose import CONF, check_tree, compose_config
 from xtrain.launch.job import make_job, write_run_folder
 from xtrain.launch.supervisor import INTERRUPTED, Supervisor
+from xtrain.launch.trust import check_configuration
 from xtrain.version import __version__
 
 CONFIG = "{config}"
@@ -123,7 +124,7 @@ def _without_record_path(deepspeed: Tree) -> Tree:
     )
 
 
-def _read_launch(path: Path) -> Configuration:
+def _read_launch(path: Path, trusted: bool) -> Configuration:
     """A run folder, or a config.yaml.
 
     Raises:
@@ -145,6 +146,9 @@ def _read_launch(path: Path) -> Configuration:
         raise ConfigError(f"{file} is no complete launch configuration: pass the config.yaml of a run folder")
     try:
         config = check_tree(tree)
+        if path.is_dir():
+            usual: Any = OmegaConf.to_container(compose_config(["run_dir=none"])[1])
+            check_configuration(file, tree, usual, trusted)
         if config.resume is not None and Path(config.resume).resolve() == file.parent.resolve():
             raise ConfigError(
                 "this run was continued in its own folder, and the checkpoint it started from is not there any more"
@@ -167,9 +171,12 @@ def _read_launch(path: Path) -> Configuration:
 
 
 def read_configurations(
-    paths: list[str], command: list[str] | None
+    paths: list[str], command: list[str] | None, trusted: bool = False
 ) -> tuple[Configuration, Configuration, Runner]:
     """GOOD and BAD, and how they are run.
+
+    Args:
+        trusted: what run folders say may be run, whoever has written them.
 
     Raises:
         XtrainError: they cannot be read, are of two kinds, or the command does not fit.
@@ -193,7 +200,7 @@ def read_configurations(
                 "run folders and config.yaml are run by xtrain launch: `-- COMMAND` is for DeepSpeed configs, "
                 f"such as {good / 'ds_config.json' if good.is_dir() else 'ds_config.json'}"
             )
-        first, second = _read_launch(good), _read_launch(bad)
+        first, second = _read_launch(good, trusted), _read_launch(bad, trusted)
         return first, second, Launches(first.templated and second.templated)
     if not command:
         raise ConfigError(

@@ -16,6 +16,7 @@ from xtrain.activation_checkpointing import random_states
 from xtrain.base.errors import CheckpointError, ConfigError
 from xtrain.base.files import atomic_path, is_there, remove, sha256, share, sync_directory, write_text
 from xtrain.base.log import log_dist
+from xtrain.base.run_folder import APART_VARIABLE
 from xtrain.checkpoint import contents, optimizer_states
 from xtrain.checkpoint.safe import safe_save
 from xtrain.comm.rank_agreement import together
@@ -294,7 +295,8 @@ def save(
         CheckpointError: on every rank, when any rank could not write its part; what existed stays.
     """
     tag = _check_tag(train_state, tag)
-    first = train_state.global_rank == 0
+    # Where nodes do not share the folder, each has its own, and the launcher puts them together: launch/collect.py.
+    first = train_state.global_rank == 0 or (APART_VARIABLE in os.environ and comm.get_local_rank() == 0)
 
     def check_place() -> None:
         if not isinstance(save_dir, str | os.PathLike) or not str(save_dir):

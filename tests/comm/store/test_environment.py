@@ -119,8 +119,9 @@ def _of_a_chip(where: dict[str, str]) -> tuple[str, list[str], bytes]:
         assert keys.num_keys() == 1
         port = int(keys.get("port of the group's store"))
         mine = [address for address, at in listening(os.getpid()) if at == port]
-        dist.barrier()
-        return type(store).__name__, mine, store.get("rank 1")
+        found = store.get("rank 1")
+        dist.barrier()  # rank 0 keeps the store until both have read
+        return type(store).__name__, mine, found
 
 
 def test_a_group_of_a_chip_gets_torchs_store_on_one_address(ranks: Any) -> None:
