@@ -69,7 +69,7 @@ def _volume(claim: str, mount: str) -> dict[str, Any]:
 
 
 def _resources(resources: dict[str, str | int]) -> dict[str, Any]:
-    return {"resourcesPerNode": {"limits": resources, "requests": resources}} if resources else {}
+    return {"resourcesPerNode": {"limits": resources, "requests": dict(resources)}} if resources else {}
 
 
 def _name(text: str) -> str:

@@ -89,6 +89,7 @@ def submit(job: Job, command: list[str]) -> str:
     Raises:
         ConfigError: sbatch is not there, or refuses the job: a queue that does not exist, say.
     """
+    _check_size(job)
     script = job.run_dir / SCRIPT
     write_text(script, batch_script(job, command))
     try:
@@ -103,6 +104,33 @@ def submit(job: Job, command: list[str]) -> str:
         said = re.sub(r"^sbatch: (error: )?", "", done.stderr.strip(), flags=re.MULTILINE).replace("\n", "; ")
         raise ConfigError(f"sbatch refuses the job: {said}")
     return done.stdout.strip().partition(";")[0]
+
+
+def _check_size(job: Job) -> None:
+    """Most sites let a job wait for ever that asks for more nodes than a queue has.
+
+    Raises:
+        ConfigError: it does.
+    """
+    settings = job.cluster.slurm
+    try:
+        said = subprocess.run(
+            ["sinfo", "--noheader", "--format=%P %D"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return  # sbatch will not be there either, which is told
+    sizes: dict[str, int] = {}
+    for line in said.stdout.splitlines():
+        name, count = line.split()
+        chosen = (
+            name.rstrip("*") in settings.partition.split(",") if settings.partition else name.endswith("*")
+        )
+        if chosen:
+            sizes[name.rstrip("*")] = sizes.get(name.rstrip("*"), 0) + int(count)
+    # Other clusters of the site are not seen here.
+    if sizes and not {"clusters", "M"} & set(settings.options) and len(job.nodes) > max(sizes.values()):
+        name = max(sizes, key=lambda key: sizes[key])
+        raise ConfigError(f"cluster.nodes={len(job.nodes)}, but the queue {name} has {sizes[name]} nodes")
 
 
 def requeue(job: Job, warned: bool, say: Callable[..., None]) -> None:
