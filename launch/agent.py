@@ -25,16 +25,13 @@ from xtrain.base.files import write_text
 from xtrain.base.run_folder import CHECKPOINTS, HEARTBEAT_VARIABLE, LOGS, METRICS, SIGNALLED, STOP, STOPPED
 from xtrain.launch import survey
 from xtrain.launch.checkpoints import newest_tag, prune
-from xtrain.launch.failure import forget_failures, own_failures, rank_log
+from xtrain.launch.failure import forget_failures, own_failures
 from xtrain.launch.files import new_text
-from xtrain.launch.hang import frames_of
 from xtrain.launch.processes import process_state
+from xtrain.launch.stacks import ask_for_stacks
 
 _BEAT = 1.0
 """Seconds between two reports of how far the ranks are."""
-_WRITING_STACKS = 1.0
-"""Seconds that ranks get to write their stacks."""
-_FRAMES = 20
 _PREDECESSOR = 60.0
 """Seconds that an earlier agent of the same run gets to go."""
 
@@ -142,21 +139,8 @@ class Agent:
 
     def _write_stacks(self) -> None:
         """Every rank that can writes its Python stacks into its log; the launcher gets the innermost frames."""
-        run_dir = Path(self._start["run_dir"])
-        logs = {rank: rank_log(run_dir, rank) for rank in self.pids}
-        sizes = {rank: log.stat().st_size if log.exists() else 0 for rank, log in logs.items()}
-        for pid in self.pids.values():
-            try:
-                os.kill(pid, survey.STACKS_SIGNAL)
-            except ProcessLookupError:
-                continue  # it has just ended, which is told elsewhere
-        time.sleep(_WRITING_STACKS)
-        frames = {}
-        for rank, log in logs.items():
-            with log.open("rb") as file:
-                file.seek(sizes[rank])
-                frames[rank] = frames_of(file.read().decode(errors="replace"))[:_FRAMES]
-        self.voice.say("stacks", ranks={rank: found for rank, found in frames.items() if found})
+        frames, busy = ask_for_stacks(Path(self._start["run_dir"]), self.pids)
+        self.voice.say("stacks", ranks=frames, busy=busy)
 
     def on_signal(self, number: int, _: Any) -> None:
         """The node's own warning (scancel, shutdown): the ranks save; the launcher is told."""

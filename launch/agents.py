@@ -50,6 +50,8 @@ class Agents:
         self._lost: dict[str, str] = {}
         self._failing_since: float | None = None
         self._stacks: dict[int, list[str]] = {}
+        self._busy: set[int] = set()
+        self._next_stacks = 0.0
         self._stacks_since: float | None = None
         self._next_ping = 0.0
         for index, node in enumerate(nodes):
@@ -206,16 +208,20 @@ class Agents:
         return Outcome("failed", list(self._failures), dict(self._lost))
 
     def _hanging(self) -> Outcome | None:
+        limit = self.job.cluster.hang_timeout
         if self._stacks_since is None:
-            if self.pulses.hangs(self.job.cluster.hang_timeout):
-                self._stacks_since = time.monotonic()
+            if self.pulses.hangs(limit) and time.monotonic() > self._next_stacks:
+                self._stacks_since, self._stacks, self._busy = time.monotonic(), {}, set()
                 for channel in self.channels.values():
                     channel.order("stacks")
             return None
-        if not self.pulses.hangs(self.job.cluster.hang_timeout):
+        if not self.pulses.hangs(limit):
             self._stacks_since = None  # it goes on after all
             return None
         if time.monotonic() - self._stacks_since < _STACKS:
+            return None
+        if self.pulses.works(limit, self._stacks, self._busy):
+            self._stacks_since, self._next_stacks = None, time.monotonic() + limit / 2
             return None
         return Outcome("hang", suspect=self.pulses.suspect(self._stacks))
 
@@ -235,6 +241,7 @@ class Agents:
                 self.pulses.take(int(rank), step, count, state)
         elif event.name == "stacks":
             self._stacks.update({int(rank): frames for rank, frames in about["ranks"].items()})
+            self._busy.update(about["busy"])
         elif event.name == "failed":
             self._failures += [from_json(failure) for failure in about["failures"]]
             self._failing_since = self._failing_since or time.monotonic()

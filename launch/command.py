@@ -21,13 +21,13 @@ from xtrain.base.errors import ConfigError
 from xtrain.base.files import write_text
 from xtrain.base.run_folder import ATTEMPT_VARIABLE, HEARTBEAT_VARIABLE, LOGS, SIGNALLED, STOP, STOPPED
 from xtrain.launch.failure import Failure, forget_failures, killed, last_lines, rank_log, read_failure
-from xtrain.launch.hang import Pulses, frames_of
+from xtrain.launch.hang import Pulses
 from xtrain.launch.job import Job
 from xtrain.launch.launchers import mpi, sunway
 from xtrain.launch.nodes import Layout
 from xtrain.launch.processes import process_state
+from xtrain.launch.stacks import ask_for_stacks
 from xtrain.launch.start import Outcome
-from xtrain.launch.survey import STACKS_SIGNAL
 
 _LOOK = 0.5
 """Seconds between two looks at the signs of life."""
@@ -55,7 +55,7 @@ class CommandStart:
         self._log = self._logs / f"{job.cluster.launcher}.log"
         self._hearts = self._logs / "hearts"
         self._pulses = Pulses()
-        self._next_look = 0.0
+        self._next_look = self._next_stacks = 0.0
         self._prepare()
         environment = {**job.env, ATTEMPT_VARIABLE: str(number), HEARTBEAT_VARIABLE: str(self._hearts)}
         module = sunway if job.cluster.launcher == "sunway" else mpi
@@ -94,9 +94,7 @@ class CommandStart:
         self._look()
         code = self._process.poll()
         if code is None:
-            if self._pulses.hangs(self._job.cluster.hang_timeout):
-                return Outcome("hang", suspect=self._pulses.suspect(self._stacks()))
-            return None
+            return self._hanging()
         if code == 0:
             stopped, signalled = (self._job.run_dir / name for name in (STOPPED, SIGNALLED))
             told = json.loads(signalled.read_text()) if signalled.exists() else None
@@ -109,6 +107,16 @@ class CommandStart:
             f": {said[-1].strip()}" if said else ""
         )
         return Outcome("failed", failures, why=why)
+
+    def _hanging(self) -> Outcome | None:
+        limit = self._job.cluster.hang_timeout
+        if not self._pulses.hangs(limit) or time.monotonic() < self._next_stacks:
+            return None
+        stacks, busy = self._stacks()
+        if self._pulses.works(limit, stacks, busy):
+            self._next_stacks = time.monotonic() + limit / 2
+            return None
+        return Outcome("hang", suspect=self._pulses.suspect(stacks))
 
     def _look(self) -> None:
         if time.monotonic() < self._next_look:
@@ -144,19 +152,17 @@ class CommandStart:
                 return rank
         return None
 
-    def _stacks(self) -> dict[int, list[str]]:
-        """Innermost frames of the ranks on this machine; those elsewhere cannot be asked under mpiexec."""
+    def _stacks(self) -> tuple[dict[int, list[str]], list[int]]:
+        """Innermost frames of the ranks on this machine, and those at work; others cannot be asked under mpiexec."""
         if not self._here:
-            return {}
-        logs = {rank: rank_log(self._job.run_dir, rank) for rank in self._pulses.ranks}
-        sizes = {rank: log.stat().st_size for rank, log in logs.items()}
-        for rank in logs:
-            beat = heartbeat.read_beat(self._hearts, rank)
-            if beat is not None and _is_of_run(beat.pid, self._job.run_dir):
-                os.kill(beat.pid, STACKS_SIGNAL)
-        time.sleep(_STACKS)
-        texts = {rank: log.read_bytes()[sizes[rank] :].decode(errors="replace") for rank, log in logs.items()}
-        return {rank: frames for rank, text in texts.items() if (frames := frames_of(text))}
+            return {}, []
+        beats = {rank: heartbeat.read_beat(self._hearts, rank) for rank in self._pulses.ranks}
+        pids = {
+            rank: beat.pid
+            for rank, beat in beats.items()
+            if beat is not None and _is_of_run(beat.pid, self._job.run_dir)
+        }
+        return ask_for_stacks(self._job.run_dir, pids)
 
     def stop_ranks(self) -> None:
         """Have all ranks save at the same step and leave."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 _WAITS_IN = ("/comm/", "torch/distributed")
 """Files whose code waits for other ranks."""
+_OWN_WORK = 4
+"""Times the stated time that a rank may be at work without a step."""
 _TOP = 12
 """Innermost frames of a stack that are looked at."""
 
@@ -58,6 +60,14 @@ class Pulses:
         if not seconds:
             return False
         return (self.begun and self.quiet > seconds) or bool(self.frozen(seconds))
+
+    def works(self, seconds: float, stacks: Mapping[int, Sequence[str]], busy: Collection[int]) -> bool:
+        """Whether a rank is at work on something of the script's own (an evaluation, say) while the others wait for it.
+
+        It gets several times as long: nothing tells such work from a loop that never ends.
+        """
+        own = [rank for rank, frames in stacks.items() if rank in busy and not _waits(frames)]
+        return bool(own) and self.quiet < _OWN_WORK * seconds and not self.frozen(seconds)
 
     def suspect(self, stacks: Mapping[int, Sequence[str]]) -> tuple[int | None, str]:
         """The rank that the others wait for, if it can be told, and why it is that one.
