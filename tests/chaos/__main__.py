@@ -8,13 +8,13 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-from tests.chaos.chaos import KINDS, STEPS, Verdict, disturbed, launch
+from tests.chaos.chaos import KINDS, STEPS, Curve, Verdict, disturbed, launch
 from tests.parity.corpus import write_corpus
 from tests.services.hosts import Hosts, missing
 from xtrain.align.record import read_record
 
 
-def reference(folder: Path, corpus: Path, ranks: int) -> dict[int, float]:
+def reference(folder: Path, corpus: Path, ranks: int) -> Curve:
     """Losses of the run that nothing was done to, on this machine."""
     run_dir = folder / "whole"
     if (

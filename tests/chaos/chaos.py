@@ -35,6 +35,9 @@ _AWAY = 12.0
 _LONGEST = 300.0
 
 
+Curve = dict[int, float]
+
+
 @dataclass
 class Verdict:
     """What became of one run; `wrong` is empty when all is well."""
@@ -131,9 +134,7 @@ def _wait_for_moment(kind: str, run_dir: Path, at: int, process: subprocess.Pope
         time.sleep(0.001 if kind == "save" and steps_of(run_dir) >= at else 0.02)
 
 
-def disturbed(
-    kind: str, hosts: Hosts, run_dir: Path, corpus: Path, whole: dict[int, float], seed: int
-) -> Verdict:
+def disturbed(kind: str, hosts: Hosts, run_dir: Path, corpus: Path, whole: Curve, seed: int) -> Verdict:
     """One run with one thing done to it, compared with the undisturbed losses."""
     chance = random.Random(seed)
     at, started = chance.randrange(2, STEPS - 60), time.monotonic()
@@ -164,7 +165,7 @@ def disturbed(
     return verdict
 
 
-def _judge(verdict: Verdict, run_dir: Path, whole: dict[int, float]) -> None:
+def _judge(verdict: Verdict, run_dir: Path, whole: Curve) -> None:
     path = run_dir / "incidents.jsonl"
     if path.exists():
         verdict.incidents = [json.loads(line)["what"] for line in path.read_text().splitlines()]

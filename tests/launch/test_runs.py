@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.comm.store.tools import listening, not_loopback
 from tests.launch.runs import SMALL, children, finish, processes_of, start, steps, wait_for
 from tests.parity.corpus import write_corpus
 from xtrain.align.record import read_record
@@ -116,7 +117,13 @@ def test_killing_the_launcher_leaves_nothing(tmp_path: Path) -> None:
     second = start(run_dir, f"script={script}")
     assert "holds a run already" in finish(second)
     assert second.returncode == 2
-    assert len(processes_of(run_dir)) == 2
+    ranks = processes_of(run_dir)
+    assert len(ranks) == 2
+    # Whoever is on the network reaches nothing: neither the run's store, which the agent keeps, nor gloo in the ranks.
+    agent = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in (agent, *ranks):
+        assert listening(pid)
+        assert not_loopback(listening(pid)) == set()
     process.kill()
     process.wait()
     wait_for(lambda: processes_of(run_dir) == [], seconds=20)
