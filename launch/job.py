@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -215,6 +216,9 @@ def make_job(config: LaunchConfig, extra_args: list[str]) -> Job:
     Raises:
         ConfigError, DataError, CheckpointError, NotImplementedYetError: what is wrong, in one sentence.
     """
+    if config.resume is not None and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        # Queued again: what the batch script was told to continue from is older than what the run has saved.
+        config = config.model_copy(update={"resume": AUTO})
     nodes = find_nodes(config.cluster)
     ranks = sum(node.slots for node in nodes)
     deepspeed_config, batch = _deepspeed_config(config, ranks)
