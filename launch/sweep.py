@@ -22,6 +22,7 @@ from rich.table import Table
 
 from xtrain.base.errors import ConfigError, XtrainError
 from xtrain.base.run_folder import METRICS
+from xtrain.launch.carry_out import carry_out
 from xtrain.launch.compose import CONF, check_tree, explain_error, register_resolvers
 from xtrain.launch.job import check_overrides_are_used, make_job
 from xtrain.launch.supervisor import INTERRUPTED
@@ -67,8 +68,6 @@ def run_sweep(overrides: Sequence[str], config_dir: str | None, script_args: lis
 
 def run_one(tree: DictConfig, script_args: list[str], debug: bool) -> dict[str, Any]:
     """One run of a sweep: in this process, or where a launcher plug-in has brought it. What the table says of it."""
-    from xtrain.launch.main import carry_out
-
     register_resolvers()
     OmegaConf.resolve(tree)
     about = HydraConfig.get()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from xtrain import cli
-from xtrain.launch import main
+from xtrain.launch import sweep
 from xtrain.launch.job import Job
 
 
@@ -25,7 +25,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, flo
         made.append((job.run_dir.name, rate, script_args))
         return (1 if rate == 0.03 else 0), None
 
-    monkeypatch.setattr(main, "carry_out", carry_out)
+    monkeypatch.setattr(sweep, "carry_out", carry_out)
     monkeypatch.chdir(tmp_path)
     return made
 
