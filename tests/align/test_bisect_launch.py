@@ -161,7 +161,10 @@ def test_a_deepspeed_config_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFi
     file.unlink()
     status, said = _bisect(capsys, tmp_path / "kept", good, bad)
     assert status == 2
-    assert f"says script={tmp_path / 'script.py'}, which decides what is run, and was not written by your" in said
+    assert (
+        f"says script={tmp_path / 'script.py'}, which decides what is run, and was not written by your"
+        in said
+    )
     status, said = _bisect(capsys, tmp_path / "kept", good, bad, options=("--trust",))
     assert status == 1, said
     assert "the departure comes from: deepspeed.fp16.enabled: false -> true\n" in said
