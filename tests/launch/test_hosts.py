@@ -128,9 +128,8 @@ def test_a_host_that_does_not_fit(
         args.append(what)
     status, output = run(run_dir, *args)
     assert status == 2, output
-    node = (
-        "a" if "=" in what and "hidden" not in what else "b"
-    )  # what is wrong everywhere is told of the first
+    # What is wrong everywhere is told of the first.
+    node = "a" if "=" in what or what == "no xtrain" else "b"
     sentence = said.format(script=script, run=run_dir)
     assert f"xtrain: error: node {node}: {sentence}" in output
     assert output.count("xtrain: ") == 1
