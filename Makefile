@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-mpi lint parity detection align-reference docs site clean
+.PHONY: install train test test-slow test-mpi test-services lint parity detection align-reference docs site clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -41,7 +41,12 @@ test-slow: $(STAMP)
 # The MPI process group, under the mpiexec of the MPICH that is installed here.
 test-mpi: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[mpi]'
-	$(BIN)/python -m pytest tests/comm/test_mpi.py
+	$(BIN)/python -m pytest tests/comm/test_mpi.py tests/launch/test_mpi_launch.py
+
+# Real Slurm, and real hosts with sshd, on this machine; as root on Debian, what they need is installed first.
+test-services: $(STAMP)
+	.ci/services
+	$(BIN)/python -m pytest -m services
 
 # Real DeepSpeed, next to xtrain: compares live with what tests/parity/golden.json has recorded.
 # `make parity RECORD=1` records it anew, and the names for docs/compat.md with it.

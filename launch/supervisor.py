@@ -215,7 +215,7 @@ class Supervisor:
             action = "ranks save, and go on with more of them"
             incident = Incident(
                 "growth",
-                self._clock.starts + 1,
+                self._clock.starts,
                 f"{', '.join(names)} answers again",
                 step=last_step(self.job.run_dir),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.launch.runs import SMALL, run
 from tests.parity.corpus import write_corpus
+from tests.services import hosts as services
 from tests.services import slurm
 from xtrain.align.record import read_record
 
@@ -56,3 +58,25 @@ def cluster(_slurm: slurm.Slurm) -> Iterator[slurm.Slurm]:
     """Slurm with two nodes, n1 and n2, and no jobs."""
     yield _slurm
     _slurm.clear()
+
+
+@pytest.fixture(scope="session")
+def _hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Hosts]:
+    if (why := services.missing()) is not None:
+        pytest.skip(f"no hosts here: {why}")
+    # Two test runs on one machine need different networks.
+    found = services.Hosts(tmp_path_factory.mktemp("hosts"), ["a", "b"], net=os.getpid() % 250)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture
+def hosts(_hosts: services.Hosts) -> Iterator[services.Hosts]:
+    """Two hosts, a and b, that ssh reaches; as they were at first."""
+    for name in _hosts.names:
+        _hosts.mend(name)
+        _hosts.reboot(name)
+    return _hosts

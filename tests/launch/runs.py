@@ -62,13 +62,12 @@ def processes_of(run_dir: Path) -> list[int]:
 
 
 def rank_process(run_dir: Path, rank: int) -> int:
-    """The process of a rank."""
-    needle = f"RANK={rank}".encode()
-    return next(
-        pid
-        for pid in processes_of(run_dir)
-        if needle in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    )
+    """The process of a rank, started by an agent or by MPICH."""
+    own = {f"RANK={rank}".encode(), f"PMI_RANK={rank}".encode()}
+    for pid in processes_of(run_dir):
+        if own & set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
+            return pid
+    raise AssertionError(f"there is no rank {rank}")
 
 
 def children(pid: int) -> list[int]:

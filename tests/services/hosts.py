@@ -1,6 +1,7 @@
 """Hosts on one machine: network namespaces with addresses of their own on a bridge, an sshd in each.
 
-They share files, processes' numbers and users with the machine; what each has for itself is its network.
+They share processes' numbers and users with the machine; what each has for itself is its network, and those files that
+are laid over the machine's when it boots.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 _NET = "10.77.{net}.{host}"
@@ -105,18 +107,25 @@ class Hosts:
         for device in ("eth0", "lo"):
             _run("ip", "-n", space, "link", "set", device, "up")
 
-    def boot(self, name: str) -> None:
-        """Start the host's sshd."""
+    def boot(self, name: str, own: Mapping[Path, Path | None] | None = None) -> None:
+        """Start the host's sshd.
+
+        Args:
+            own: files or folders of the machine in whose place this host has others; None: an empty folder.
+        """
         config = self.folder / f"sshd_{name}"
         config.write_text(
             f"Port 22\nListenAddress {self.address(name)}\nHostKey {self.folder}/host_key\n"
             f"AuthorizedKeysFile {self.folder}/authorized_keys\nStrictModes no\nPermitRootLogin yes\nUsePAM no\n"
             f"PidFile none\nMaxStartups 100\n"
         )
-        server = ["/usr/sbin/sshd", "-D", "-e", "-f", str(config)]
-        if self.own is not None:
-            mount = shlex.join(["mount", "-t", "tmpfs", "tmpfs", str(self.own)])
-            server = ["unshare", "-m", "sh", "-c", f"{mount} && exec {shlex.join(server)}"]
+        laid = {**({self.own: None} if self.own is not None else {}), **(own or {})}
+        mounts = [
+            ["mount", *(["-t", "tmpfs", "tmpfs"] if source is None else ["--bind", str(source)]), str(place)]
+            for place, source in laid.items()
+        ]
+        words = [*mounts, ["exec", "/usr/sbin/sshd", "-D", "-e", "-f", str(config)]]
+        server = ["unshare", "-m", "sh", "-c", " && ".join(map(shlex.join, words))]
         with (self.folder / f"sshd_{name}.log").open("ab") as log:
             self._sshd[name] = subprocess.Popen(
                 ["ip", "netns", "exec", self._space(name), *server],
@@ -125,9 +134,21 @@ class Hosts:
                 start_new_session=True,
             )
 
+    def reboot(self, name: str, own: Mapping[Path, Path | None] | None = None) -> None:
+        """End everything on a host, and start it again."""
+        self.kill(name)
+        self.boot(name, own)
+        self._wait(name)
+
     def _wait(self, name: str) -> None:
         for _ in range(100):
-            if self.ssh(name, "true").returncode == 0:
+            probe = subprocess.run(
+                ["ssh-keyscan", "-T", "1", "-t", "ed25519", self.address(name)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if probe.stdout:
                 return
             time.sleep(0.1)
         raise RuntimeError(
