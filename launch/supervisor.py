@@ -83,7 +83,6 @@ class Supervisor:
     def _goes_on(self, outcome: Outcome) -> bool:
         """After ranks have saved and left without the user's asking: whether they are started again."""
         if self._growing:
-            self._growing = False
             return True
         if outcome.by_rank is None and not outcome.by_node:
             return False  # somebody has made the stop file
@@ -108,6 +107,7 @@ class Supervisor:
 
     def _start_once(self) -> Outcome:
         """One start of the ranks, to its end."""
+        self._growing = False
         job = replace(self.job, source=self._where_from())
         number = self._clock.begins()
         if job.cluster.launcher in ("mpi", "sunway"):
