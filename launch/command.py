@@ -131,15 +131,19 @@ class CommandStart:
 
     def _failures(self) -> list[Failure]:
         found = [read_failure(self._job.run_dir, rank) for rank in range(self._layout.ranks)]
-        told = [failure for failure in found if failure is not None]
+        told = [self._placed(failure) for failure in found if failure is not None]
         printed = "\n".join(last_lines_from(self._log, self._log_start, 200))
         match = _SIGNAL.search(printed)
         rank = self._named(printed)
         if match and rank is not None and all(failure.is_consequence for failure in told):
             number = int(next(filter(None, match.groups())))
-            lines = tuple(last_lines(rank_log(self._job.run_dir, rank)))
-            told.append(replace(killed(rank, -number), lines=lines, host=self._layout.node_of(rank).name))
+            told.append(self._placed(killed(rank, -number)))
         return told
+
+    def _placed(self, failure: Failure) -> Failure:
+        """With what agents add elsewhere: the node, and the last lines of the log."""
+        lines = tuple(last_lines(rank_log(self._job.run_dir, failure.rank)))
+        return replace(failure, lines=lines, host=self._layout.node_of(failure.rank).name)
 
     def _named(self, printed: str) -> int | None:
         """The rank whose end mpiexec tells: by number, or by its process."""

@@ -9,6 +9,7 @@ import faulthandler
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 import traceback
@@ -18,7 +19,7 @@ from pathlib import Path
 from xtrain.base import heartbeat
 from xtrain.base.errors import PeerLostError, RunInterrupted, XtrainError
 from xtrain.base.run_folder import ATTEMPT_VARIABLE, RUN_DIR_VARIABLE, STORE_VARIABLE
-from xtrain.launch.failure import Failure, rank_log, write_failure
+from xtrain.launch.failure import Failure, killed, rank_log, write_failure
 from xtrain.launch.processes import die_with_parent
 from xtrain.launch.survey import STACKS_SIGNAL
 
@@ -79,10 +80,30 @@ def _left(run_dir: Path, rank: int, leave: SystemExit) -> Failure:
     return Failure(rank, message, code, time.time(), user_error=code == 2)
 
 
+def _leave_a_witness(run_dir: Path, rank: int) -> None:
+    """Go on as a child; the parent does nothing but write down which signal has ended it.
+
+    mpiexec ends all ranks when one is killed, and MPICH then names any of them.
+    """
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        die_with_parent(parent=parent)
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        write_failure(run_dir, killed(rank, code))
+    os._exit(code if code >= 0 else 128 - code)
+
+
 def main() -> int:
     """Run the script; returns the exit status of the rank."""
     die_with_parent()
     run_dir, rank = Path(os.environ[RUN_DIR_VARIABLE]), _own_rank()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # no agent watches it
+        _leave_a_witness(run_dir, rank)
     _redirect_output(rank_log(run_dir, rank))
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)

@@ -62,9 +62,9 @@ def processes_of(run_dir: Path) -> list[int]:
 
 
 def rank_process(run_dir: Path, rank: int) -> int:
-    """The process of a rank, started by an agent or by MPICH."""
+    """The process of a rank, started by an agent or by MPICH; there it has a witness, its parent."""
     own = {f"RANK={rank}".encode(), f"PMI_RANK={rank}".encode()}
-    for pid in processes_of(run_dir):
+    for pid in sorted(processes_of(run_dir), reverse=True):
         if own & set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
             return pid
     raise AssertionError(f"there is no rank {rank}")
