@@ -128,7 +128,8 @@ class Hosts:
         server = ["unshare", "-m", "sh", "-c", " && ".join(map(shlex.join, words))]
         with (self.folder / f"sshd_{name}.log").open("ab") as log:
             self._sshd[name] = subprocess.Popen(
-                ["ip", "netns", "exec", self._space(name), *server],
+                # With this process when it is killed.
+                ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self._space(name), *server],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

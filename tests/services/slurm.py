@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+_PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 _CONF = """\
 ClusterName=xtrain
 SlurmctldHost=localhost(127.0.0.1)
@@ -119,7 +119,11 @@ class Slurm:
         with (self.folder / "services.log").open("ab") as log:
             self._processes.append(
                 subprocess.Popen(
-                    [path, *args], env=self.environment, stdout=log, stderr=log, start_new_session=True
+                    ["setpriv", "--pdeathsig", "KILL", path, *args],  # with this process when it is killed
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                 )
             )
 
