@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from xtrain.launch.compose import compose_config
 from xtrain.launch.failure import Failure, culprit, from_json, killed, own_failures, rank_log, write_failure
 from xtrain.launch.job import make_job
 from xtrain.launch.progress import ProgressDisplay, RecordTail
+from xtrain.launch.stopping import Stop, catching
 
 
 def _failure(rank: int, message: str, at: float, code: int = 1) -> Failure:
@@ -142,3 +145,29 @@ def test_the_emulated_chip_is_chosen_with_the_backend(tmp_path: Path) -> None:
     ):
         config, _ = compose_config([f"run_dir={tmp_path / 'run'}", *overrides])
         assert make_job(config, []).deepspeed_config["xtrain"]["fake"] == expected
+
+
+def test_one_scancel_is_one_request_and_a_second_ctrl_c_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 10.2, 12.0, 13.5])
+    monkeypatch.setattr("xtrain.launch.stopping.time.monotonic", lambda: next(now))
+    stop = Stop()
+    assert not stop.asked
+    stop.ask(signal.SIGTERM)
+    stop.ask(signal.SIGTERM)  # to all processes at once, and through the keeper
+    assert stop.asked
+    assert not stop.at_once
+    stop.ask(signal.SIGINT)
+    assert not stop.at_once
+    stop.ask(signal.SIGINT)
+    assert stop.at_once
+    assert stop.since == 10.0
+    assert not stop.warned
+
+
+def test_signals_are_collected_and_handlers_put_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    stop = Stop()
+    with catching(stop):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.warned
+    assert signal.getsignal(signal.SIGUSR1) is before

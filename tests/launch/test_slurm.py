@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,36 @@ def test_scancel_saves_and_the_same_command_continues(
     job = _submit(cluster, run_dir, *args)
     assert cluster.wait(job) == "COMPLETED", _output(run_dir)
     assert curve(run_dir) == undisturbed
+
+
+MEET = """
+import os, sys, torch
+import xtrain as deepspeed
+deepspeed.init_distributed()
+sum = torch.tensor([deepspeed.comm.get_rank() + 1.0])
+if deepspeed.comm.get_world_size() > 1:
+    deepspeed.comm.all_reduce(sum)
+said = [deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), os.environ.get("LOCAL_RANK"), sum.item()]
+print(os.environ.get("SLURMD_NODENAME"), *said)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_srun_starts_itself(cluster: Slurm, tmp_path: Path) -> None:
+    """Without `xtrain launch`; the batch script itself is alone, whatever SLURM_NTASKS says."""
+    script, out = tmp_path / "meet.py", tmp_path / "out"
+    script.write_text(MEET)
+    python = shlex.join([sys.executable, str(script)])
+    # The nodes' names lead nowhere here; on a cluster MASTER_ADDR is not needed.
+    lines = [
+        f"MASTER_ADDR=127.0.0.1 srun --nodes=2 --ntasks=2 {python}",
+        f"srun --nodes=1 --ntasks=2 {python}",
+        python,
+    ]
+    job = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", "--ntasks=4", f"--output={out}", f"--wrap={'; '.join(lines)}"
+    )
+    assert cluster.wait(job) == "COMPLETED", out.read_text()
+    assert sorted(out.read_text().splitlines()) == sorted(
+        ["n1 0 2 0 3.0", "n2 1 2 0 3.0", "n1 0 2 0 3.0", "n1 1 2 1 3.0", "n1 0 1 None 1.0"]
+    )
