@@ -185,7 +185,11 @@ class Agents:
                 channel.order("prune", keep=KEPT_ON_NODES)
         channels = list(self.channels.values())
         for channel in channels:
-            if not channel.ended and channel.silent > self.job.cluster.node_timeout:
+            # An agent that still imports torch may be silent for longer.
+            patience = max(
+                self.job.cluster.node_timeout, 0 if channel.started else self.job.cluster.start_timeout
+            )
+            if not channel.ended and channel.silent > patience:
                 self._lose(channel, f"has given no sign of life for {channel.silent:.0f} s")
         if channels and all(channel.done for channel in channels):
             stopped = any(channel.stopped for channel in channels)
@@ -239,6 +243,8 @@ class Agents:
         if event.name == "beat":
             for rank, (step, count, state) in about["ranks"].items():
                 self.pulses.take(int(rank), step, count, state)
+        elif event.name == "started":
+            channel.started = True
         elif event.name == "stacks":
             self._stacks.update({int(rank): frames for rank, frames in about["ranks"].items()})
             self._busy.update(about["busy"])

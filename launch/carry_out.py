@@ -85,4 +85,4 @@ def _supervise(job: Job, console: Console, debug: bool, again: bool) -> int:
             job.run_dir, Incident("launcher", 0, "the launcher was killed", action="is started again")
         )
         job = replace(job, source=find_source(AUTO, job.run_dir) or job.source)
-    return Supervisor(job, console, debug).run()
+    return Supervisor(job, console, debug, again).run()

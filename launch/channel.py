@@ -51,7 +51,7 @@ class Channel:
     ) -> None:
         self.node, self.log = node, log
         self.hello: dict[str, Any] | None = None
-        self.done = self.failed = self.stopped = self.closed = False
+        self.started = self.done = self.failed = self.stopped = self.closed = False
         self._events, self._heard = events, time.monotonic()
         self._log_start = log.stat().st_size if log.exists() else 0
         self._lock = threading.Lock()

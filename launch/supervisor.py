@@ -33,9 +33,13 @@ _PRUNE = 5.0
 
 
 class Supervisor:
-    """Runs a job; `run()` returns the exit status for the command line."""
+    """Runs a job; `run()` returns the exit status for the command line.
 
-    def __init__(self, job: Job, console: Console, debug: bool) -> None:
+    Args:
+        again: the ranks have been started before, so that nodes which are missing now are no mistake in the settings.
+    """
+
+    def __init__(self, job: Job, console: Console, debug: bool, again: bool = False) -> None:
         self.job = job
         self._report = Report(job, console, debug)
         self._clock = Clock(job.run_dir)
@@ -43,7 +47,7 @@ class Supervisor:
         self._lookout = Lookout(job, self._members)
         self._stop = Stop()
         self._layout = Layout(())
-        self._started = self._growing = False
+        self._started, self._growing = again, False
         self._tail = RecordTail(job.run_dir / METRICS)
         self._display = ProgressDisplay(console, job.total_steps, job.model)
         self._next_prune = 0.0
@@ -126,8 +130,10 @@ class Supervisor:
         agents = Agents(job, self._members.usable())
         try:
             early = self._launch(agents, number)
-        except BaseException:
+        except BaseException as error:
             agents.end(politely=False)
+            if self._started and isinstance(error, ConfigError):
+                return Outcome("failed", why=str(error))  # a node that has gone meanwhile; it is tried again
             raise
         if early is not None:
             agents.end(politely=False)
