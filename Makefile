@@ -36,7 +36,11 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not services"
+
+# Runs that lose a rank, a node and the like; `python -m tests.chaos` makes many.
+test-chaos: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/chaos
 
 # The MPI process group, under the mpiexec of the MPICH that is installed here.
 test-mpi: $(STAMP)
