@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-mpi test-services lint parity detection align-reference docs site clean
+.PHONY: install train test test-slow test-chaos test-mpi test-services lint parity detection align-reference docs site clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
