@@ -62,6 +62,8 @@ def _explain(error: Exception, defaults: dict[str, Any]) -> str:
     first = str(error).split("\n")[0].strip()
     if match := re.match(r"Could not override '([^']+)'", first):
         key = match[1]
+        if key in _all_keys(defaults):
+            return f"{key!r} cannot be given entries that are not there yet in this way: write +{key}=..."
         close = nearest(key, _all_keys(defaults))
         hint = (
             f"did you mean {close!r}?" if close else "see conf/config.yaml; `+key=value` adds a DeepSpeed key"

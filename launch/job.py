@@ -21,6 +21,7 @@ from xtrain.checkpoint.contents import is_checkpoint
 from xtrain.config import load_config, solve_batch_sizes
 from xtrain.config.batch import BatchSizes
 from xtrain.data.corpus import find_files
+from xtrain.launch.builtin import builtin_script
 from xtrain.launch.checkpoints import AUTO, Source, find_source
 from xtrain.launch.find_nodes import find_nodes
 from xtrain.launch.memory import model_states
@@ -108,18 +109,6 @@ class Job:
             if ranks % split == 0 and slots % (ranks // split) == 0 and not (aligned and ranks & (ranks - 1)):
                 return ranks
         return 0
-
-
-def builtin_script() -> Path:
-    """The GLM pretraining script: beside this package in a checkout, inside it when installed."""
-    package = Path(__file__).resolve().parent.parent
-    for candidate in (
-        package / "examples" / "pretrain_glm.py",
-        package.parent / "examples" / "pretrain_glm.py",
-    ):
-        if candidate.is_file():
-            return candidate
-    raise ConfigError("the built-in script pretrain_glm.py is missing: reinstall xtrain or pass script=")
 
 
 def _builtin_flags(config: LaunchConfig, run_dir: Path) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from xtrain.base import heartbeat
 from xtrain.base.errors import PeerLostError, RunInterrupted, XtrainError
 from xtrain.base.run_folder import ATTEMPT_VARIABLE, RUN_DIR_VARIABLE, STORE_VARIABLE
+from xtrain.launch.builtin import BUILTIN, builtin_script
 from xtrain.launch.failure import Failure, killed, rank_log, write_failure
 from xtrain.launch.processes import die_with_parent
 from xtrain.launch.survey import STACKS_SIGNAL
@@ -48,6 +49,8 @@ def _run(script: str, args: list[str]) -> None:
         from xtrain.comm.store import serve_environment
 
         serve_environment()  # for a script that calls torch.distributed.init_process_group() by itself
+    if script == BUILTIN:
+        script = str(builtin_script())
     sys.argv = [script, *args]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

@@ -13,6 +13,7 @@ import yaml
 
 from xtrain.base.errors import ConfigError
 from xtrain.base.run_folder import CHECKPOINTS, RUN_DIR_VARIABLE
+from xtrain.launch.builtin import BUILTIN
 from xtrain.launch.job import Job
 
 MANIFEST = "trainjob.yaml"
@@ -32,10 +33,22 @@ def train_job(job: Job) -> dict[str, Any]:
             "cluster.kubernetes.claim is not set: name the volume claim that holds the run folder"
         )
     mount = f"{settings.mount.rstrip('/')}/{job.run_dir.name}"
-    words = [word.replace(str(job.run_dir), mount) for word in job.rank_command(None)]
+    # The image has a Python and an xtrain of its own; a script of the user's has to be in it under the same path.
+    script = BUILTIN if job.builtin else str(job.script)
+    arguments = [word.replace(str(job.run_dir), mount) for word in job.script_args]
     continuing = ["--continue"] if job.builtin else []
     # torchrun's own rendezvous is static here: the runtime says which node is which.
-    command = ["torchrun", "--no-python", "python", "-u", *words, *continuing]
+    command = [
+        "torchrun",
+        "--no-python",
+        "python",
+        "-u",
+        "-m",
+        "xtrain.launch.rank",
+        script,
+        *arguments,
+        *continuing,
+    ]
     environment = {**job.env, RUN_DIR_VARIABLE: mount}
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
