@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xtrain.base.errors import ConfigError
 from xtrain.launch.nodes import Node
 
 _POLITE = 5.0
@@ -39,6 +40,9 @@ class Channel:
 
     Attributes:
         hello: what the agent has found on its node; None until it has said so.
+
+    Raises:
+        ConfigError: there is no such command.
     """
 
     def __init__(
@@ -55,15 +59,20 @@ class Channel:
         self._events, self._heard = events, time.monotonic()
         self._log_start = log.stat().st_size if log.exists() else 0
         self._lock = threading.Lock()
-        with log.open("ab") as errors:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches the launcher alone
-            )
+        try:
+            with log.open("ab") as errors:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=environment,
+                    start_new_session=True,  # a Ctrl-C in the terminal reaches the launcher alone
+                )
+        except FileNotFoundError:
+            raise ConfigError(
+                f"there is no {command[0]} on this machine: install it, or correct cluster.ssh.command or cluster.python"
+            ) from None
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 

@@ -73,9 +73,13 @@ def _ssh_words(invocation: Invocation, host: str) -> list[str]:
 def _address(invocation: Invocation) -> str:
     """The first address of the first host, as DeepSpeed asks for it."""
     host = invocation.nodes[0].name
-    done = subprocess.run(
-        [*_ssh_words(invocation, host), "hostname -I"], capture_output=True, text=True, check=False
-    )
+    words = [*_ssh_words(invocation, host), "hostname -I"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ConfigError(
+            "there is no ssh on this machine: install its client, or choose a --launcher"
+        ) from None
     if done.returncode or not done.stdout.split():
         raise ConfigError(explain_silence(invocation.nodes[0], done.stderr.splitlines(), done.returncode))
     return done.stdout.split()[0]

@@ -13,7 +13,7 @@ import pytest
 from xtrain import cli
 from xtrain.base.errors import XtrainError
 from xtrain.launch import devices
-from xtrain.launch.deepspeed import binding
+from xtrain.launch.deepspeed import binding, hosts
 from xtrain.launch.deepspeed import command as deepspeed_command
 from xtrain.launch.deepspeed import options as deepspeed_options
 from xtrain.launch.deepspeed.invocation import Invocation
@@ -242,8 +242,9 @@ def test_the_command_line_is_handed_on(
     assert seen[0][2:] == ["train.py", "--local_rank=0", "--debug", "--", "-q", "--"]
     assert cli.main(["deepspeed", "trian.py"]) == 2
     assert capsys.readouterr().err.startswith("xtrain: error: there is no script 'trian.py'")
-    assert cli.main(["deepspeed", "-H", "hosts", "train.py"]) == 2
-    assert "--no_ssh --node_rank" in capsys.readouterr().err
+    monkeypatch.setattr(hosts, "launch_on_nodes", lambda made: seen.append([n.name for n in made.nodes]) or 5)
+    assert cli.main(["deepspeed", "-H", "hosts", "train.py"]) == 5
+    assert seen[-1] == ["a", "b"]
 
 
 def test_options_without_a_use_here_are_said(caplog: pytest.LogCaptureFixture) -> None:
