@@ -71,7 +71,7 @@ class Channel:
                 )
         except FileNotFoundError:
             raise ConfigError(
-                f"there is no {command[0]} on this machine: install it, or correct cluster.ssh.command or cluster.python"
+                f"there is no {command[0]} on this machine: install it, or correct cluster.ssh.command, cluster.python"
             ) from None
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
