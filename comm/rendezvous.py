@@ -244,9 +244,8 @@ class Rendezvous:
             try:
                 found = [rank for rank in others if self._has_ended(rank)]
             except RuntimeError:
-                return [
-                    0
-                ]  # the store does not answer: rank 0 keeps it, or torchrun's agent, which ends after it
+                # The store does not answer: rank 0 keeps it, or an agent, which ends after it. Rank 0 knows that it is here.
+                return [0] if self._rank else []
             if found or time.monotonic() > until:
                 return found
             time.sleep(0.05)

@@ -30,6 +30,8 @@ if what == "tell":
     told = {"args": sys.argv[1:], "cores": sorted(os.sched_getaffinity(0)), "threads": os.environ["OMP_NUM_THREADS"]}
     print(json.dumps(told))
     sys.exit(0)
+while rank == "1" and what in ("fail", "die") and not Path("pid0").exists():
+    time.sleep(0.01)
 if rank == "1" and what == "fail":
     sys.exit(3)
 if rank == "1" and what == "die":
