@@ -244,7 +244,7 @@ class Rendezvous:
             try:
                 found = [rank for rank in others if self._has_ended(rank)]
             except RuntimeError:
-                # The store does not answer: rank 0 keeps it, or an agent, which ends after it. Rank 0 knows that it is here.
+                # The store does not answer: rank 0 keeps it, or an agent, which ends after it. Rank 0 itself is here.
                 return [0] if self._rank else []
             if found or time.monotonic() > until:
                 return found
