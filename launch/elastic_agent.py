@@ -131,14 +131,13 @@ def run_ranks(order: dict[str, Any], started: Callable[[dict[int, int]], None]) 
         started: told the process of each rank.
     """
     os.environ.update(order["env"])
-    os.environ["XTRAIN_STORE_SECRET"] = order["secret"]
     host, port = order["store"]
     secret = bytes.fromhex(order["secret"])
     relay = None
     if order["node_rank"] > 0:
         relay = run_store.Relay(host, port, secret)
         host, port = relay.address
-    os.environ["XTRAIN_STORE"] = f"{host}:{port}"
+    os.environ.update(run_store.environment(host, port, secret))
     if order["folder"] is not None:
         os.chdir(order["folder"])
     spec = WorkerSpec(
