@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xtrain.base.errors import ConfigError
+from xtrain.launch.files import lines_since
 from xtrain.launch.nodes import Node
 
 _POLITE = 5.0
@@ -124,11 +125,7 @@ class Channel:
 
     def printed(self) -> list[str]:
         """What ssh, srun or the agent have printed since the start."""
-        if not self.log.exists():
-            return []
-        with self.log.open("rb") as file:
-            file.seek(self._log_start)
-            return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        return lines_since(self.log, self._log_start)
 
     def hang_up(self) -> None:
         """Close the connection: the agent ends itself and its ranks, if it is still there."""

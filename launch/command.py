@@ -21,6 +21,7 @@ from xtrain.base.errors import ConfigError
 from xtrain.base.files import write_text
 from xtrain.base.run_folder import ATTEMPT_VARIABLE, HEARTBEAT_VARIABLE, LOGS, SIGNALLED, STOP, STOPPED
 from xtrain.launch.failure import Failure, forget_failures, killed, last_lines, rank_log, read_failure
+from xtrain.launch.files import lines_since
 from xtrain.launch.hang import Pulses
 from xtrain.launch.job import Job
 from xtrain.launch.launchers import mpi, sunway
@@ -102,7 +103,7 @@ class CommandStart:
             return Outcome("stopped" if stopped.exists() else "done", by_rank=by_rank)
         time.sleep(_LOOK)  # the ranks' last words may be on their way to the disk
         failures = self._failures()
-        said = last_lines_from(self._log, self._log_start)
+        said = lines_since(self._log, self._log_start)
         why = f"{self._job.cluster.launcher} ended with status {code}" + (
             f": {said[-1].strip()}" if said else ""
         )
@@ -132,7 +133,7 @@ class CommandStart:
     def _failures(self) -> list[Failure]:
         found = [read_failure(self._job.run_dir, rank) for rank in range(self._layout.ranks)]
         told = [self._placed(failure) for failure in found if failure is not None]
-        printed = "\n".join(last_lines_from(self._log, self._log_start, 200))
+        printed = "\n".join(lines_since(self._log, self._log_start)[-200:])
         match = _SIGNAL.search(printed)
         rank = self._named(printed)
         if match and rank is not None and all(failure.is_consequence for failure in told):
@@ -198,10 +199,3 @@ def _is_of_run(pid: int, run_dir: Path) -> bool:
         return f"XTRAIN_RUN_DIR={run_dir}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return False
-
-
-def last_lines_from(log: Path, start: int, count: int = 5) -> list[str]:
-    """The last lines of what a log has got since `start`."""
-    with log.open("rb") as file:
-        file.seek(start)
-        return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()][-count:]

@@ -38,10 +38,15 @@ class Devices:
     variables: tuple[str, ...] = ()
 
 
+def _numbered(name: str) -> int:
+    """Device files of that name with a number."""
+    return len([path for path in Path("/dev").glob(f"{name}*") if re.fullmatch(rf"{name}\d+", path.name)])
+
+
 def _nvidia() -> int:
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
+        return _numbered("nvidia")
     listed = subprocess.run([tool, "-L"], capture_output=True, text=True)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
@@ -53,7 +58,7 @@ def _kfd() -> int:
 
 
 def _davinci() -> int:
-    return len([path for path in Path("/dev").glob("davinci*") if re.fullmatch(r"davinci\d+", path.name)])
+    return _numbered("davinci")
 
 
 def _torch_build() -> str:
@@ -83,9 +88,17 @@ _CHIPS = {
     "dcu": _Chip("HIP_VISIBLE_DEVICES", _kfd, lambda: _torch_build() != "cpu"),
     "ascend": _Chip("ASCEND_RT_VISIBLE_DEVICES", _davinci, lambda: find_spec("torch_npu") is not None),
 }
+VARIABLES = {name: chip.variable for name, chip in _CHIPS.items()}
+"""By backend: the environment variable that limits the devices a process sees."""
 _HOST = ("cpu", "fake", "sunway")
 _DEEPSPEEDS = {"npu": ("ascend",), "cuda": ("cuda", "dcu")}
 """Values of DS_ACCELERATOR that are called otherwise here, or mean one of several."""
+
+
+def shown_by_system(backend: str | None) -> int | None:
+    """Devices of a backend that the system's files show, without a program or library of the vendor; None: none are."""
+    counts = {"cuda": lambda: _numbered("nvidia"), "dcu": _kfd, "ascend": _davinci}
+    return (counts[backend]() or None) if backend in counts else None
 
 
 def find(environ: Mapping[str, str] | None = None) -> Devices:

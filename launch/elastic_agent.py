@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -17,9 +16,11 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous import RendezvousStoreInfo
 
 from xtrain.comm import store as run_store
+from xtrain.launch.processes import free_port
+from xtrain.launch.rendezvous import Assigned
 
 _GRACE = 2.0
 """Seconds in which the other ranks of a node may notice by themselves that one has failed, and say so."""
@@ -31,56 +32,8 @@ def open_store(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     host, port = server.address
     return server, {
         "store": [host, port],
-        "master_port": order["master_port"] or _free_port(order["address"]),
+        "master_port": order["master_port"] or free_port(order["address"]),
     }
-
-
-def _free_port(address: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class Assigned(RendezvousHandler):
-    """Who meets is settled: the launcher has numbered the nodes."""
-
-    def __init__(self, order: dict[str, Any], store: Any) -> None:
-        self._order, self._store = order, store
-
-    def get_backend(self) -> str:
-        """A name for logs."""
-        return "xtrain"
-
-    @property
-    def use_agent_store(self) -> bool:
-        """False: the ranks find the store by XTRAIN_STORE."""
-        return False
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """This node's number, and the address for the script."""
-        order = self._order
-        master = RendezvousStoreInfo(order["master"][0], order["master"][1])
-        return RendezvousInfo(self._store, order["node_rank"], order["nodes"], master)
-
-    def is_closed(self) -> bool:
-        """Never: the launcher ends agents."""
-        return False
-
-    def set_closed(self) -> None:
-        """The launcher ends agents; there is nothing to tell the others."""
-
-    def num_nodes_waiting(self) -> int:
-        """None: a node that comes is told to the launcher, which starts anew."""
-        return 0
-
-    def get_run_id(self) -> str:
-        """The run folder's name."""
-        return str(os.path.basename(self._order["run_dir"]))
-
-    def shutdown(self) -> bool:
-        """There is nothing to close."""
-        return True
 
 
 class _NodeAgent(LocalElasticAgent):
@@ -145,7 +98,13 @@ def run_ranks(order: dict[str, Any], started: Callable[[dict[int, int]], None]) 
         local_world_size=order["ranks"],
         entrypoint=sys.executable,
         args=("-u", *order["command"]),
-        rdzv_handler=Assigned(order, run_store.RunStore(host, port, secret, timedelta(minutes=5))),
+        rdzv_handler=Assigned(
+            run_store.RunStore(host, port, secret, timedelta(minutes=5)),
+            order["node_rank"],
+            order["nodes"],
+            RendezvousStoreInfo(*order["master"]),
+            os.path.basename(order["run_dir"]),
+        ),
         max_restarts=0,
         monitor_interval=0.1,
     )

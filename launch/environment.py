@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from xtrain.launch.devices import VARIABLES
 from xtrain.launch.job import Job
 from xtrain.launch.nodes import Node
 from xtrain.launch.schema import ClusterSection
@@ -30,14 +31,14 @@ def visible_devices(job: Job, node: Node, ranks: int) -> dict[str, str]:
     """The variables that show a node's ranks the devices which are theirs, where not all are."""
     if node.devices is None:
         return {}
-    names = {
-        "cuda": "CUDA_VISIBLE_DEVICES",
-        "dcu": "HIP_VISIBLE_DEVICES",
-        "ascend": "ASCEND_RT_VISIBLE_DEVICES",
-    }
     listed = ",".join(map(str, node.devices[:ranks]))
+    # Without a backend nobody knows yet whose they are.
     wanted = (
-        [names[job.backend]] if job.backend in names else list(names.values()) if job.backend is None else []
+        VARIABLES.values()
+        if job.backend is None
+        else [VARIABLES[job.backend]]
+        if job.backend in VARIABLES
+        else []
     )
     return dict.fromkeys(wanted, listed)
 

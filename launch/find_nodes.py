@@ -11,8 +11,6 @@ from xtrain.launch import hostfile
 from xtrain.launch.nodes import Node
 from xtrain.launch.schema import ClusterSection
 
-DEFAULT_HOSTFILE = "/job/hostfile"
-
 
 def find_nodes(cluster: ClusterSection) -> list[Node]:
     """The machines, in the order of their ranks.
@@ -52,7 +50,7 @@ def _named(cluster: ClusterSection) -> list[Node]:
         ]
         slots: dict[str, int] | None = hostfile.parse_lines(lines, "cluster.hosts")
     else:
-        path = cluster.hostfile or DEFAULT_HOSTFILE
+        path = cluster.hostfile or hostfile.DEFAULT
         slots = hostfile.read(path)
         if slots is None:
             raise ConfigError(

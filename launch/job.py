@@ -136,14 +136,13 @@ def _deepspeed_config(config: LaunchConfig, ranks: int) -> tuple[dict[str, Any],
     return checked.raw, solve_batch_sizes(*given, ranks // split)
 
 
-def _run_dir(config: LaunchConfig, source: Source | None) -> Path:
-    run_dir = Path(config.run_dir).expanduser().resolve()
+def _check_is_free(config: LaunchConfig, run_dir: Path, source: Source | None) -> None:
+    """Refuse a folder that holds another run."""
     own = config.resume == AUTO or (source is not None and source.folder.parent == run_dir)
     if (run_dir / METRICS).exists() and not own:
         continuing = is_checkpoint(run_dir / CHECKPOINTS)
         hint = f", or add resume={config.run_dir} to continue it" if continuing else ""
         raise ConfigError(f"run_dir={config.run_dir} holds a run already: choose another folder{hint}")
-    return run_dir
 
 
 _MODEL_FLAGS = (
@@ -213,7 +212,7 @@ def make_job(config: LaunchConfig, extra_args: list[str]) -> Job:
     deepspeed_config, batch = _deepspeed_config(config, ranks)
     run_dir = Path(config.run_dir).expanduser().resolve()
     source = find_source(config.resume, run_dir)
-    run_dir = _run_dir(config, source)
+    _check_is_free(config, run_dir, source)
     script, flags = _script(config, run_dir)
     given = [str(arg) for arg in config.script_args] + extra_args
     env = {**config.cluster.env, RUN_DIR_VARIABLE: str(run_dir)}

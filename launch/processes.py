@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def safe_path_flag() -> list[str]:
 def python_module(module: str, *arguments: str) -> list[str]:
     """The command that runs a module with this Python."""
     return [sys.executable, *safe_path_flag(), "-m", module, *arguments]
+
+
+def free_port(address: str = "") -> int:
+    """A port of this machine that nobody listens at now."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def signal_name(number: int) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from xtrain.launch.files import new_text
+
 
 class RecordTail:
     """Reads the lines that have been added to a record since the last call."""
@@ -18,18 +20,11 @@ class RecordTail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offset = path.stat().st_size if path.exists() else 0
-        self._rest = b""
 
     def new_steps(self) -> list[dict[str, Any]]:
         """Complete step lines since the last call."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            data = self._rest + file.read()
-            self._offset = file.tell()
-        *lines, self._rest = data.split(b"\n")
-        entries = [json.loads(line) for line in lines if line]
+        text, self._offset = new_text(self.path, self._offset)
+        entries = [json.loads(line) for line in text.splitlines() if line]
         return [entry for entry in entries if entry["type"] == "step"]
 
 

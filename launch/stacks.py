@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from xtrain.launch.failure import rank_log
+from xtrain.launch.files import text_since
 from xtrain.launch.hang import frames_of
 from xtrain.launch.processes import processor_seconds
 from xtrain.launch.survey import STACKS_SIGNAL
@@ -37,11 +38,5 @@ def ask_for_stacks(run_dir: Path, pids: Mapping[int, int]) -> tuple[dict[int, li
             os.kill(pid, STACKS_SIGNAL)
     time.sleep(_WRITING)
     busy = [rank for rank, pid in pids.items() if processor_seconds(pid) - used[rank] > _BUSY * _WRITING]
-    texts = {rank: _text(log, sizes[rank]) for rank, log in logs.items()}
+    texts = {rank: text_since(log, sizes[rank]) for rank, log in logs.items()}
     return {rank: frames[:_FRAMES] for rank, text in texts.items() if (frames := frames_of(text))}, busy
-
-
-def _text(log: Path, start: int) -> str:
-    with log.open("rb") as file:
-        file.seek(start)
-        return file.read().decode(errors="replace")

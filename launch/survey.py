@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from xtrain.launch.devices import shown_by_system
 from xtrain.version import __version__
 
 STACKS_SIGNAL = signal.SIGRTMIN + 4
@@ -48,14 +49,6 @@ def available_memory() -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def device_count(backend: str | None) -> int | None:
-    """Accelerators of a backend that the system shows, without the vendor's libraries; None where it cannot be seen."""
-    patterns = {"cuda": "nvidia[0-9]*", "ascend": "davinci[0-9]*", "dcu": "dri/renderD*"}
-    if backend not in patterns:
-        return None
-    return len(list(Path("/dev").glob(patterns[backend]))) or None
 
 
 def digest(path: str) -> str | None:
@@ -136,7 +129,7 @@ def report(introduction: dict[str, Any]) -> dict[str, Any]:
         "interfaces": names,
         "machine": _machine(),
         "memory": available_memory(),
-        "devices": device_count(introduction["backend"]),
+        "devices": shown_by_system(introduction["backend"]),
         "shared": Path(introduction["token"]).is_file(),
         "files": {path: digest(path) for path in introduction["files"]},
     }

@@ -18,59 +18,34 @@ from xtrain.launch.processes import die_with_parent, python_module, signal_name
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
-    from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 RESTARTS = 100
 """How often DeepSpeed's elastic agent starts ranks again."""
 SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
-def _alone(master_addr: str, master_port: int) -> RendezvousHandler:
-    """A meeting of one agent, in its own memory."""
-    from torch.distributed import HashStore
-    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
-
-    class Alone(RendezvousHandler):
-        def get_backend(self) -> str:
-            return "alone"
-
-        def next_rendezvous(self) -> RendezvousInfo:
-            return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(master_addr, master_port))
-
-        def is_closed(self) -> bool:
-            return False
-
-        def set_closed(self) -> None:
-            """Nobody else could come."""
-
-        def num_nodes_waiting(self) -> int:
-            return 0
-
-        def get_run_id(self) -> str:
-            return "deepspeed"
-
-        def shutdown(self) -> bool:
-            return True
-
-    return Alone()
-
-
 def _run(invocation: Invocation) -> RunResult:
+    from torch.distributed import HashStore
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.rendezvous import RendezvousStoreInfo
+
+    from xtrain.launch.rendezvous import Assigned
 
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):  # main() says in one line what it says in twenty
             logging.getLogger(name).setLevel(logging.CRITICAL)
     assert invocation.master_addr is not None
+    # A meeting of one agent, in its own memory.
+    master = RendezvousStoreInfo(invocation.master_addr, invocation.master_port)
     program, *arguments = python_module("xtrain.launch.deepspeed.rank", invocation.encode())
     spec = WorkerSpec(
         role="rank",
         local_world_size=invocation.nodes[invocation.node_rank].slots,
         entrypoint=program,
         args=tuple(arguments),
-        rdzv_handler=_alone(invocation.master_addr, invocation.master_port),
+        rdzv_handler=Assigned(HashStore(), 0, 1, master, "deepspeed"),
         max_restarts=RESTARTS if invocation.elastic else 0,
         monitor_interval=0.1,
     )

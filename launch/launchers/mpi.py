@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -12,6 +11,7 @@ from pathlib import Path
 from xtrain.base.errors import ConfigError
 from xtrain.launch.job import Job
 from xtrain.launch.nodes import Layout
+from xtrain.launch.processes import free_port
 
 
 def program(command: str) -> str:
@@ -63,7 +63,7 @@ def command(job: Job, layout: Layout, environment: dict[str, str]) -> list[str]:
     if any(node.devices is not None for node in layout.nodes):
         raise ConfigError("include and exclude of single slots need agents: choose cluster=hosts")
     words = [mpiexec, "-n", str(layout.ranks)]
-    environment = {**environment, "MASTER_PORT": str(job.cluster.master_port or _free_port())}
+    environment = {**environment, "MASTER_PORT": str(job.cluster.master_port or free_port())}
     if not here:
         environment.setdefault("MASTER_ADDR", layout.nodes[0].name)
         words += _hosts(kind, layout)
@@ -81,10 +81,3 @@ def _hosts(kind: str, layout: Layout) -> list[str]:
     if len(counts) > 1:
         raise ConfigError("nodes with different numbers of slots need Open MPI, or cluster=hosts")
     return ["-ppn", str(counts.pop()), "-hosts", ",".join(node.name for node in layout.nodes)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
