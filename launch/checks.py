@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from xtrain.base.errors import ConfigError
+from xtrain.launch.environment import exported
 from xtrain.launch.job import Job
 from xtrain.launch.nodes import Layout
 from xtrain.launch.survey import digest
@@ -90,12 +91,23 @@ def address_of_first(job: Job, layout: Layout, hellos: dict[str, Hello]) -> str:
     """Where the ranks meet: on loopback when they are all on one node, else at the first node's address.
 
     Raises:
-        ConfigError: that cannot be told.
+        ConfigError: that cannot be told, or gloo is told to listen elsewhere.
     """
     names = [node.name for node in layout.nodes]
     if len(names) == 1:
         return "127.0.0.1"
-    first, wanted = hellos[names[0]], job.cluster.interface
+    first, address = hellos[names[0]], _address(names, hellos, job.cluster.interface)
+    gloo = {**exported(), **job.env}.get("GLOO_SOCKET_IFNAME", "")
+    if not address.startswith("127.") and first["interfaces"].get(gloo, "").startswith("127."):
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME={gloo} in the environment is the loopback interface, where ranks on {len(names)} "
+            "nodes cannot meet: unset it, or set it to the interface of the cluster's network"
+        )
+    return address
+
+
+def _address(names: list[str], hellos: dict[str, Hello], wanted: str | None) -> str:
+    first = hellos[names[0]]
     if wanted is not None:
         if wanted not in first["interfaces"]:
             raise ConfigError(

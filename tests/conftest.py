@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -28,6 +29,13 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["XTRAIN_CACHE"] = str(folder)
     yield folder
     pool.close_all()
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a test sets, or has set by starting ranks of its own, is not handed to the processes of the next."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xtrain.base.errors import ConfigError
 from xtrain.config.batch import BatchSizes
 from xtrain.launch import hang
 from xtrain.launch.checks import address_of_first, what_is_wrong
@@ -199,6 +200,18 @@ def test_where_ranks_meet() -> None:
     with pytest.raises(Exception, match=r"node a: its address .* cluster\.interface"):
         address_of_first(SOME, layout, unknown)
     assert address_of_first(SOME, layout, {name: _hello(address=None) for name in "abc"}) == "127.0.0.1"
+
+
+def test_gloo_on_loopback_and_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    hellos = {name: _hello(machine=name) for name in "abc"}
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert address_of_first(SOME, place(SOME.nodes), hellos) == "10.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert address_of_first(SOME, place(SOME.nodes[:1]), hellos) == "127.0.0.1"
+    with pytest.raises(
+        ConfigError, match=r"GLOO_SOCKET_IFNAME=lo .* loopback .* 3 nodes cannot meet: unset it"
+    ):
+        address_of_first(SOME, place(SOME.nodes), hellos)
 
 
 class _Time:
