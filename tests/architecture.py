@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / "xtrain"
 FOLDERS = (
     "base",
     "backends",
+    "shims",
     "config",
     "models",
     "data",

@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from xtrain.runtime.config import DeepSpeedConfig
     from xtrain.runtime.engine import XtrainEngine
     from xtrain.runtime.engine import XtrainEngine as DeepSpeedEngine
+    from xtrain.shims.process import install, uninstall
     from xtrain.utils import OnDevice
 
 _EXPORTS = {
     "aligned_init": "xtrain.reproducible.aligned_draws",
     "initialize": "xtrain.api",
+    "install": "xtrain.shims.process",
+    "uninstall": "xtrain.shims.process",
     "add_config_arguments": "xtrain.api",
     "init_distributed": "xtrain.comm",
     "XtrainEngine": "xtrain.runtime.engine",
@@ -82,8 +85,10 @@ __all__ = [
     "get_accelerator",
     "init_distributed",
     "initialize",
+    "install",
     "log_dist",
     "logger",
+    "uninstall",
 ]
 
 
@@ -100,7 +105,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'xtrain' has no attribute {name!r}")
     else:
         raise missing.name_error(name) or AttributeError(
-            f"xtrain has no {name!r}, and neither has deepspeed 0.19.8: docs/compat.md lists the names there are"
+            f"xtrain has no {name!r}, and neither has deepspeed {missing.API_VERSION}: docs/compat.md lists "
+            "the names there are"
         )
     globals()[name] = value
     return value

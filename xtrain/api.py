@@ -29,6 +29,7 @@ from xtrain.integrity import corruption_check
 from xtrain.integrity import fault_injection as faults
 from xtrain.parallel import grid_from_mpu
 from xtrain.runtime.engine import XtrainEngine
+from xtrain.shims import mixed
 from xtrain.zero.optimizer import ZeroOptimizer
 
 
@@ -135,6 +136,7 @@ def initialize(
             collate_fn=collate_fn,
             mesh_param=mesh_param,
         )
+    mixed.check({"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}, model.parameters())
     for notice in checked.notices:
         log_dist(notice, ranks=[0])
     if checked.values.dump_state:

@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "deepspeed", help="start a script as DeepSpeed's command does: xtrain deepspeed train.py ..."
     )
+    commands.add_parser(
+        "run", help="run a script, unchanged, with xtrain for deepspeed and apex: xtrain run train.py ..."
+    )
     return parser
 
 
@@ -45,6 +48,14 @@ def main(argv: list[str] | None = None) -> int:
         from xtrain.launch.deepspeed import command as deepspeed_command
 
         return deepspeed_command.command_line(given[1:])
+    if given[:1] == ["run"]:  # the script's arguments stay as they are, here too
+        from xtrain.shims import run
+
+        try:
+            return run.command_line(given[1:])
+        except XtrainError as error:
+            print(f"xtrain: error: {error}", file=sys.stderr)
+            return error.exit_code
     from xtrain.align import main as align
     from xtrain.align.plot import draw_record
     from xtrain.doctor import main as doctor

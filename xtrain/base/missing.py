@@ -15,6 +15,9 @@ from types import ModuleType
 
 from xtrain.base.errors import NotImplementedYetError
 
+API_VERSION = "0.19.8"
+"""Version of DeepSpeed that docs/compat.md compares with, and that xtrain stands for under the name `deepspeed`."""
+
 
 @dataclass(frozen=True)
 class Missing:
