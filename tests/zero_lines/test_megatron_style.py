@@ -37,9 +37,7 @@ def _run(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("case", "stage"), [*((case, 1) for case in CASES), ("fp32", 0), ("fp32", 2), ("fp32", 3), ("bf16", 3)]
 )
-def test_curve_is_deepspeeds(
-    ranks: Callable[..., list[Any]], tmp_path: Path, case: str, stage: int
-) -> None:
+def test_curve_is_deepspeeds(ranks: Callable[..., list[Any]], tmp_path: Path, case: str, stage: int) -> None:
     ranks(2, _run, arguments(case, tmp_path, stage))
     ours = json.loads((tmp_path / "losses.json").read_text())
     theirs = RECORD["curves"][case]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import NamedTuple
 
 from xtrain.base.errors import NotImplementedYetError
 
@@ -19,8 +19,7 @@ API_VERSION = "0.19.8"
 """Version of DeepSpeed that docs/compat.md compares with, and that xtrain stands for under the name `deepspeed`."""
 
 
-@dataclass(frozen=True)
-class Missing:
+class Missing(NamedTuple):
     """A feature of DeepSpeed that is not there.
 
     Attributes:

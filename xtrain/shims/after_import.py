@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 
-class _Loader(Loader):
+class _Loader:
     """The module's own loader, and then the function."""
 
     def __init__(self, loader: Any, then: Callable[[ModuleType], None]) -> None:
@@ -61,5 +60,5 @@ class Hooks:
         finally:
             self._looking.discard(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._waiting[fullname])
+            spec.loader = _Loader(spec.loader, self._waiting[fullname])  # type: ignore[assignment]
         return spec

@@ -9,10 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from importlib.abc import InspectLoader
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
-from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -24,24 +22,6 @@ STANDS_FOR = {"deepspeed": "xtrain", "apex": "xtrain.shims.apex", "amp_C": "xtra
 """Package and module names, and xtrain's module for each."""
 _VERSIONS = {"deepspeed": API_VERSION, "apex": "0.1"}
 """What `importlib.metadata` says of them."""
-
-
-class _Metadata(Distribution):
-    """What `importlib.metadata` says about a distribution."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def read_text(self, filename: str) -> str | None:
-        if filename not in ("METADATA", "PKG-INFO"):
-            return None
-        return (
-            f"Metadata-Version: 2.1\nName: {self._name}\nVersion: {_VERSIONS[self._name]}\n"
-            "Summary: xtrain under this name\n"
-        )
-
-    def locate_file(self, path: Any) -> Any:
-        return Path(path)
 
 
 class _DeepSpeed(ModuleType):
@@ -70,7 +50,8 @@ class _Loader:
     def get_code(self, name: str) -> CodeType | None:
         """For `python -m deepspeed.launcher.runner`, which runs the code as `__main__`."""
         spec = importlib.util.find_spec(_ours(name))
-        return spec.loader.get_code(_ours(name)) if spec and isinstance(spec.loader, InspectLoader) else None
+        get_code = getattr(spec.loader, "get_code", None) if spec is not None else None
+        return get_code(_ours(name)) if get_code is not None else None
 
     def exec_module(self, module: ModuleType) -> None:
         if isinstance(module, _DeepSpeed):
@@ -85,7 +66,23 @@ def _ours(name: str) -> str:
     return f"{STANDS_FOR[package]}{dot}{below}"
 
 
-class _Finder(DistributionFinder):
+def _metadata(name: str) -> Any:
+    """What `importlib.metadata` says about a distribution. Imported by who asks: it makes Python's start slow."""
+    from importlib.metadata import Distribution
+
+    class Metadata(Distribution):
+        def read_text(self, filename: str) -> str | None:
+            if filename not in ("METADATA", "PKG-INFO"):
+                return None
+            return f"Metadata-Version: 2.1\nName: {name}\nVersion: {_VERSIONS[name]}\nSummary: xtrain under this name\n"
+
+        def locate_file(self, path: Any) -> Any:
+            return Path(path)
+
+    return Metadata()
+
+
+class _Finder:
     """The first finder of the import system: these packages, and all below them, are xtrain's modules."""
 
     def __init__(self) -> None:
@@ -103,9 +100,10 @@ class _Finder(DistributionFinder):
         is_package = found.submodule_search_locations is not None
         return ModuleSpec(fullname, _Loader(), origin=found.origin, is_package=is_package)  # type: ignore[arg-type]
 
-    def find_distributions(self, context: DistributionFinder.Context | None = None) -> Iterable[Distribution]:
+    def find_distributions(self, context: Any = None) -> list[Any]:
+        """For `importlib.metadata`, whose context has the name that is looked for; None: all."""
         name = context.name if context is not None else None
-        return [_Metadata(name)] if name in self.names and name in _VERSIONS else []
+        return [_metadata(name)] if name in self.names and name in _VERSIONS else []
 
 
 _finder = _Finder()

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-import sysconfig
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from xtrain.base.errors import XtrainError
 
-_LIBRARIES = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
-_NOT_OURS = tuple(f"{folder}{os.sep}" for folder in (*_LIBRARIES, Path(__file__).absolute().parents[1]))
 _CUDA_LIBRARIES = ("libcuda", "libcudart", "libcublas", "libcudnn", "libnccl", "libc10_cuda", "libtorch_cuda")
 
 
 def user_line(trace: TracebackType | None) -> str | None:
     """`file:line` of the innermost frame that is neither xtrain's nor an installed package's."""
+    import sysconfig  # not at Python's start
+
+    folders = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
+    libraries = tuple(f"{folder}{os.sep}" for folder in (*folders, Path(__file__).absolute().parents[1]))
     found = None
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if not file.startswith(_NOT_OURS) and not file.startswith("<"):
+        if not file.startswith(libraries) and not file.startswith("<"):
             found = f"{file}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found

@@ -22,7 +22,10 @@ class Block(nn.Module):
         self.norm1, self.norm2 = LayerNorm(hidden), LayerNorm(hidden)
         self.qkv = nn.ModuleList(mpu.ColumnParallelLinear(hidden, hidden) for _ in range(3))
         self.out = mpu.RowParallelLinear(hidden, hidden)
-        self.up, self.down = mpu.ColumnParallelLinear(hidden, 4 * hidden), mpu.RowParallelLinear(4 * hidden, hidden)
+        self.up, self.down = (
+            mpu.ColumnParallelLinear(hidden, 4 * hidden),
+            mpu.RowParallelLinear(4 * hidden, hidden),
+        )
 
     def forward(self, x, mask):
         batch, length, _ = x.shape

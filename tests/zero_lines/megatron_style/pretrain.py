@@ -45,7 +45,9 @@ def initialize_distributed(args):
     mpu.model_parallel_cuda_manual_seed(1234)
     args.checkpoint = None
     if args.checkpoint_activations:
-        deepspeed.checkpointing.configure(mpu, deepspeed_config=args.deepspeed_config, num_checkpoints=args.layers)
+        deepspeed.checkpointing.configure(
+            mpu, deepspeed_config=args.deepspeed_config, num_checkpoints=args.layers
+        )
         args.checkpoint = deepspeed.checkpointing.checkpoint
         mpu.get_cuda_rng_tracker = deepspeed.checkpointing.get_cuda_rng_tracker
         deepspeed.checkpointing.model_parallel_cuda_manual_seed(1234)
@@ -103,7 +105,10 @@ def main():
         losses.append((averaged / mpu.get_data_parallel_world_size()).item())
     overflow = torch.cuda.IntTensor([0])
     norm, _ = multi_tensor_applier(
-        amp_C.multi_tensor_l2norm, overflow, [[parameter.detach().float() for parameter in model.parameters()]], False
+        amp_C.multi_tensor_l2norm,
+        overflow,
+        [[parameter.detach().float() for parameter in model.parameters()]],
+        False,
     )
     if args.rank == 0:
         print(

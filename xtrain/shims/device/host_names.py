@@ -66,10 +66,11 @@ class _Ranges:
         return len(self._open) - 1
 
     def range_pop(self) -> int:
-        """Close the last one; -1 where none is open, as NVTX."""
+        """Close the last one; how many are open around it, -1 where there was none."""
         if self._open:
             self._open.pop().__exit__(None, None, None)
-        return len(self._open) - 1 if self._open else -1
+            return len(self._open)
+        return -1
 
     def mark(self, msg: str) -> None:
         """A range without a length."""

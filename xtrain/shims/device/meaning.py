@@ -28,7 +28,13 @@ def translated(device: Any, own: torch.device) -> Any:
 
 
 class _Answers(type):
-    """`isinstance(x, torch.device)` goes on being about torch's own class."""
+    """`isinstance(x, torch.device)` goes on being about torch's own class, and so do tables with it as a key."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is Device
+
+    def __hash__(cls) -> int:
+        return hash(Device)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, Device)

@@ -14,7 +14,12 @@ TENSOR_TYPES = tuple(
 KEPT = frozenset(
     {
         "amp", "CudaError", "cudaStatus", "DeferredCudaCallError", "has_half", "has_magma", "memory", "random",
-        "streams", "AcceleratorError", "OutOfMemoryError", "sparse",
+        "streams", "AcceleratorError", "OutOfMemoryError", "sparse", "nvtx",
+        *(
+            f"{kind}Storage"
+            for kind in ("BFloat16", "Bool", "Byte", "Char", "ComplexDouble", "ComplexFloat", "Double", "Float", "Half",
+                         "Int", "Long", "Short")
+        ),
     }
 )  # fmt: skip
 """Classes of errors, flags that only say how torch was built, and modules whose functions are replaced one by one."""

@@ -112,6 +112,16 @@ def _moves(patches: Patches, own: torch.device) -> None:
         result = cpu(self, memory_format=memory_format)
         return result if asked_by_torch() else _copied(result, self)
 
+    module_to = torch.nn.Module.to
+
+    def module_moved(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        if args:
+            args = (translated(args[0], own), *args[1:])
+        if "device" in kwargs:
+            kwargs["device"] = translated(kwargs["device"], own)
+        return module_to(self, *args, **kwargs)
+
+    patches.set(torch.nn.Module, "to", functools.wraps(module_to)(module_moved))
     patches.set(torch.Tensor, "to", functools.wraps(to)(moved))
     patches.set(torch.Tensor, "cuda", functools.wraps(torch.Tensor.cuda)(cuda))
     patches.set(torch.Tensor, "cpu", functools.wraps(cpu)(on_host))
