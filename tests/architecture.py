@@ -33,6 +33,8 @@ FOLDERS = (
     "launch",
     "align",
     "doctor",
+    "migrate",
+    "shims",
     "deepspeed_engine",
     "deepspeed_api",
     "doors",
