@@ -34,6 +34,8 @@ FOLDERS = (
     "launch",
     "align",
     "doctor",
+    "migrate",
+    "shims",
     "deepspeed_engine",
     "deepspeed_api",
     "doors",
