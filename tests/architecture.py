@@ -35,7 +35,6 @@ FOLDERS = (
     "align",
     "doctor",
     "migrate",
-    "shims",
     "deepspeed_engine",
     "deepspeed_api",
     "doors",
