@@ -51,6 +51,11 @@ def arguments(case: str, folder: Path, stage: int = 1) -> list[str]:
     return [*given, f"--precision={precision}", *more]
 
 
+def recorded(case: str) -> list[float]:
+    """Real DeepSpeed's losses."""
+    return list(json.loads(GOLDEN.read_text())["curves"][case])
+
+
 def main() -> int:
     curves = {}
     for case in CASES:

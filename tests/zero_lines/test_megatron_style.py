@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.zero_lines.record import CASES, GOLDEN, SCRIPT, arguments
+from tests.zero_lines.record import CASES, SCRIPT, arguments, recorded
 from xtrain.shims import process
-
-RECORD = json.loads(GOLDEN.read_text())
 
 
 def _run(words: list[str]) -> None:
@@ -40,7 +38,7 @@ def _run(words: list[str]) -> None:
 def test_curve_is_deepspeeds(ranks: Callable[..., list[Any]], tmp_path: Path, case: str, stage: int) -> None:
     ranks(2, _run, arguments(case, tmp_path, stage))
     ours = json.loads((tmp_path / "losses.json").read_text())
-    theirs = RECORD["curves"][case]
+    theirs = recorded(case)
     assert len(ours) == len(theirs) == 30
     assert theirs[-1] < 0.8 * theirs[0]
     assert ours == pytest.approx(theirs, rel=1e-6 if case.startswith("fp32") else 2e-2)

@@ -110,6 +110,11 @@ def uninstall() -> None:
     _state.mode, _state.device = None, False
 
 
+def is_installed() -> bool:
+    """Whether `install` has been called, and not undone."""
+    return _state.mode is not None
+
+
 def in_child() -> None:
     """Called at Python's start, in a process whose environment `environment` has made."""
     if mode := os.environ.get(MODE_VARIABLE):
