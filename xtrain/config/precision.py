@@ -87,7 +87,7 @@ class Fp16Config(Section):
 
 
 class TorchAutocastConfig(Section):
-    """The forward pass runs under torch.autocast; parameters and gradients stay in float32."""
+    """The forward pass runs under torch.autocast; parameters and gradients are kept in float32."""
 
     ignores_unknown: ClassVar[bool] = True
     enabled: bool = False
@@ -95,14 +95,9 @@ class TorchAutocastConfig(Section):
     dtype: Annotated[Literal["bf16", "bfloat16", "fp16", "float16"], _AnySpelling] = "bfloat16"
     """What autocast computes in. With fp16 the loss is scaled dynamically, as torch.amp.GradScaler does. (DeepSpeed's
     default is torch's choice for the device, which may be fp16, and is then not scaled.)"""
-    lower_precision_safe_modules: Annotated[
-        list[str] | None,
-        NoEffect(
-            "it names modules whose gradients may travel in the autocast dtype; here all travel in float32, or in "
-            "communication_data_type"
-        ),
-    ] = None
-    """In DeepSpeed: classes of modules whose gradients may travel in the autocast dtype."""
+    lower_precision_safe_modules: list[str] | None = None
+    """Classes of modules, with their packages, whose gradients travel in the autocast dtype. Left out: torch's Linear,
+    Conv1d, Conv2d and Conv3d. An empty list: none. Aligned mode sends all in float32."""
 
 
 class DataTypesConfig(Section):

@@ -19,6 +19,7 @@ from xtrain.config import XtrainConfig, solve_batch_sizes
 from xtrain.optim import build_optimizer, check_elementwise, check_fresh
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import PrecisionPolicy, for_backend, make_loss_scale, make_policy
+from xtrain.precision.autocast import mark_communication
 from xtrain.reproducible.perturbation import perturb_if_asked, perturb_masters
 from xtrain.zero.buffers import broadcast_buffers, broadcast_dense, set_buffer
 from xtrain.zero.home import full_shape, home_of
@@ -66,6 +67,7 @@ class Builder:
         check_agreement(module, config, grid)
         self.precision = for_backend(make_policy(values, grid.sequence > 1), values, backend)
         place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
+        mark_communication(module, values.torch_autocast, self.precision.aligned)
         perturb_if_asked(module, grid.replica)
         self._basic = self._basic_optimizer(optimizer, model_parameters)
         # Aligned mode adds micro-batches inside a rank first, for which every rank keeps whole gradients.
