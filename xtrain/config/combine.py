@@ -13,11 +13,6 @@ def _gradient_sum(config: Config) -> None:
         raise ConfigError(
             "config key 'gradient_allreduce_op' is 'sum', which ZeRO stage 3 cannot do: use stage 2"
         )
-    if config.prescale_gradients or config.gradient_predivide_factor != 1.0:
-        raise ConfigError(
-            "config key 'gradient_allreduce_op' is 'sum', and 'prescale_gradients' or 'gradient_predivide_factor' "
-            "divide the gradients: leave one of them out"
-        )
 
 
 def _norm(config: Config) -> None:
@@ -55,8 +50,8 @@ def _accumulation(config: Config) -> None:
         return
     if config.zero_optimization.overlap_comm and config.zero_optimization.stage < 2:
         raise ConfigError(
-            "config key 'managed_gradient_accumulation' is false, so that step() alone knows when to reduce, and "
-            "'zero_optimization.overlap_comm' is true: leave one of them out, or use stage 2"
+            "config key 'managed_gradient_accumulation' is false, so that step() alone knows when to reduce: "
+            "overlap_comm only with ZeRO stage 2, or leave one of the two out"
         )
     if config.xtrain.aligned:
         raise ConfigError(

@@ -198,8 +198,8 @@ class ZeroConfig(Section):
         bool, NoEffect("an iteration that differs from the last one is gathered without prefetching")
     ] = False
     """In DeepSpeed: warn when the order of modules differs from the recorded one."""
-    enable_sanity_checks: Annotated[bool, NoEffect("its checks are always on")] = False
-    """In DeepSpeed: check its own state while training."""
+    enable_sanity_checks: Annotated[bool, OnlyInStage3()] = False
+    """Leaving zero.GatheredParameters without a modifier_rank is an error if a parameter was changed inside."""
     save_muon_momentum_buffer_in_memory: Annotated[bool, NoEffect("optimizer states are kept in memory")] = (
         False
     )

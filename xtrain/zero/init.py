@@ -159,6 +159,7 @@ class Init:
         given = config_dict_or_path if config_dict_or_path is not None else config
         checked = None if given is None else load_config(given)
         self.dtype = dtype
+        self._checks = checked is not None and checked.values.zero_optimization.enable_sanity_checks
         backend = choose_backend(checked)
         if dtype is None and checked is not None:
             self.dtype = for_backend(make_policy(checked.values), checked.values, backend).module
@@ -198,6 +199,7 @@ class Init:
                     as_built = self.dtype is None or not param.is_floating_point()
                     param.data = param.data.to(device=self.device, dtype=None if as_built else self.dtype)
                     LooseShard(param, self.process_group, self.source)
+                    param.ds_enable_sanity_checks = self._checks  # type: ignore[attr-defined]
 
     def _materialize(self, module: nn.Module) -> None:
         """Give parameters on the meta device (torch.nn.utils.skip_init) memory, and zeros: no values are asked for."""

@@ -119,6 +119,7 @@ class Partitioner:
     def _describe(self, groups: Iterable[FlatGroup]) -> None:
         """Give the parameters that stay whole in stage 3 the attributes that those which are divided have already."""
         for param in self._names:
+            param.ds_enable_sanity_checks = self.zero.enable_sanity_checks  # type: ignore[attr-defined]
             if param not in self._param_group_of:
                 describe_partitioned(param, param.shape)
                 param.ds_persist = True  # type: ignore[attr-defined]
