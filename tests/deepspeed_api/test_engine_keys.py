@@ -31,7 +31,9 @@ def _sum(stage: int, aligned: bool) -> list[float]:
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_gradients_can_be_summed_over_ranks(ranks: Any, stage: int, aligned: bool) -> None:
-    total = (1 + 11) / 2 + (2 + 12) / 2  # the accumulation is averaged, the ranks are not, and nothing else divides
+    total = (1 + 11) / 2 + (
+        2 + 12
+    ) / 2  # the accumulation is averaged, the ranks are not, and nothing else divides
     assert ranks(2, _sum, stage, aligned)[1] == [-total] * 4 + [2 * total]
     assert ranks(1, _sum, stage, aligned)[0] == [-6.0] * 4 + [12.0]
 

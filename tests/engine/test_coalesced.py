@@ -34,7 +34,9 @@ def _train(stage: int) -> tuple[list[float], list[int], list[float] | None]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_sum_of_several_backwards_is_reduced_once(ranks: Any, stage: int) -> None:
     # loss = sum(weight * x): the gradient of a step is the sum of x, averaged over the ranks.
-    per_rank = [[sum(1 + rank + 10 * index + step for index in range(3)) for step in range(2)] for rank in range(2)]
+    per_rank = [
+        [sum(1 + rank + 10 * index + step for index in range(3)) for step in range(2)] for rank in range(2)
+    ]
     expected = -sum(sum(steps) for steps in per_rank) / 2
     for rank, (weight, sent, own) in enumerate(ranks(2, _train, stage)):
         assert weight == [expected] * 4
@@ -61,9 +63,14 @@ def _mistakes() -> list[str]:
     engine.step()
     fails(lambda: nested(engine.no_sync, engine.coalesce_grad_reduction))
     fails(lambda: nested(engine.coalesce_grad_reduction, engine.no_sync))
-    with pytest.raises(KeyError), engine.coalesce_grad_reduction():
-        engine.backward(engine(100.0))
-        raise KeyError
+
+    def breaks() -> None:
+        with engine.coalesce_grad_reduction():
+            engine.backward(engine(100.0))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        breaks()
     engine.backward(engine(1.0))  # nothing is left of it
     engine.step()
     messages.append(str(_weight(engine).tolist()))

@@ -112,8 +112,8 @@ class GatheredParameters:
         self._theirs.__exit__(kind, error, trace)
         if changed:
             raise TrainingError(
-                "in-place modification of gathered parameters, which is lost: GatheredParameters() needs a modifier_rank "
-                "for changes to be kept (found because zero_optimization.enable_sanity_checks is set)"
+                "in-place modification of gathered parameters, which is lost: GatheredParameters() needs a "
+                "modifier_rank for changes to be kept (found because zero_optimization.enable_sanity_checks is set)"
             )
 
     def _changed_anywhere(self) -> bool:

@@ -35,7 +35,7 @@ class LinearFunctionForZeroStage3(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of input, weight and bias, where they are needed."""
         input, weight, bias = ctx.saved_tensors
         of_input = of_weight = of_bias = None
