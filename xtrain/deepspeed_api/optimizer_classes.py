@@ -19,6 +19,7 @@ from xtrain.ops.lion import FusedLion
 from xtrain.optim import Adam, Lamb, Lion
 from xtrain.precision import LossScale, PrecisionPolicy
 from xtrain.zero.optimizer import ZeroOptimizer
+from xtrain.zero.parameter_offload import ParameterOffload
 
 
 def _bucket_members(optimizer: ZeroOptimizer) -> list[list[torch.nn.Parameter]]:
@@ -73,7 +74,13 @@ class DeepSpeedZeroOptimizer(_Divided):
 
 
 class DeepSpeedZeroOptimizer_Stage3(_Divided):
-    """Stage 3."""
+    """Stage 3.
+
+    Attributes:
+        parameter_offload: takes the hooks off the model and puts them on again, as libraries do that generate.
+    """
+
+    parameter_offload: ParameterOffload
 
     @property
     def fp32_partitioned_groups_flat(self) -> list[torch.nn.Parameter]:

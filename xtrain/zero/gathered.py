@@ -150,14 +150,26 @@ class GatheredParameters:
 def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
     """Gather an engine's weights once for many forward passes, as generation makes; every rank must enter.
 
+    The hooks of stage 3 are off inside, so that ranks may make different numbers of passes.
+
     Args:
         model: an engine; below stage 3 nothing is done.
 
     Yields:
         the engine.
     """
+    gatherer = model.train_state.partition.gatherer
+    hooks = None if gatherer is None else gatherer.hooks
     with GatheredParameters(model.module):
-        yield model
+        if gatherer is None or hooks is None:
+            yield model
+            return
+        hooks.remove()
+        try:
+            yield model
+        finally:
+            hooks.put_back()
+            gatherer.forget_order()
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:

@@ -160,6 +160,9 @@ class ModelHooks:
         module: the model.
         gatherer: of its param groups.
         on_backward_end: called when the backward of a param group has ended.
+
+    Attributes:
+        handles: of the hooks; whoever removes them all keeps this object alive, which they did.
     """
 
     def __init__(
@@ -173,7 +176,8 @@ class ModelHooks:
         self.running: list[ForwardCall] = []
         self._frames: list[_Frame] = []
         self._clock = itertools.count()
-        self._handles: list[Any] = []
+        self.handles: list[Any] = []
+        self._hooked: list[tuple[nn.Module, list[ParamGroup]]] = []
         self._watched: list[nn.Module] = []
         gatherer.hooks = self
         modules: dict[nn.Module | None, list[ParamGroup]] = defaultdict(list)
@@ -194,7 +198,10 @@ class ModelHooks:
 
     def hook(self, module: nn.Module, param_groups: list[ParamGroup]) -> None:
         """Make `param groups` whole whenever `module` runs."""
+        self._hooked.append((module, param_groups))
+        self._register(module, param_groups)
 
+    def _register(self, module: nn.Module, param_groups: list[ParamGroup]) -> None:
         # copy.deepcopy copies hooks, too: the copy has its own parameters, and may run on one rank only.
         # torch.compile must not trace them: what is compiled runs between them, with whole parameters.
         @torch.compiler.disable
@@ -209,9 +216,9 @@ class ModelHooks:
             if running is module:
                 self._end_frame(outputs)
 
-        self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+        self.handles.append(module.register_forward_pre_hook(before, prepend=True))
         # Called when forward raised, too.
-        self._handles.append(module.register_forward_hook(after, always_call=True))
+        self.handles.append(module.register_forward_hook(after, always_call=True))
 
     @torch.compiler.disable
     def borrow(self, param_group: ParamGroup) -> None:
@@ -296,8 +303,19 @@ class ModelHooks:
 
     def detach(self) -> None:
         """Remove all hooks."""
-        for handle in self._handles:
-            handle.remove()
+        self.remove()
         for module in self._watched:
             module._parameters = dict(module._parameters)
-        self._handles, self._watched = [], []
+        self._hooked, self._watched = [], []
+
+    def remove(self) -> None:
+        """Take the hooks off: a module runs with what its parameters hold, until `put_back`."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def put_back(self) -> None:
+        """Put the hooks on, wherever some or all of them were removed."""
+        self.remove()
+        for module, param_groups in self._hooked:
+            self._register(module, param_groups)
