@@ -12,9 +12,11 @@ from torch import nn
 import xtrain
 from tests import toys
 from tests.engine.test_corners import SGD, _engine
+from tests.zero.test_stage3 import engine_of, three_steps
 from xtrain.base.errors import ConfigError, TrainingError
 from xtrain.runtime.sparse_tensor import SparseTensor
 from xtrain.runtime.zero.linear import LinearFunctionForZeroStage3, zero3_linear_wrap
+from xtrain.runtime.zero.parameter_offload import ZeROOrderedDict, ensure_zero_ordered_dict
 from xtrain.runtime.zero.tiling import TiledLinear, TiledLinearReturnBias
 from xtrain.zero.init import single_rank_contradiction
 
@@ -207,6 +209,62 @@ def _inside_init() -> tuple[list[bool], float]:
 
 def test_an_engine_may_be_made_inside_of_zero_init(ranks: Any) -> None:
     assert ranks(2, _inside_init)[0] == ([False, True, True], -8.0)
+
+
+def _generates(generate: bool) -> list[float]:
+    engine = engine_of(toys.LanguageModel("tied"), 3)
+    losses = three_steps(engine)
+    if generate:
+        with xtrain.zero.unwrap_model_for_generation(engine), torch.no_grad():
+            assert not engine.optimizer.parameter_offload.forward_hooks
+            for _ in range(1 + 2 * engine.grid.rank):  # each rank as often as it likes
+                engine.module(torch.arange(8).reshape(2, 4) % 16)
+        assert engine.optimizer.parameter_offload.forward_hooks
+    return losses + three_steps(engine)
+
+
+def test_ranks_may_generate_at_their_own_pace(ranks: Any) -> None:
+    assert ranks(2, _generates, True) == ranks(2, _generates, False)
+
+
+def test_dictionaries_of_parameters_can_be_watched() -> None:
+    layer = nn.Linear(2, 2)
+    former = layer._parameters
+    ensure_zero_ordered_dict(layer)
+    watched = layer._parameters
+    ensure_zero_ordered_dict(layer)
+    ensure_zero_ordered_dict(object())
+    assert layer._parameters is watched
+    assert isinstance(watched, ZeROOrderedDict)
+    assert layer._original_parameters is former
+    assert layer.weight is former["weight"]
+
+
+def _views_of_states(stage: int) -> tuple[list[bool], float, float]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    engine = _engine(model, stage, zero_optimization={"stage": stage, "reduce_bucket_size": 36})
+    optimizer = engine.optimizer
+    engine.backward(engine(torch.ones(1, 6) * (1 + engine.grid.rank)).square().sum())
+    same = []
+    if stage < 3:
+        groups, flats = optimizer.bit16_groups, optimizer.bit16_groups_flat
+        parts = optimizer.parallel_partitioned_bit16_groups
+        for params, flat, slices in zip(groups, flats, parts, strict=True):
+            same += [torch.equal(flat, torch.cat(slices)), flat.data_ptr() == slices[0].data_ptr()]
+            same += [bool((flat.unsqueeze(0) == param.reshape(-1, 1)).any()) for param in params]
+        norm = 0.0
+    else:
+        norm = float(torch.linalg.vector_norm(torch.stack(optimizer._get_norm_groups())))
+    engine.step()
+    return same, norm, engine.get_global_grad_norm()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_views_of_divided_states(ranks: Any, stage: int) -> None:
+    for same, norm, expected in ranks(2, _views_of_states, stage):
+        assert all(same)
+        assert stage < 3 or norm == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------- the config
