@@ -107,7 +107,7 @@ class CheckOverflow:
 
 
 def _norm_of(tensors: list[tuple[Any, torch.Tensor]], norm_type: float, mpu: Any) -> float:
-    """Norm of tensors; -1: not finite. The parameter beside each says whether model-parallel ranks have it in common."""
+    """Norm of tensors; -1: not finite. The parameter beside each says whether model-parallel ranks share it."""
     first = mpu is None or mpu.get_model_parallel_rank() == 0
     own = [value for param, value in tensors if first or is_model_parallel_parameter(param)]
     norms = [float(torch.linalg.vector_norm(value.detach().double(), norm_type)) for value in own]

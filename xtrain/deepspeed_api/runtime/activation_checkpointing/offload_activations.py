@@ -105,8 +105,9 @@ class CheckpointHiddenStatesOffload(saved_tensors_hooks):
         )
         self.keep_last_count = keep_last_count
         self.stats = CheckpointActivationOffloadStats()
-        make_stream = get_accelerator().Stream
-        self._side: Any = make_stream() if use_streams and make_stream is not None else None
+        # A host answers with streams that do nothing, and its copies are done when they return.
+        has_streams = not get_accelerator().is_synchronized_device()
+        self._side: Any = get_accelerator().Stream() if use_streams and has_streams else None
         self.use_streams = self._side is not None
         self._marks: dict[int, int] = {}
         self._newest: deque[_Kept] = deque()
