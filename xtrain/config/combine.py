@@ -11,7 +11,7 @@ def _gradient_sum(config: Config) -> None:
         return
     if config.zero_optimization.stage == 3:
         raise ConfigError(
-            "config key 'gradient_allreduce_op' is 'sum', which ZeRO stage 3 cannot do: use stage 2"
+            "config key 'gradient_allreduce_op' is 'sum', which is not supported with ZeRO stage 3: use stage 2"
         )
 
 

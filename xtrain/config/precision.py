@@ -27,6 +27,13 @@ _AnySpelling = BeforeValidator(_plain_dtype)
 DtypeName = Annotated[Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"], _AnySpelling]
 
 
+def _number(value: Any) -> Any:
+    """The value itself, if it may be a number: pydantic's own sentence for a list says "valid number" only."""
+    if isinstance(value, (list, tuple, dict, set)):
+        raise ValueError(f"must be a number, not a {type(value).__name__}")
+    return value
+
+
 class Bf16Config(Section):
     """Parameters and gradients in bfloat16, master weights and optimizer states in float32."""
 
@@ -53,7 +60,7 @@ class Fp16Config(Section):
     """Train in float16."""
     auto_cast: Annotated[bool, NotYet("cast the inputs in the script")] = False
     """In DeepSpeed: cast the model's inputs to float16."""
-    loss_scale: float = Field(0.0, ge=0)
+    loss_scale: Annotated[float, BeforeValidator(_number)] = Field(0.0, ge=0)
     """A constant scale. 0: the scale adapts, by the keys below."""
     initial_scale_power: int = 16
     """The first scale is 2 to this power. A backend may have another default."""

@@ -134,7 +134,7 @@ class ZeroConfig(Section):
     """Old spelling of offload_param with device cpu."""
     cpu_offload_use_pin_memory: bool | None = None
     """Old spelling of pin_memory in both. Left out, they take ordinary memory."""
-    zenflow: Annotated[FeatureDict | None, NotYet("use offload_optimizer alone")] = None
+    zenflow: Annotated[FeatureDict | None, NotYet("use offload_optimizer alone", by_presence=True)] = None
     """In DeepSpeed: update the most important gradients at once on the device, and the others later on the host."""
     zero_quantized_weights: Annotated[bool, _NO_QUANTIZED, OnlyInStage3()] = False
     """In DeepSpeed (ZeRO++): gather parameters in int8."""
