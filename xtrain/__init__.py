@@ -39,6 +39,8 @@ _EXPORTS = {
     "DeepSpeedConfig": "xtrain.runtime.config",
     "DeepSpeedConfigError": "xtrain.base.errors",
     "DeepSpeedEngine": "xtrain.runtime.engine",
+    "DeepSpeedOptimizerCallable": "xtrain.deepspeed_api.compat.callables",
+    "DeepSpeedSchedulerCallable": "xtrain.deepspeed_api.compat.callables",
     "OnDevice": "xtrain.utils",
     "RepeatingLoader": "xtrain.engine.dataloader",
     "TORCH_DISTRIBUTED_DEFAULT_PORT": "xtrain.comm",
@@ -101,7 +103,9 @@ def __getattr__(name: str) -> Any:
         value = importlib.import_module("xtrain.activation_checkpointing.checkpointing")
     elif name in _GIT:
         value = getattr(importlib.import_module("xtrain.git_version_info"), _GIT[name])
-    elif name.startswith("_"):
+    elif name == "dist":
+        value = importlib.import_module("xtrain.comm")
+    elif name.startswith("__"):
         raise AttributeError(f"module 'xtrain' has no attribute {name!r}")
     else:
         raise missing.name_error(name) or AttributeError(

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ class Watcher(Protocol):
     """Finds out which groups a running model needs; see ModelHooks."""
 
     on_backward_end: Callable[[], None]
+    handles: list[Any]
 
     def forward(self) -> AbstractContextManager[None]:
         """Around the engine's forward."""
@@ -54,6 +55,12 @@ class Watcher(Protocol):
 
     def hook(self, module: nn.Module, groups: list[ParamGroup]) -> None:
         """Make groups whole whenever the module runs."""
+
+    def remove(self) -> None:
+        """Take the hooks off until `put_back`."""
+
+    def put_back(self) -> None:
+        """Hook the model again after its hooks were removed."""
 
     def abandon(self) -> None:
         """A forward or backward has raised."""
@@ -222,6 +229,15 @@ class Gatherer:
             if distance < 0:
                 return False
         return False
+
+    @property
+    def knows_order(self) -> bool:
+        """Whether an iteration was recorded, by which the next one gathers ahead."""
+        return bool(self._expected)
+
+    def forget_order(self) -> None:
+        """Gather nothing ahead until another iteration was recorded."""
+        self._expected, self._uses, self._as_expected = {}, [], False
 
     def end_iteration(self) -> None:
         """Forward and backward are over: what was recorded is expected next time; free everything unused."""

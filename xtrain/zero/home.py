@@ -2,7 +2,8 @@
 
 A parameter that xtrain has taken over carries a `Home`. ZeRO stage 3 leaves `param.data` empty between
 uses; the home makes it whole again. The attributes that DeepSpeed gives such parameters (`ds_id`,
-`ds_shape`, `ds_numel`, `ds_status`, `ds_persist`: it stays whole, `ds_tensor`: this rank's part) are set here
+`ds_shape`, `ds_numel`, `ds_status`, `ds_persist`: it stays whole, `ds_tensor`: this rank's part,
+`ds_active_sub_modules`: users that a script has entered; the engine counts its own in `ParamGroup.users`) are set here
 too, because scripts and libraries read them.
 """
 
@@ -86,6 +87,7 @@ def describe_partitioned(param: torch.nn.Parameter, shape: torch.Size) -> None:
     param.ds_shape, param.ds_numel = shape, shape.numel()  # type: ignore[attr-defined]
     param.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
     param.ds_persist = False  # type: ignore[attr-defined]
+    param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
 
 
 def empty_out(param: torch.nn.Parameter) -> None:

@@ -28,8 +28,16 @@ from xtrain.zero.home import home_of
 from xtrain.zero.param_group import ParamGroup
 
 
-class _WatchedParameters(dict[str, Any]):
-    """`module._parameters` that makes a parameter whole when running code reads it."""
+class WatchedParameters(dict[str, Any]):
+    """`module._parameters` that makes a parameter whole when running code reads it.
+
+    Args:
+        parent_module: the module.
+        args: its parameters, as `dict` takes them.
+    """
+
+    def __init__(self, parent_module: nn.Module | None = None, *args: Any) -> None:
+        super().__init__(*args)
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
@@ -160,6 +168,9 @@ class ModelHooks:
         module: the model.
         gatherer: of its param groups.
         on_backward_end: called when the backward of a param group has ended.
+
+    Attributes:
+        handles: of the hooks; whoever removes them all keeps this object alive, which they did.
     """
 
     def __init__(
@@ -173,7 +184,8 @@ class ModelHooks:
         self.running: list[ForwardCall] = []
         self._frames: list[_Frame] = []
         self._clock = itertools.count()
-        self._handles: list[Any] = []
+        self.handles: list[Any] = []
+        self._hooked: list[tuple[nn.Module, list[ParamGroup]]] = []
         self._watched: list[nn.Module] = []
         gatherer.hooks = self
         modules: dict[nn.Module | None, list[ParamGroup]] = defaultdict(list)
@@ -189,12 +201,15 @@ class ModelHooks:
                 self.hook(child, list(dict.fromkeys(param_groups)))
 
     def _watch(self, module: nn.Module) -> None:
-        module._parameters = _WatchedParameters(module._parameters)
+        module._parameters = WatchedParameters(module, module._parameters)
         self._watched.append(module)
 
     def hook(self, module: nn.Module, param_groups: list[ParamGroup]) -> None:
         """Make `param groups` whole whenever `module` runs."""
+        self._hooked.append((module, param_groups))
+        self._register(module, param_groups)
 
+    def _register(self, module: nn.Module, param_groups: list[ParamGroup]) -> None:
         # copy.deepcopy copies hooks, too: the copy has its own parameters, and may run on one rank only.
         # torch.compile must not trace them: what is compiled runs between them, with whole parameters.
         @torch.compiler.disable
@@ -209,9 +224,9 @@ class ModelHooks:
             if running is module:
                 self._end_frame(outputs)
 
-        self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+        self.handles.append(module.register_forward_pre_hook(before, prepend=True))
         # Called when forward raised, too.
-        self._handles.append(module.register_forward_hook(after, always_call=True))
+        self.handles.append(module.register_forward_hook(after, always_call=True))
 
     @torch.compiler.disable
     def borrow(self, param_group: ParamGroup) -> None:
@@ -296,8 +311,19 @@ class ModelHooks:
 
     def detach(self) -> None:
         """Remove all hooks."""
-        for handle in self._handles:
-            handle.remove()
+        self.remove()
         for module in self._watched:
             module._parameters = dict(module._parameters)
-        self._handles, self._watched = [], []
+        self._hooked, self._watched = [], []
+
+    def remove(self) -> None:
+        """Take the hooks off: a module runs with what its parameters hold, until `put_back`."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def put_back(self) -> None:
+        """Put the hooks on, wherever some or all of them were removed."""
+        self.remove()
+        for module, param_groups in self._hooked:
+            self._register(module, param_groups)

@@ -14,9 +14,10 @@ from xtrain.config import XtrainConfig
 from xtrain.deepspeed_api.engine_actions import EngineActions
 from xtrain.deepspeed_api.engine_settings import EngineSettings
 from xtrain.deepspeed_api.engine_state import EngineState
-from xtrain.deepspeed_api.optimizer_classes import optimizer_class
+from xtrain.deepspeed_api.optimizer_classes import DeepSpeedZeroOptimizer_Stage3, optimizer_class
 from xtrain.metrics.metrics import Metrics
 from xtrain.parallel import DataParallelGrid
+from xtrain.zero.parameter_offload import ParameterOffload
 
 
 class XtrainEngine(EngineActions, EngineState, EngineSettings):
@@ -49,6 +50,10 @@ class XtrainEngine(EngineActions, EngineState, EngineSettings):
         mpu: Any = None,
     ) -> None:
         super().__init__(module, config, backend, grid, optimizer, model_parameters, lr_scheduler, mpu)
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            offload = ParameterOffload(module, self.train_state.partition.gatherer)
+            self.optimizer.parameter_offload = offload
+            self.train_hooks.on_destroy.append(lambda _: offload.destroy())
         self.train_hooks.after_step.append(self._print_step)
         self.train_metrics = Metrics(self.train_state, self.train_hooks, self)
         self.training_dataloader = (
