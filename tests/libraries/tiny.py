@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-WORDS = ["<pad>", "<eos>", "<unk>", *"a b c d e f g h i j k l m n o p q r s t u v w x y z".split()]
+WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
 SAMPLES = 32
 LENGTH = 8
 
