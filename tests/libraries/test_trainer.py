@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.libraries import tiny
 
@@ -47,7 +48,8 @@ def _train(
     from transformers import Trainer
 
     with tiny.fresh():
-        trainer = Trainer(tiny.model(), _arguments(folder, stage, **more), train_dataset=tiny.ids())
+        arguments = _arguments(folder, stage, **more)
+        trainer = Trainer(tiny.model(), arguments, train_dataset=tiny.ids())  # type: ignore[arg-type]
         trainer.train(resume_from_checkpoint=resume)
         return _curve(trainer)
 
@@ -82,6 +84,47 @@ def test_gradient_checkpointing(ranks: Ranks, plain: Any, tmp_path: Path) -> Non
 
 def _recomputed(folder: str) -> Any:
     return _train(folder, 3, gradient_checkpointing=True)
+
+
+def _compiled(folder: str) -> Any:
+    return _train(folder, 3, torch_compile=True, torch_compile_backend="aot_eager")
+
+
+def test_torch_compile(ranks: Ranks, plain: Any, tmp_path: Path) -> None:
+    close(ranks(2, _compiled, str(tmp_path))[0], plain(ranks))
+
+
+def _adapted(folder: str, stage: int | None, reentrant: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The curve of a LoRA with gradient checkpointing, and the adapter that was saved."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import Trainer
+
+    with tiny.fresh():
+        arguments = _arguments(
+            folder,
+            stage,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        )
+        torch.manual_seed(1)
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(tiny.model(), lora)
+        if reentrant:
+            model.enable_input_require_grads()
+        trainer = Trainer(model, arguments, train_dataset=tiny.ids())  # type: ignore[arg-type]
+        trainer.train()
+        trainer.save_model(folder)
+        torch.distributed.barrier()
+        return _curve(trainer), load_file(f"{folder}/adapter_model.safetensors")
+
+
+def test_peft_with_gradient_checkpointing(ranks: Ranks, tmp_path: Path) -> None:
+    theirs, expected = ranks(2, _adapted, str(tmp_path / "plain"), None, False)[0]
+    for stage, reentrant in ((2, False), (3, False), (3, True)):
+        ours, adapter = ranks(2, _adapted, str(tmp_path / f"{stage}-{reentrant}"), stage, reentrant)[0]
+        close(ours, theirs, 1e-4)
+        torch.testing.assert_close(adapter, expected, rtol=1e-3, atol=1e-4)
 
 
 def _saving(folder: str, stage: int) -> Any:
