@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
 
-.PHONY: install train test test-slow test-chaos test-mpi test-services lint parity detection align-reference docs site clean
+.PHONY: install train test test-slow test-chaos test-libraries test-mpi test-services lint parity detection align-reference docs site clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -36,11 +36,16 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not services"
+	$(BIN)/python -m pytest -m "slow and not services and not libraries"
 
 # Runs that lose a rank, a node and the like; `python -m tests.chaos` makes many.
 test-chaos: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests/chaos
+
+# Hugging Face's Trainer, Accelerate, TRL, PEFT and Lightning with xtrain as their DeepSpeed; tiny models, no downloads.
+test-libraries: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[libraries]'
+	$(BIN)/python -m pytest -m libraries tests/libraries
 
 # The MPI process group, under the mpiexec of the MPICH that is installed here.
 test-mpi: $(STAMP)

@@ -20,6 +20,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+PRELOAD: list[str] = []
+"""Modules that workers find loaded, besides torch and xtrain; for who starts the first pool of the run."""
+
 PATIENCE = 60.0
 """Seconds that the other ranks get after one has failed (they may wait for it in a collective)."""
 
@@ -110,7 +113,7 @@ class WorkerPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "xtrain.api", "tests.pool"])
+        context.set_forkserver_preload(["torch", "xtrain.api", "tests.pool", *PRELOAD])
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()

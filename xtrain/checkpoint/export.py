@@ -17,6 +17,7 @@ from xtrain.base.log import logger
 from xtrain.checkpoint import contents
 from xtrain.checkpoint.fragments import Fragments, Weights
 from xtrain.checkpoint.verify import read_torch
+from xtrain.zero import names
 from xtrain.zero.buffers import storable, stored_bytes
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -81,7 +82,7 @@ def load_state_dict_from_zero_checkpoint(
     """
     state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
     model.cpu()
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing, unexpected = names.load_state_dict(model, state)
     if missing or unexpected:
         logger.warning(
             "loading %s: the model's %s are not in it, its %s are not the model's",

@@ -17,6 +17,7 @@ from xtrain.checkpoint import contents
 from xtrain.checkpoint.fragments import Fragments
 from xtrain.checkpoint.loads import Load, Loads
 from xtrain.checkpoint.verify import Staged, Wanted, prefixes_apart, refuse_names, verify
+from xtrain.zero import names
 from xtrain.zero.buffers import make_room
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.train_state import TrainState
@@ -123,7 +124,7 @@ def _load_module(train_state: TrainState, staged: Staged, strict: bool) -> None:
     for name in staged.pieces:
         staged.weights.load_piece(name, sharded[name].group, sharded[name].member)
     make_room(train_state.module, staged.tensors)
-    missing, unexpected = train_state.module.load_state_dict(staged.tensors, strict=False)
+    missing, unexpected = names.load_state_dict(train_state.module, staged.tensors)
     if strict:  # names have been compared, but for those of modules that load themselves
         apart = tuple(prefixes_apart(train_state.module))
         missing = [name for name in missing if name.startswith(apart) and name not in sharded]

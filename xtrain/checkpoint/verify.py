@@ -21,6 +21,7 @@ from xtrain.checkpoint import contents
 from xtrain.checkpoint.fragments import Fragments, Weights
 from xtrain.checkpoint.optimizer_states import others_of_masters
 from xtrain.checkpoint.safe import safe_load
+from xtrain.zero import names
 from xtrain.zero.buffers import is_dense
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.home import full_shape, home_of
@@ -130,14 +131,14 @@ def _whole_tensors(
 ) -> dict[str, torch.Tensor]:
     """The weights and buffers that are not divided here, under the names of the module's `state_dict`."""
     elsewhere = {weights.renamed.get(name, name) for name in sharded}
-    names = weights.names - set(sharded) - elsewhere - weights.aliases.keys() - weights.renamed.keys()
-    tensors = {name: weights.whole(name) for name in names}
+    own_names = weights.names - set(sharded) - elsewhere - weights.aliases.keys() - weights.renamed.keys()
+    tensors = {name: weights.whole(name) for name in own_names}
     for own, given in weights.renamed.items():
         better = given not in weights.names or (masters(own) and weights.has_master(own))
         if own not in sharded and own in weights.names and better:
             tensors[given] = weights.whole(own)
     # Further names only where the model has them, too: it may be tied no longer.
-    for alias in weights.aliases.keys() & module.state_dict().keys() - set(sharded):
+    for alias in weights.aliases.keys() & names.state_dict(module).keys() - set(sharded):
         name = weights.aliases[alias]
         tensors[alias] = tensors[name] if name in tensors else weights.whole(name)
     return tensors
@@ -185,7 +186,7 @@ def _masters_wanted(
 
 def _check_shapes(train_state: TrainState, manifest: dict[str, Any], directory: Path) -> None:
     saved = manifest["parameters"]
-    for name, param in train_state.module.named_parameters():
+    for name, param in names.parameters(train_state.module):
         shape = list(full_shape(param))
         if name in saved and saved[name]["shape"] != shape:
             raise CheckpointError(
@@ -197,7 +198,7 @@ def _check_shapes(train_state: TrainState, manifest: dict[str, Any], directory: 
 def _entries(module: nn.Module) -> dict[str, Any]:
     """What `load_state_dict` looks for: `state_dict` may be under other names, which hooks give and take back."""
     found: dict[str, Any] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
+    for path, part in names.modules(module, remove_duplicate=False):
         own = {
             **part._parameters,
             **{n: b for n, b in part._buffers.items() if n not in part._non_persistent_buffers_set},
@@ -212,7 +213,7 @@ def _entries(module: nn.Module) -> dict[str, Any]:
 def _after_hooks(module: nn.Module, tensors: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The state dictionary as the module's own hooks rewrite it before it is loaded."""
     result = dict(tensors)
-    for path, part in module.named_modules(remove_duplicate=False):
+    for path, part in names.modules(module, remove_duplicate=False):
         for hook in part._load_state_dict_pre_hooks.values():
             errors: list[str] = []
             hook(result, f"{path}." if path else "", {}, False, [], [], errors)
@@ -225,7 +226,7 @@ def prefixes_apart(module: nn.Module) -> set[str]:
     """Prefixes of modules with a `_load_from_state_dict` that is not torch's: only loading shows what it does."""
     return {
         f"{path}." if path else ""
-        for path, part in module.named_modules(remove_duplicate=False)
+        for path, part in names.modules(module, remove_duplicate=False)
         if not type(part)._load_from_state_dict.__module__.startswith("torch.nn.modules.")
     }
 
@@ -312,7 +313,7 @@ def _taken_back(what: str, directory: Path, restore: Callable[[], None]) -> Iter
 
 
 def _try_extra_states(module: nn.Module, staged: Staged) -> None:
-    for path, part in module.named_modules():
+    for path, part in names.modules(module):
         name = f"{path}.{nn.modules.module._EXTRA_STATE_KEY_SUFFIX}".lstrip(".")
         if name in staged.tensors and type(part).set_extra_state is not nn.Module.set_extra_state:
             before = copy.deepcopy(part.get_extra_state())

@@ -21,6 +21,7 @@ from xtrain.checkpoint import contents, optimizer_states
 from xtrain.checkpoint.safe import safe_save
 from xtrain.comm.rank_agreement import together
 from xtrain.version import __version__
+from xtrain.zero import names
 from xtrain.zero.buffers import storable
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.home import full_shape
@@ -81,7 +82,7 @@ def _state(train_state: TrainState, client_state: dict[str, Any]) -> dict[str, A
         }
     extra = {
         name: value.detach().cpu() if torch.is_tensor(value) else value
-        for name, value in train_state.module.state_dict().items()
+        for name, value in names.state_dict(train_state.module).items()
         if not (torch.is_tensor(value) and storable(value))
     }
     if extra:
@@ -96,14 +97,14 @@ def _module_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, str]]:
     """Weights and buffers that are whole on this rank; for further names of one the name it is stored under; and for
     parameters that the module's `state_dict` gives another name than their own, that name."""
-    named = dict(train_state.module.named_parameters(remove_duplicate=False))
+    named = dict(names.parameters(train_state.module, remove_duplicate=False))
     first_names = {param: name for name, param in reversed(named.items())}
     frozen = {name for name, p in named.items() if not p.requires_grad} if exclude_frozen else set()
     sharded = sharded_parameters(train_state.module).keys() - frozen
     aliases = {name: first for name in sharded if (first := first_names[named[name]]) != name}
     tensors: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, torch.Size, Any], str] = {}
-    state = train_state.module.state_dict(keep_vars=True)
+    state = names.state_dict(train_state.module, keep_vars=True)
     elsewhere = {id(named[name]) for name in (*frozen, *sharded)}
     for name, value in state.items():
         if not (torch.is_tensor(value) and storable(value)) or id(value) in elsewhere:
@@ -148,7 +149,7 @@ def _write_part(
         written += [weights, state]
         parameters = {
             name: {"shape": list(full_shape(param)), "dtype": str(param.dtype).removeprefix("torch.")}
-            for name, param in train_state.module.named_parameters()
+            for name, param in names.parameters(train_state.module)
         }
     # In stage 0 every rank owns the same states: the first data-parallel rank writes them.
     partitioned = train_state.stage > 0

@@ -17,8 +17,10 @@ from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.checkpoint import contents, plain_weights, read, write
 from xtrain.checkpoint.verify import Wanted
 from xtrain.config import solve_batch_sizes
+from xtrain.engine.build import ALIGNED_IS_NOT_COMPILED
 from xtrain.engine.dataloader import make_dataloader
 from xtrain.engine.engine import Engine
+from xtrain.zero.names import uncompiled
 from xtrain.zero.offload import OffloadDeviceEnum, offload_states, reload_states
 from xtrain.zero.weights import custom_load, load_whole_state_dict, whole_state_dict
 
@@ -148,6 +150,9 @@ class EngineActions(Engine):
     ) -> None:
         """Compile the module with torch.compile; a second call does nothing.
 
+        In stage 3 the graph breaks where parameters are gathered and released: what runs between is compiled. Names
+        in checkpoints and state dictionaries are those of the module that is not compiled.
+
         Args:
             backend: of torch.compile; it wins over one in `compile_kwargs`.
             compile_kwargs: further arguments of torch.compile.
@@ -166,17 +171,16 @@ class EngineActions(Engine):
                 "leave it out: backward of compiled code is compiled",
             )
         if self.xtrain_config.values.xtrain.aligned:
-            raise ConfigError(
-                "engine.compile() fuses operations, which rounds differently on each chip: leave it out in aligned mode"
-            )
+            raise ConfigError(ALIGNED_IS_NOT_COMPILED.format(what="engine.compile()"))
         if not self._compiled:
-            self.module.compile(**{**(compile_kwargs or {}), "backend": backend})
+            if uncompiled(self.module) is self.module:  # else it is what torch.compile has made
+                self.module.compile(**{**(compile_kwargs or {}), "backend": backend})
             self._compiled = True
 
     @property
     def is_compiled(self) -> bool:
-        """Whether `compile` was called."""
-        return self._compiled
+        """Whether `compile` was called, or the module was what torch.compile returns."""
+        return self._compiled or uncompiled(self.module) is not self.module
 
     def is_deepcompile_active(self) -> bool:
         """Always False: there is no DeepCompile."""

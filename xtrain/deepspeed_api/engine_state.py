@@ -18,6 +18,7 @@ from xtrain.metrics.flops_profiler.profiler import FlopsProfiler
 from xtrain.metrics.metrics import Metrics
 from xtrain.metrics.monitor.monitor import MonitorMaster
 from xtrain.metrics.timer import SynchronizedWallClockTimer, ThroughputTimer
+from xtrain.zero import names
 from xtrain.zero.partition import Partition
 from xtrain.zero.train_state import TrainState
 
@@ -215,7 +216,7 @@ class EngineState(Engine):
     @property
     def param_names(self) -> dict[nn.Parameter, str]:
         """Name of each of the module's parameters."""
-        return {param: name for name, param in self.module.named_parameters()}
+        return {param: name for name, param in names.parameters(self.module)}
 
     @property
     def config(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from xtrain.parallel import DataParallelGrid
 from xtrain.precision import PrecisionPolicy, for_backend, make_loss_scale, make_policy
 from xtrain.precision.autocast import mark_communication
 from xtrain.reproducible.perturbation import perturb_if_asked, perturb_masters
+from xtrain.zero import names
 from xtrain.zero.buffers import broadcast_buffers, broadcast_dense, set_buffer
 from xtrain.zero.home import full_shape, home_of
 from xtrain.zero.optimizer import ZeroOptimizer
@@ -32,6 +33,11 @@ from xtrain.zero.train_state import TrainState
 
 OptimizerClass = Callable[[torch.optim.Optimizer, XtrainConfig, PrecisionPolicy], type[ZeroOptimizer]]
 """Which class of ZeroOptimizer wraps an optimizer."""
+
+
+ALIGNED_IS_NOT_COMPILED = (
+    "{what} fuses operations, which rounds differently on each chip: leave it out in aligned mode"
+)
 
 
 class Builder:
@@ -65,6 +71,8 @@ class Builder:
         )
         self.device = backend.runtime.device(comm.get_local_rank())
         check_agreement(module, config, grid)
+        if values.xtrain.aligned and names.is_compiled(module):
+            raise ConfigError(ALIGNED_IS_NOT_COMPILED.format(what="torch.compile() of the model"))
         self.precision = for_backend(make_policy(values, grid.sequence > 1), values, backend)
         place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
         mark_communication(module, values.torch_autocast, self.precision.aligned)
@@ -117,8 +125,8 @@ class Builder:
             return None
         else:
             groups = as_param_groups(model_parameters, self.module)
-            names = {param: name for name, param in self.module.named_parameters()}
-            built = build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk, names)
+            named = {param: name for name, param in names.parameters(self.module)}
+            built = build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk, named)
         stage = values.zero_optimization.stage
         check_elementwise(built, stage, values.zero_allow_untested_optimizer)
         if stage or self.precision.module is not None or self.precision.aligned:
@@ -213,7 +221,7 @@ def place_module(
     module.to(device=device)
     cast_module(module, dtype, buffer_dtype)
     _align(module)
-    for name, param in module.named_parameters():
+    for name, param in names.parameters(module):
         real = param.is_floating_point() or param.is_complex()
         if real and param.dtype not in backend.precision.native_dtypes:
             native = ", ".join(sorted(str(d).removeprefix("torch.") for d in backend.precision.native_dtypes))
@@ -262,7 +270,7 @@ def _describe_parameters(module: nn.Module) -> list[str]:
     return [
         f"{name} {tuple(full_shape(param))} {str(param.dtype).removeprefix('torch.')}"
         f"{'' if param.requires_grad else ' frozen'}"
-        for name, param in module.named_parameters()
+        for name, param in names.parameters(module)
     ]
 
 

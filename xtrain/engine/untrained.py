@@ -7,6 +7,7 @@ import logging
 from torch import nn
 
 from xtrain.base.log import log_dist
+from xtrain.zero import names
 from xtrain.zero.partition import Partition
 
 
@@ -23,7 +24,7 @@ class Untrained:
         """Look at the model once more, and clear."""
         late = {
             name: param
-            for name, param in self._module.named_parameters()
+            for name, param in names.parameters(self._module)
             if param.requires_grad and param not in self._known
         }
         if late:

@@ -21,6 +21,7 @@ from xtrain.config.fake import SdcCheckConfig
 from xtrain.engine.hooks import Hooks
 from xtrain.integrity.checksum import checksum
 from xtrain.integrity.recomputation import Recompute
+from xtrain.zero import names
 from xtrain.zero.flat import FlatGroup
 from xtrain.zero.train_state import TrainState
 
@@ -88,7 +89,7 @@ class SdcCheck:
     def _shared(self, state: TrainState) -> list[tuple[str, torch.Tensor]]:
         """What every rank of the data-parallel group has whole: parameters that are not divided."""
         sharded = {param for group in state.partition.sharded for param in group.members}
-        return [(name, p) for name, p in state.module.named_parameters() if p not in sharded and p.numel()]
+        return [(name, p) for name, p in names.parameters(state.module) if p not in sharded and p.numel()]
 
     def _own(self, state: TrainState) -> Iterator[tuple[str, torch.Tensor]]:
         """What nobody else has: this rank's slices of parameters, of masters and of optimizer states."""

@@ -24,6 +24,7 @@ from xtrain.comm import timeouts
 from xtrain.config import backend as backends_in_use
 from xtrain.config.fake import FaultConfig
 from xtrain.engine.hooks import Hooks
+from xtrain.zero import names
 from xtrain.zero.home import full_shape
 from xtrain.zero.shards import ShardedGroup
 from xtrain.zero.train_state import TrainState
@@ -131,11 +132,11 @@ class Faults:
             elif fault.kind in ("slow_rank", "killed_rank") or fault.target == "parameter":
                 self._before.append(fault)
             elif fault.target == "gradient":
-                param = dict(module.named_parameters())[str(fault.name)]
+                param = dict(names.parameters(module))[str(fault.name)]
                 self._handles.append(param.register_hook(self._on_gradient(number, fault)))
             else:
                 hook = self._on_output(number, fault)
-                self._handles.append(module.get_submodule(str(fault.name)).register_forward_hook(hook))
+                self._handles.append(dict(names.modules(module))[str(fault.name)].register_forward_hook(hook))
         if self._before:
             hooks.before_forward.append(self._on_forward)
         hooks.on_destroy.append(self._remove)
@@ -153,11 +154,11 @@ class Faults:
         if fault.kind not in ("bit_flip", "nan"):
             return
         if fault.target == "activation":
-            names = [name for name, _ in module.named_modules() if name]
-            if fault.name not in names:
-                raise self._wrong(number, unknown_name("module", str(fault.name), names))
+            known = [name for name, _ in names.modules(module) if name]
+            if fault.name not in known:
+                raise self._wrong(number, unknown_name("module", str(fault.name), known))
             return  # the size of its output is known when it runs
-        params = dict(module.named_parameters())
+        params = dict(names.parameters(module))
         if fault.name not in params:
             raise self._wrong(number, unknown_name("parameter", str(fault.name), params))
         param = params[fault.name]
@@ -216,7 +217,7 @@ class Faults:
 
     def _damage_parameter(self, state: TrainState, fault: FaultConfig) -> None:
         # Not by attribute: in stage 3 that would gather the parameter, on this rank alone.
-        param = dict(state.module.named_parameters())[str(fault.name)]
+        param = dict(names.parameters(state.module))[str(fault.name)]
         for group in state.partition.sharded:
             if (mine := _slice_of(group, param)) is not None:
                 first, data = mine

@@ -19,6 +19,7 @@ from xtrain.engine.hooks import Hooks
 from xtrain.integrity.checksum import checksum
 from xtrain.precision import autocast_region
 from xtrain.reproducible.aligned_random import AlignedRandom
+from xtrain.zero import names
 from xtrain.zero.train_state import TrainState
 
 
@@ -73,7 +74,7 @@ class Recompute:
         self._taken: Taken | None = None
         self._running: Taken | None = None
         self._handles: list[Any] = []
-        self._names = {p: name for name, p in state.module.named_parameters() if p.requires_grad}
+        self._names = {p: name for name, p in names.parameters(state.module) if p.requires_grad}
         hooks.before_forward.append(self._before_forward)
         hooks.after_forward.append(self._after_forward)
         hooks.on_destroy.append(lambda _: self.forget())

@@ -62,9 +62,10 @@ def perturb(model: nn.Module, seed: int, size: float | None = None) -> None:
     Without a size, 16-bit weights stay: see `perturb_rounding`. Directions are drawn from (seed, name of the
     parameter): the same on every rank. Zeros stay. Collective for parameters that are divided over ranks.
     """
+    from xtrain.zero import names
     from xtrain.zero.home import home_of, whole
 
-    for name, param in model.named_parameters():
+    for name, param in names.parameters(model):
         if not param.is_floating_point() or (size is None and param.dtype in HALF):
             continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))

@@ -17,6 +17,7 @@ from xtrain import comm
 from xtrain.base.errors import NotImplementedYetError
 from xtrain.base.log import log_dist
 from xtrain.parallel import DataParallelGrid
+from xtrain.zero import names
 
 _ROWS = {torch.sparse_csr, torch.sparse_bsr}
 _COLUMNS = {torch.sparse_csc, torch.sparse_bsc}
@@ -82,7 +83,7 @@ def make_room(module: nn.Module, state: Mapping[str, Any]) -> None:
 
     torch copies only between matrices that have equally many.
     """
-    for name, buffer in list(module.named_buffers()):
+    for name, buffer in list(names.buffers(module)):
         saved = state.get(name)
         if buffer.layout not in _COMPRESSED or not torch.is_tensor(saved):
             continue
@@ -129,7 +130,7 @@ def _broadcast_sparse(module: nn.Module, buffer: torch.Tensor, grid: DataParalle
 
 def _alike(module: nn.Module, grid: DataParallelGrid) -> set[str]:
     """Names of the buffers that have one layout, dtype and shape on all ranks; equal on all of them."""
-    mine = [f"{name} {b.layout} {b.dtype} {tuple(b.shape)}" for name, b in module.named_buffers()]
+    mine = [f"{name} {b.layout} {b.dtype} {tuple(b.shape)}" for name, b in names.buffers(module)]
     fingerprints = [""] * grid.size
     fingerprint = hashlib.sha256("\n".join(mine).encode()).hexdigest()
     comm.all_gather_object(fingerprints, fingerprint, group=grid.group)
@@ -159,7 +160,7 @@ def broadcast_buffers(module: nn.Module, grid: DataParallelGrid) -> None:
         NotImplementedYetError: a buffer has a layout that is neither dense nor sparse.
     """
     alike = _alike(module, grid)
-    for name, buffer in list(module.named_buffers()):
+    for name, buffer in list(names.buffers(module)):
         if name not in alike:
             continue
         if is_dense(buffer):

@@ -16,6 +16,7 @@ from xtrain.config.schema import ZeroConfig
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import PrecisionPolicy
 from xtrain.precision.autocast import COMM_DTYPE
+from xtrain.zero import names
 from xtrain.zero.flat import FlatGroup, FlatOptions
 from xtrain.zero.gather import Gatherer, GatherPolicy, ShardedHome
 from xtrain.zero.gradients import Gradients, ShardedGradients, WholeGradients
@@ -84,7 +85,7 @@ class Partitioner:
         self._masters = memory_of(zero.offload_optimizer, "zero_optimization.offload_optimizer", backend)
         params = zero.offload_param if zero.stage == 3 else None
         self._shards = memory_of(params, "zero_optimization.offload_param", backend)
-        self._names = {param: name for name, param in module.named_parameters()}
+        self._names = {param: name for name, param in names.parameters(module)}
         self._position = {param: position for position, param in enumerate(self._names)}
         self._param_groups: list[ParamGroup] = []
         self._param_group_of: dict[nn.Parameter, int] = {}

@@ -10,6 +10,7 @@ from torch import nn
 
 from xtrain.base.errors import CheckpointError
 from xtrain.comm.rank_agreement import together
+from xtrain.zero import names
 from xtrain.zero.buffers import make_room
 from xtrain.zero.gather import ShardedHome
 from xtrain.zero.gathered import GatheredParameters
@@ -19,7 +20,7 @@ from xtrain.zero.home import home_of
 def sharded_parameters(module: nn.Module) -> dict[str, ShardedHome]:
     """Homes of the divided parameters by name; a tied one stands under each of its names."""
     found = {}
-    for name, param in module.named_parameters(remove_duplicate=False):
+    for name, param in names.parameters(module, remove_duplicate=False):
         if isinstance(home := home_of(param), ShardedHome):
             found[name] = home
     return found
@@ -37,16 +38,16 @@ def whole_state_dict(
         keep_vars: do not detach what is not divided.
     """
     sharded = sharded_parameters(module)
-    every = module.state_dict(keep_vars=keep_vars)
+    every = names.state_dict(module, keep_vars)
     state = {name: value for name, value in every.items() if name not in sharded}
     by_group: dict[Any, list[str]] = {}
     for name, home in sharded.items():
         by_group.setdefault(home.param_group, []).append(name)
     copies: dict[nn.Parameter, torch.Tensor] = {}
-    for param_group, names in by_group.items():
-        home = sharded[names[0]]
+    for param_group, held in by_group.items():
+        home = sharded[held[0]]
         home.gatherer.unshard(param_group)
-        for name in names if keep else ():
+        for name in held if keep else ():
             param = sharded[name].group.members[sharded[name].member]
             if param not in copies:
                 copies[param] = param.detach().cpu().clone()
@@ -54,7 +55,7 @@ def whole_state_dict(
         home.gatherer.reshard(param_group)
     frozen: set[str] = set()
     if exclude_frozen:
-        named = module.named_parameters(remove_duplicate=False)
+        named = names.parameters(module, remove_duplicate=False)
         frozen = {name for name, param in named if not param.requires_grad}
     return {name: state[name] for name in every if name in state and name not in frozen}
 
@@ -72,6 +73,7 @@ def load_whole_state_dict(
         RuntimeError: as `nn.Module.load_state_dict`, when names differ and `strict`, or shapes differ.
     """
     sharded = sharded_parameters(module)
+    state = {names.plain(name): value for name, value in state.items()}
     mine = {name: value for name, value in state.items() if name in sharded}
     for name, value in mine.items():
         if value.shape != sharded[name].shape:
@@ -80,8 +82,8 @@ def load_whole_state_dict(
                 f"the model {tuple(sharded[name].shape)}"
             )
     make_room(module, state)
-    missing, unexpected = module.load_state_dict(
-        {name: value for name, value in state.items() if name not in sharded}, strict=False
+    missing, unexpected = names.load_state_dict(
+        module, {name: value for name, value in state.items() if name not in sharded}
     )
     missing = [name for name in missing if name not in mine and name not in may_lack]
     if strict and (missing or unexpected):
@@ -115,7 +117,7 @@ def custom_load(
     sharded = [home.group.members[home.member] for home in sharded_parameters(module).values()]
 
     def run() -> None:  # without the function's result, which need not be picklable
-        load(src=state, dst=module)
+        load(src=state, dst=names.uncompiled(module))
 
     with GatheredParameters(sharded, modifier_rank=0 if sharded else None):
         run_all(run, "custom_load_fn")

@@ -1,0 +1,1 @@
+"""xtrain through the libraries that import DeepSpeed themselves: released packages, tiny models, no downloads."""
