@@ -33,10 +33,10 @@ FOLDERS = (
     "launch",
     "align",
     "doctor",
-    "migrate",
-    "shims",
     "deepspeed_engine",
     "deepspeed_api",
+    "shims",
+    "migrate",
     "doors",
 )
 """From the lowest to the highest: a folder imports from those before it only. "doors": the files loose in xtrain/."""

@@ -23,6 +23,7 @@ from xtrain.migrate.use import Use
 
 CUDA_SOURCES = (".cu", ".cuh")
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+READABLE = (".py", ".ipynb", *CUDA_SOURCES, *CONFIG_SUFFIXES, *SHELL_SUFFIXES)
 _SKIPPED = {".git", ".hg", ".svn", "__pycache__", "node_modules", ".venv", "venv", ".tox", ".mypy_cache"}
 _MAGIC = re.compile(r"^(\s*)([!%?].*|.*\?\s*)$")
 
@@ -38,12 +39,11 @@ def files_of(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
         return
-    wanted = (".py", ".ipynb", *CUDA_SOURCES, *CONFIG_SUFFIXES, *SHELL_SUFFIXES)
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED)
         for name in sorted(names):
             file = Path(folder, name)
-            if file.suffix in wanted and file.is_file():  # a link to nowhere is no file
+            if file.suffix in READABLE and file.is_file():  # a link to nowhere is no file
                 yield file
 
 
@@ -57,8 +57,19 @@ def scan(path: str | Path) -> list[Use]:
     found: list[Use] = []
     for file in files_of(root):
         shown = file.name if root.is_file() else file.relative_to(root).as_posix()
-        found += sorted(scan_file(file, shown), key=lambda use: (use.cell or 0, use.line))
+        uses = sorted(scan_file(file, shown), key=lambda use: (use.cell or 0, use.line))
+        found += [use for use in uses if not _is_local(use, file.parent, root)]
     return found
+
+
+def _is_local(use: Use, *folders: Path) -> bool:
+    """Whether a library's name is that of a module beside the file, or at the top of the repository."""
+    if use.kind not in ("library", "apex"):
+        return False
+    name = use.name.partition(".")[0]
+    return any(
+        (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file() for folder in folders
+    )
 
 
 def scan_file(file: Path, shown: str) -> list[Use]:

@@ -99,7 +99,10 @@ def test_autocast_casts_as_apex_does():
 def test_bad_input():
     with pytest.raises(RuntimeError, match="last dimensions"):
         normalization.FusedLayerNorm((5,))(given())
-    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="elementwise_affine = False"):
+    with (
+        pytest.warns(UserWarning, match="elementwise_affine"),
+        pytest.raises(RuntimeError, match="elementwise_affine = False"),
+    ):
         normalization.MixedFusedLayerNorm(SHAPE, elementwise_affine=False)
     with pytest.raises(TypeError, match="sequence"):
         normalization.MixedFusedLayerNorm(SHAPE, sequence=True)
