@@ -9,7 +9,7 @@ from typing import Any
 
 from xtrain.base import missing
 from xtrain.base.errors import ConfigError, NotImplementedYetError
-from xtrain.migrate import resolve
+from xtrain.migrate import resolve, surface
 from xtrain.migrate.cuda import cuda_verdict, environment_verdict, extension_verdict, library_verdict
 from xtrain.migrate.use import Use
 from xtrain.migrate.verdict import Answer, Finding, Verdict
@@ -17,6 +17,8 @@ from xtrain.shims import apex_table
 
 ENGINE_CLASS = "xtrain.runtime.engine.XtrainEngine"
 ACCELERATOR_CLASS = "xtrain.accelerator.Accelerator"
+
+_OF_PIPELINES = {"train_batch", "eval_batch", "set_dataiterator", "set_batch_fn", "reset_activation_shape"}
 
 
 @cache
@@ -49,13 +51,14 @@ def engine_verdict(name: str) -> Answer:
     if attribute in members:
         said = members[attribute]
         return (Verdict.AS_IS, "") if said is None else (Verdict.UNSUPPORTED, said)
-    entry = missing.find(f"engine.{attribute}")
+    path = "runtime.pipe.engine" if attribute in _OF_PIPELINES else f"engine.{attribute}"
+    entry = missing.find(path) if attribute in _OF_PIPELINES | surface.ENGINE else None
     if entry is not None:
-        return (
-            Verdict.UNSUPPORTED,
-            f"{entry.feature}: {entry.instead}; if it is the model's own name, it works",
-        )
-    return Verdict.AS_IS, "the model's: the engine hands it on"
+        return Verdict.UNSUPPORTED, f"{entry.feature}: {entry.instead}"
+    return (
+        Verdict.AS_IS,
+        "" if attribute in surface.ENGINE else "the model's own name, which the engine hands on",
+    )
 
 
 def accelerator_verdict(name: str) -> Answer:

@@ -17,14 +17,17 @@ from typing import Any
 
 from xtrain.base.errors import ConfigError
 from xtrain.migrate.configs import read_config
-from xtrain.migrate.shell import SHELL_SUFFIXES, commands
+from xtrain.migrate.shell import SHELL_SUFFIXES, VARIABLES, commands
 from xtrain.migrate.syntax import uses_of_tree
-from xtrain.migrate.use import Use
+from xtrain.migrate.use import CUDA_LIBRARIES, WORDS, Use
 
 CUDA_SOURCES = (".cu", ".cuh")
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 READABLE = (".py", ".ipynb", *CUDA_SOURCES, *CONFIG_SUFFIXES, *SHELL_SUFFIXES)
 _SKIPPED = {".git", ".hg", ".svn", "__pycache__", "node_modules", ".venv", "venv", ".tox", ".mypy_cache"}
+_WORTH_IT = re.compile(
+    "|".join((*WORDS, *CUDA_LIBRARIES, *VARIABLES, "zero_", "train_batch_size", "train_micro_batch")).encode()
+)
 _MAGIC = re.compile(r"^(\s*)([!%?].*|.*\?\s*)$")
 
 
@@ -110,7 +113,9 @@ def _unreadable(shown: str, wrong: str, cell: int | None = None) -> Use:
 
 def _python(data: bytes, shown: str) -> list[Use]:
     tree = _parse(data)
-    return [_unreadable(shown, tree)] if isinstance(tree, str) else uses_of_tree(tree, shown)
+    if isinstance(tree, str):
+        return [_unreadable(shown, tree)]
+    return uses_of_tree(tree, shown) if _WORTH_IT.search(data) else []
 
 
 def _without_magics(lines: list[str]) -> list[str]:
