@@ -48,8 +48,10 @@ def cuda_verdict(name: str) -> Answer:
         return Verdict.AS_IS, _HARMLESS[name]
     if name.startswith(("torch.backends.cudnn", "torch.backends.cuda")):
         return Verdict.AS_IS, "a setting of NVIDIA's libraries: it has no effect elsewhere"
-    part = name.removeprefix("torch.cuda.").partition(".")[0]
-    if name.startswith("torch.cuda.") and part in _REFUSED:
+    # The second part, too: torch.cuda.memory.MemPool is torch.cuda.MemPool.
+    parts = name.removeprefix("torch.cuda.").split(".")[:2] if name.startswith("torch.cuda.") else []
+    part = next((part for part in parts if part in _REFUSED), None)
+    if part is not None:
         feature = _REFUSED[part]
         return Verdict.UNSUPPORTED, f"{feature}: {_INSTEAD.get(feature, 'leave it out')}"
     if name == '== "cuda"':

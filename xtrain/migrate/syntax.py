@@ -11,7 +11,7 @@ from xtrain.migrate.shell import command_of, variables_of
 from xtrain.migrate.use import ACCELERATOR, CUDA_LIBRARIES, ENGINE, Use, kind_of
 
 _IMPORT_ERRORS = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
-_DEVICE = re.compile(r"^cuda(:\d*)?$")
+_DEVICE = re.compile(r"^cuda(:(\d+|%\w|\{\w*\})?)?$")
 _TYPE = re.compile(r"^torch\.cuda\.\w+$")
 _BACKEND = re.compile(r"^(?:cpu:\w+,)?(?:cuda:)?nccl(?:,\w+:\w+)*$")
 _COMMAND = re.compile(
@@ -183,6 +183,9 @@ class _Uses(ast.NodeVisitor):
             self.optional = outer or function.id == "hasattr" or len(node.args) > 2
             self.dotted(node, name)
             self.optional = outer
+            for argument in node.args[1:]:  # what it is asked of is in the name
+                self.visit(argument)
+            return
         elif (
             isinstance(function, ast.Attribute)
             and function.attr in _METHODS
@@ -225,7 +228,7 @@ class _Uses(ast.NodeVisitor):
         if not isinstance(text, str) or len(text) > 2000:
             return
         if _DEVICE.match(text):
-            self.add(node, "cuda", f'"{text}"' if text != "cuda:" else '"cuda:..."')
+            self.add(node, "cuda", f'"{text}"' if text[5:].isdigit() or text == "cuda" else '"cuda:..."')
         elif _TYPE.match(text):
             self.add(node, "cuda", text)
         elif _BACKEND.match(text):
