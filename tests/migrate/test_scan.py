@@ -258,7 +258,7 @@ def test_configurations(tmp_path):
         "ds.json": (1, "file", {"train_batch_size": 8, "zero_optimization": {"stage": 2}}),
         "script.py": (
             2,
-            "dictionary",
+            "part of a dictionary",
             {
                 "train_micro_batch_size_per_gpu": 1,
                 "fp16": {"enabled": True},

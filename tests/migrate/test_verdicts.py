@@ -109,6 +109,15 @@ def test_configurations():
     assert "data_efficiency" in text
 
 
+def test_a_part_of_a_configuration_is_not_judged_by_what_is_not_in_it():
+    def said(value: object) -> tuple[Verdict, str]:
+        return judge.verdict_of(Use("ds.py", 1, "config", "part of a dictionary", value=value))
+
+    assert said({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})[0] is Verdict.AS_IS
+    assert said({"optimizer": {"params": {}}})[0] is Verdict.AS_IS
+    assert said({"zero_optimization": {"offload_optimiser": {"device": "cpu"}}})[0] is Verdict.CHANGE
+
+
 def test_launch_lines():
     def said(name: str, line: str) -> tuple[Verdict, str]:
         return judge.verdict_of(Use("run.sh", 1, "launch", name, value=line))

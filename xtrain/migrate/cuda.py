@@ -86,6 +86,13 @@ def extension_verdict(name: str) -> Answer:
     return Verdict.AS_IS, "it builds C++ everywhere"
 
 
+_TORCHS = (
+    ("cross_entropy", "use torch.nn.functional.cross_entropy"),
+    ("bert_padding", "pad with torch.nn.utils.rnn.pad_sequence and a mask"),
+    ("rotary", "write rotary embeddings in PyTorch"),
+    ("SwiGLU", "write it with torch.nn.functional.silu"),
+)
+"""Parts of the libraries below that are no attention."""
 _SDPA = 'use torch.nn.functional.scaled_dot_product_attention (Transformers: attn_implementation="sdpa")'
 _LIBRARIES = {
     "flash_attn": _SDPA,
@@ -110,4 +117,5 @@ def library_verdict(name: str) -> Answer:
     root = name.partition(".")[0]
     if "deepspeed" in name.partition(".")[2].lower() and root not in _LIBRARIES:
         return Verdict.SHIM, f"{root} imports deepspeed, which is xtrain then"
-    return Verdict.UNSUPPORTED, f"{root} needs CUDA: {_LIBRARIES.get(root, 'keep a way in PyTorch')}"
+    part = next((text for word, text in _TORCHS if word in name), None)
+    return Verdict.UNSUPPORTED, f"{root} needs CUDA: {part or _LIBRARIES.get(root, 'keep a way in PyTorch')}"

@@ -10,6 +10,7 @@ from typing import Any
 from xtrain.base import missing
 from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.migrate import resolve, surface
+from xtrain.migrate.configs import PART
 from xtrain.migrate.cuda import cuda_verdict, environment_verdict, extension_verdict, library_verdict
 from xtrain.migrate.use import Use
 from xtrain.migrate.verdict import Answer, Finding, Verdict
@@ -105,8 +106,11 @@ def launch_verdict(name: str, line: str) -> Answer:
     return Verdict.SHIM, _LAUNCHERS.get(name, _OTHER_LAUNCHER)
 
 
-def config_verdict(value: Any) -> Answer:
-    """About a DeepSpeed configuration: what `load_config` says of it; notices and warnings are told, too."""
+def config_verdict(value: Any, is_part: bool = False) -> Answer:
+    """About a DeepSpeed configuration: what `load_config` says of it; notices and warnings are told, too.
+
+    Of a part, only what no other part can change counts: keys that are not known, and features that are not there.
+    """
     from xtrain.config import load_config  # pydantic takes a while to import
 
     try:
@@ -114,14 +118,17 @@ def config_verdict(value: Any) -> Answer:
     except NotImplementedYetError as error:
         return Verdict.UNSUPPORTED, str(error).removeprefix("config: ")
     except ConfigError as error:
-        return Verdict.CHANGE, str(error).removeprefix("config: ")
+        text = str(error).removeprefix("config: ")
+        if is_part and "unknown key" not in text:
+            return Verdict.AS_IS, "the rest of it is known when the script runs"
+        return Verdict.CHANGE, text
     return Verdict.AS_IS, "; ".join([*checked.warnings, *checked.notices])
 
 
 def verdict_of(use: Use) -> Answer:
     """The verdict, without regard to whether the file could go on without."""
     if use.kind == "config":
-        return config_verdict(use.value)
+        return config_verdict(use.value, use.name == PART)
     if use.kind == "launch":
         return launch_verdict(use.name, str(use.value))
     if use.kind == "unreadable":

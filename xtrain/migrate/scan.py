@@ -157,6 +157,7 @@ def _notebook(data: bytes, shown: str) -> list[Use]:
         wrong = _parse("\n".join(lines))
         if isinstance(wrong, str):
             found.append(_unreadable(shown, wrong, number))
+            found += commands("\n".join(lines), shown, number)  # it may be shell
             continue
         joined += lines
         places += [(number, line) for line in range(1, len(lines) + 1)]

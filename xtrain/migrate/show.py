@@ -65,6 +65,8 @@ def _named(finding: Finding) -> str:
     name = use.name
     if use.kind in ("unreadable", "config", "launch"):
         name = f"{use.kind}: {name}"
+    elif use.kind == "library" and "deepspeed" not in name.lower():
+        name = name.partition(".")[0]  # which part of it hardly matters
     return f"{name} (optional)" if use.optional else name
 
 

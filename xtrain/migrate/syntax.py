@@ -199,7 +199,7 @@ class _Uses(ast.NodeVisitor):
     def visit_Dict(self, node: ast.Dict) -> None:
         config = config_in_python(node)
         if config is not None:
-            self.add(node, "config", "dictionary", config)
+            self.add(node, "config", *config)
         self.generic_visit(node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
