@@ -34,9 +34,9 @@ FOLDERS = (
     "launch",
     "align",
     "doctor",
-    "migrate",
     "deepspeed_engine",
     "deepspeed_api",
+    "migrate",
     "doors",
 )
 """From the lowest to the highest: a folder imports from those before it only. "doors": the files loose in xtrain/."""

@@ -14,6 +14,7 @@ def _parser() -> argparse.ArgumentParser:
     from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
     from xtrain.launch.deepspeed import shims
+    from xtrain.migrate import main as migrate
 
     parser = argparse.ArgumentParser(prog="xtrain", description="DeepSpeed scripts on every accelerator")
     parser.add_argument("--version", action="version", version=f"xtrain {__version__}")
@@ -25,6 +26,11 @@ def _parser() -> argparse.ArgumentParser:
             "doctor",
             doctor,
             "what is here, what is not and why, and whether collectives give the right numbers",
+        ),
+        (
+            "migrate",
+            migrate,
+            "read a repository, and say of every use of DeepSpeed, CUDA and apex what becomes of it",
         ),
         ("shims", shims, "write the commands deepspeed, ds_report, ds_ssh, ... into a folder for the PATH"),
     ):
@@ -61,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
     from xtrain.launch.deepspeed import shims
+    from xtrain.migrate import main as migrate
 
     ours, separator, script_args = given, "", []
     if "--" in given:
@@ -82,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             return align.run(args, script_args if separator else None)
         if separator:
             raise XtrainError(f"`--` has no meaning for xtrain {args.command}")
-        return shims.run(args) if args.command == "shims" else doctor.run(args)
+        return {"shims": shims, "migrate": migrate, "doctor": doctor}[args.command].run(args)
     except KeyboardInterrupt:  # outside the supervised run, which handles it itself
         print("xtrain: interrupted", file=sys.stderr)
         return 130

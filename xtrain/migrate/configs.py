@@ -80,10 +80,15 @@ def literal(node: ast.expr) -> Any:
         return _UNKNOWN
 
 
-def config_in_python(node: ast.Dict) -> dict[str, Any] | None:
-    """The literal part of a dictionary that looks like a DeepSpeed configuration, else None."""
+WHOLE, PART = "dictionary", "part of a dictionary"
+
+
+def config_in_python(node: ast.Dict) -> tuple[str, dict[str, Any]] | None:
+    """(WHOLE or PART, the literal part) of a dictionary that looks like a DeepSpeed configuration, else None."""
     keys = {key.value: True for key in node.keys if isinstance(key, ast.Constant)}
     if not is_config(keys):
         return None
-    value: dict[str, Any] = literal(node)
-    return value
+    try:
+        return WHOLE, ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return PART, literal(node)

@@ -17,13 +17,17 @@ from typing import Any
 
 from xtrain.base.errors import ConfigError
 from xtrain.migrate.configs import read_config
-from xtrain.migrate.shell import SHELL_SUFFIXES, commands
+from xtrain.migrate.shell import SHELL_SUFFIXES, VARIABLES, commands
 from xtrain.migrate.syntax import uses_of_tree
-from xtrain.migrate.use import Use
+from xtrain.migrate.use import CUDA_LIBRARIES, WORDS, Use
 
 CUDA_SOURCES = (".cu", ".cuh")
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+READABLE = (".py", ".ipynb", *CUDA_SOURCES, *CONFIG_SUFFIXES, *SHELL_SUFFIXES)
 _SKIPPED = {".git", ".hg", ".svn", "__pycache__", "node_modules", ".venv", "venv", ".tox", ".mypy_cache"}
+_WORTH_IT = re.compile(
+    "|".join((*WORDS, *CUDA_LIBRARIES, *VARIABLES, "zero_", "train_batch_size", "train_micro_batch")).encode()
+)
 _MAGIC = re.compile(r"^(\s*)([!%?].*|.*\?\s*)$")
 
 
@@ -38,12 +42,11 @@ def files_of(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
         return
-    wanted = (".py", ".ipynb", *CUDA_SOURCES, *CONFIG_SUFFIXES, *SHELL_SUFFIXES)
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED)
         for name in sorted(names):
             file = Path(folder, name)
-            if file.suffix in wanted and file.is_file():  # a link to nowhere is no file
+            if file.suffix in READABLE and file.is_file():  # a link to nowhere is no file
                 yield file
 
 
@@ -57,8 +60,19 @@ def scan(path: str | Path) -> list[Use]:
     found: list[Use] = []
     for file in files_of(root):
         shown = file.name if root.is_file() else file.relative_to(root).as_posix()
-        found += sorted(scan_file(file, shown), key=lambda use: (use.cell or 0, use.line))
+        uses = sorted(scan_file(file, shown), key=lambda use: (use.cell or 0, use.line))
+        found += [use for use in uses if not _is_local(use, file.parent, root)]
     return found
+
+
+def _is_local(use: Use, *folders: Path) -> bool:
+    """Whether a library's name is that of a module beside the file, or at the top of the repository."""
+    if use.kind not in ("library", "apex"):
+        return False
+    name = use.name.partition(".")[0]
+    return any(
+        (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file() for folder in folders
+    )
 
 
 def scan_file(file: Path, shown: str) -> list[Use]:
@@ -99,7 +113,9 @@ def _unreadable(shown: str, wrong: str, cell: int | None = None) -> Use:
 
 def _python(data: bytes, shown: str) -> list[Use]:
     tree = _parse(data)
-    return [_unreadable(shown, tree)] if isinstance(tree, str) else uses_of_tree(tree, shown)
+    if isinstance(tree, str):
+        return [_unreadable(shown, tree)]
+    return uses_of_tree(tree, shown) if _WORTH_IT.search(data) else []
 
 
 def _without_magics(lines: list[str]) -> list[str]:
@@ -141,6 +157,7 @@ def _notebook(data: bytes, shown: str) -> list[Use]:
         wrong = _parse("\n".join(lines))
         if isinstance(wrong, str):
             found.append(_unreadable(shown, wrong, number))
+            found += commands("\n".join(lines), shown, number)  # it may be shell
             continue
         joined += lines
         places += [(number, line) for line in range(1, len(lines) + 1)]

@@ -16,6 +16,7 @@ _INITIALIZE = ("deepspeed.initialize", "deepspeed.runtime.engine.DeepSpeedEngine
 _ACCELERATORS = ("deepspeed.get_accelerator", "deepspeed.accelerator.get_accelerator",
                  "deepspeed.accelerator.real_accelerator.get_accelerator")  # fmt: skip
 _ENGINE_TYPES = ("deepspeed.DeepSpeedEngine", "deepspeed.runtime.engine.DeepSpeedEngine")
+_STEPS = (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.Call, ast.Return)
 _ROUNDS = 4  # how often values are handed on through assignments, calls and returns
 
 
@@ -26,6 +27,7 @@ class Scope:
         names: name -> the dotted name that it stands for; None where the scope has it for something else.
         parent: where names are looked up that are not in it.
         owner: the class that the function is a method of.
+        steps: the assignments, calls and returns in it, in order.
     """
 
     def __init__(self, node: ast.AST, parent: Scope | None, owner: ast.ClassDef | None = None) -> None:
@@ -34,6 +36,7 @@ class Scope:
         self.owner = owner
         self.names: dict[str, str | None] = {}
         self.imported: set[str] = set()
+        self.steps: list[ast.AST] = []
 
     def lookup(self, name: str) -> str | None:
         """What a name stands for here."""
@@ -108,6 +111,8 @@ class Names:
                 scope.names[parameter.arg] = None
         inner = node if isinstance(node, ast.ClassDef) else owner
         for child in own_nodes(node):
+            if isinstance(child, _STEPS):
+                scope.steps.append(child)
             if isinstance(child, ast.Import):
                 self._import(scope, child)
             elif isinstance(child, ast.ImportFrom) and child.module and not child.level:
@@ -143,7 +148,7 @@ class Names:
             for parameter in parameters(node.args):
                 if parameter.annotation is not None and self._is_engine_type(parameter.annotation, scope):
                     scope.names[parameter.arg] = ENGINE
-        for child in own_nodes(node):
+        for child in scope.steps:
             if isinstance(child, ast.Assign):
                 for target in child.targets:
                     self._assign(target, child.value, scope)

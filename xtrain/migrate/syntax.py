@@ -8,10 +8,10 @@ import re
 from xtrain.migrate.configs import config_in_python
 from xtrain.migrate.scopes import Names, Scope, text_of
 from xtrain.migrate.shell import command_of, variables_of
-from xtrain.migrate.use import ACCELERATOR, ENGINE, Use, kind_of
+from xtrain.migrate.use import ACCELERATOR, CUDA_LIBRARIES, ENGINE, Use, kind_of
 
 _IMPORT_ERRORS = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
-_DEVICE = re.compile(r"^cuda(:\d*)?$")
+_DEVICE = re.compile(r"^cuda(:(\d+|%\w|\{\w*\})?)?$")
 _TYPE = re.compile(r"^torch\.cuda\.\w+$")
 _BACKEND = re.compile(r"^(?:cpu:\w+,)?(?:cuda:)?nccl(?:,\w+:\w+)*$")
 _COMMAND = re.compile(
@@ -37,6 +37,8 @@ class _Uses(ast.NodeVisitor):
         self.optional = False
         self.guarded = False  # below a question whether CUDA is there
         self.found: dict[Use, None] = {}
+        self._perhaps: set[str] = set()  # names that only optional imports bind
+        self._surely: set[str] = set()
 
     def add(self, node: ast.AST, kind: str, name: str, value: object = None) -> None:
         """Note a use; the same one in the same line counts once."""
@@ -130,24 +132,41 @@ class _Uses(ast.NodeVisitor):
 
     # ------------------------------------------------------------ uses
 
+    def _bound(self, alias: ast.alias) -> None:
+        name = alias.asname or alias.name.partition(".")[0]
+        (self._perhaps if self.optional else self._surely).add(name)
+
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
+            self._bound(alias)
             self.dotted(node, alias.name)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         if node.module and not node.level:
             for alias in node.names:
+                self._bound(alias)
                 self.dotted(node, node.module if alias.name == "*" else f"{node.module}.{alias.name}")
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
         name = self.names.resolve(node, self.scope)
         if name is not None and kind_of(name) is not None:
-            self.dotted(node, name)
+            if name.partition(".")[0] not in CUDA_LIBRARIES:  # of those the import says it all
+                self._named(node, name)
             self._arguments_inside(node)
             return
         if node.attr == "is_cuda":
             self.add(node, "cuda", "Tensor.is_cuda")
         self.visit(node.value)
+
+    def _named(self, node: ast.Attribute, name: str) -> None:
+        root: ast.expr = node
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        outer = self.optional
+        if isinstance(root, ast.Name) and root.id in self._perhaps - self._surely:
+            self.optional = True
+        self.dotted(node, name)
+        self.optional = outer
 
     def _arguments_inside(self, node: ast.expr) -> None:
         """Calls within a dotted name, as in `initialize(model=net.cuda())[0].train`, have arguments of their own."""
@@ -164,6 +183,9 @@ class _Uses(ast.NodeVisitor):
             self.optional = outer or function.id == "hasattr" or len(node.args) > 2
             self.dotted(node, name)
             self.optional = outer
+            for argument in node.args[1:]:  # what it is asked of is in the name
+                self.visit(argument)
+            return
         elif (
             isinstance(function, ast.Attribute)
             and function.attr in _METHODS
@@ -177,7 +199,7 @@ class _Uses(ast.NodeVisitor):
     def visit_Dict(self, node: ast.Dict) -> None:
         config = config_in_python(node)
         if config is not None:
-            self.add(node, "config", "dictionary", config)
+            self.add(node, "config", *config)
         self.generic_visit(node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
@@ -206,7 +228,7 @@ class _Uses(ast.NodeVisitor):
         if not isinstance(text, str) or len(text) > 2000:
             return
         if _DEVICE.match(text):
-            self.add(node, "cuda", f'"{text}"' if text != "cuda:" else '"cuda:..."')
+            self.add(node, "cuda", f'"{text}"' if text[5:].isdigit() or text == "cuda" else '"cuda:..."')
         elif _TYPE.match(text):
             self.add(node, "cuda", text)
         elif _BACKEND.match(text):

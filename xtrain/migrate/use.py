@@ -20,6 +20,9 @@ CUDA_LIBRARIES = (
 """Packages that need CUDA, or that xtrain does not stand for."""
 THROUGH = ("accelerate", "fairscale", "lightning", "peft", "pytorch_lightning", "transformers", "trl")
 """Libraries that use DeepSpeed on their own; their names count where these say "deepspeed"."""
+WORDS = ("(?i:deepspeed)", "apex", "amp_C", "cuda", "nccl", "cudnn", "NCCL_", "pin_memory", "cpp_extension",
+         "torchrun", "accelerate launch", "distributed.launch", "distributed.run")  # fmt: skip
+"""A Python file without any of these, and without a library's name, has no use."""
 TORCH_CUDA = ("torch.cuda", "torch.backends.cuda", "torch.backends.cudnn", "torch.utils.cpp_extension")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -80,6 +82,8 @@ def test_functions_are_the_modules():
     assert torch.equal(functions.fused_layer_norm_affine(*args), wanted)
     assert torch.equal(functions.FusedLayerNormAffineFunction.apply(*args), wanted)
     assert torch.equal(functions.mixed_dtype_fused_layer_norm_affine(*args), wanted)
+    for function in (functions.FusedLayerNormAffineFunction, FastLayerNormFN):  # as Megatron asks
+        assert "memory_efficient" in inspect.getfullargspec(function.forward).args
     rms = trained(normalization.FusedRMSNorm(SHAPE))
     torch.testing.assert_close(
         functions.manual_rms_norm(given(), SHAPE, rms.weight, 1e-5),
@@ -99,7 +103,10 @@ def test_autocast_casts_as_apex_does():
 def test_bad_input():
     with pytest.raises(RuntimeError, match="last dimensions"):
         normalization.FusedLayerNorm((5,))(given())
-    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="elementwise_affine = False"):
+    with (
+        pytest.warns(UserWarning, match="elementwise_affine"),
+        pytest.raises(RuntimeError, match="elementwise_affine = False"),
+    ):
         normalization.MixedFusedLayerNorm(SHAPE, elementwise_affine=False)
     with pytest.raises(TypeError, match="sequence"):
         normalization.MixedFusedLayerNorm(SHAPE, sequence=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import xtrain
 from xtrain.base.errors import NotImplementedYetError
 from xtrain.optim.build import check_elementwise
 from xtrain.shims.apex import optimizers
@@ -191,3 +194,32 @@ def test_zero_may_divide_those_that_are_elementwise():
     check_elementwise(optimizers.FusedSGD(params(), lr=0.1), stage=2, allow_untested=False)
     with pytest.raises(ValueError, match="FusedLAMB"):
         check_elementwise(optimizers.FusedLAMB(params()), stage=2, allow_untested=False)
+
+
+def _losses(make: Callable[..., torch.optim.Optimizer], stage: int) -> list[float]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    config = {"train_batch_size": 4, "zero_optimization": {"stage": stage}, "log_level": "error"}
+    engine, *_ = xtrain.initialize(model=net, optimizer=make(net.parameters()), config=config)
+    found = []
+    for step in range(3):
+        loss = engine(grads(step)[0]).square().mean()
+        engine.backward(loss)
+        engine.step()
+        found.append(float(loss.detach()))
+    engine.destroy()
+    return found
+
+
+def _through_the_engine() -> list[bool]:
+    def ours(params: Any) -> torch.optim.Optimizer:
+        return optimizers.FusedAdam(params, lr=0.1, weight_decay=0.1)
+
+    def theirs(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=0.1, weight_decay=0.1)
+
+    return [_losses(ours, stage) == pytest.approx(_losses(theirs, stage), rel=1e-5) for stage in range(4)]
+
+
+def test_the_engine_takes_them_in_every_stage(ranks):
+    assert ranks(1, _through_the_engine)[0] == [True] * 4

@@ -131,10 +131,10 @@ def manual_rms_norm(
 
 
 class _Function:
-    """Scripts call `.apply` of apex's autograd functions."""
+    """Scripts call `.apply` of apex's autograd functions, and look at the arguments of `.forward`."""
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        self._function = function
+        self.forward = self._function = function
 
     def apply(self, *args: Any) -> torch.Tensor:
         """The function's result."""

@@ -22,6 +22,8 @@ class FastLayerNormFN:
         """Layer norm over the last dimension."""
         return fused_layer_norm_affine(x, gamma, beta, gamma.shape, epsilon, memory_efficient)
 
+    forward = apply  # Megatron looks whether it takes `memory_efficient`
+
 
 class FastLayerNorm(nn.Module):
     """Layer norm over the last dimension, of size `hidden_size`."""
