@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.deepspeed_api import probe
-from xtrain.base.errors import ConfigError, TrainingError
+from xtrain.base.errors import ConfigError, NotImplementedYetError, TrainingError
 from xtrain.config import load_config
 from xtrain.runtime import config as runtime_config
 from xtrain.runtime import constants
@@ -26,6 +26,7 @@ from xtrain.runtime.activation_checkpointing.offload_activations import (
     CheckpointHiddenStatesOffload,
     get_checkpoint_hidden_states_offloading_ctx_manager,
 )
+from xtrain.runtime.comm.coalesced_collectives import all_to_all_quant_reduce, reduce_scatter_coalesced
 from xtrain.utils import pin_memory_tracker, zero_to_fp32
 from xtrain.utils.logging import LoggerFactory
 
@@ -55,6 +56,21 @@ def _divide() -> list[bool]:
 
 def test_a_tensor_is_divided_and_gathered(ranks: Ranks) -> None:
     assert all(all(equal) for equal in ranks(3, _divide))
+
+
+def _coalesced() -> list[list[float]]:
+    rank = dist.get_rank()
+    tensors = [torch.arange(7.0) * (rank + 1), torch.full((2, 2), float(rank)), torch.tensor([6.0 * rank])]
+    with pytest.raises(NotImplementedYetError, match="compressed communication"):
+        all_to_all_quant_reduce(tensors, {})
+    return [piece.tolist() for piece in reduce_scatter_coalesced(tensors)]
+
+
+def test_many_tensors_are_averaged_in_one_message(ranks: Ranks) -> None:
+    """The pieces of all ranks, one after the other, are the means."""
+    pieces = zip(*ranks(3, _coalesced), strict=True)
+    whole = [[value for piece in found for value in piece] for found in pieces]
+    assert whole == [[0, 2, 4, 6, 8, 10, 12], [1, 1, 1, 1], [6]]
 
 
 # ---------------------------------------------------------------- overflows and norms
