@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xtrain.base import missing
+from xtrain.base import missing, stand_ins
 from xtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def __getattr__(name: str) -> Any:
         value = importlib.import_module("xtrain.comm")
     elif name.startswith("__"):
         raise AttributeError(f"module 'xtrain' has no attribute {name!r}")
+    elif (stand_in := stand_ins.get(name)) is not None:
+        value = stand_in
     else:
         raise missing.name_error(name) or AttributeError(
             f"xtrain has no {name!r}, and neither has deepspeed {missing.API_VERSION}: docs/compat.md lists "

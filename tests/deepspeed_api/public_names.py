@@ -69,13 +69,19 @@ def record() -> dict[str, Any]:
 
 def outcomes() -> list[Outcome]:
     """Of every name that DeepSpeed has today, the most used first."""
-    rows = [(name, found["repositories"]) for name, found in record()["names"].items() if found["in_deepspeed"]]
+    rows = [
+        (name, found["repositories"]) for name, found in record()["names"].items() if found["in_deepspeed"]
+    ]
     return [outcome(name, count) for name, count in sorted(rows, key=lambda row: (-row[1], row[0]))]
 
 
 def share(found: list[Outcome]) -> float:
     """Of the imports and touches, each counted once a repository, those that are there; in percent."""
-    return 100 * sum(item.repositories for item in found if item.there) / sum(item.repositories for item in found)
+    return (
+        100
+        * sum(item.repositories for item in found if item.there)
+        / sum(item.repositories for item in found)
+    )
 
 
 _ASK = """
@@ -105,14 +111,20 @@ def main(folder: Path) -> None:
     users: dict[str, set[str]] = defaultdict(set)
     for repository in sorted(path for path in folder.iterdir() if path.is_dir()):
         for use in scan(repository):
-            if use.kind == "deepspeed" and use.name.startswith("deepspeed.") and "__" not in use.name.replace("__version__", ""):
+            if (
+                use.kind == "deepspeed"
+                and use.name.startswith("deepspeed.")
+                and "__" not in use.name.replace("__version__", "")
+            ):
                 users[use.name].add(repository.name.replace("+", "/"))
     known = _in_deepspeed(sorted(users), folder / "in_deepspeed.json")
     written = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "deepspeed": API_VERSION,
         "repositories": sorted(set().union(*users.values())),
-        "names": {name: {"repositories": len(users[name]), "in_deepspeed": known[name]} for name in sorted(users)},
+        "names": {
+            name: {"repositories": len(users[name]), "in_deepspeed": known[name]} for name in sorted(users)
+        },
     }
     NAMES.write_text(json.dumps(written, indent=1) + "\n")
 

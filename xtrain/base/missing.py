@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from xtrain.base import stand_ins
 from xtrain.base.errors import NotImplementedYetError
 
 API_VERSION = "0.19.8"
@@ -261,6 +262,9 @@ def _explaining(module: ModuleType) -> Callable[[str], Any]:
                 return own(name)
             except AttributeError as error:
                 unknown = error
+        stand_in = stand_ins.get(f"{path}.{name}")
+        if stand_in is not None:
+            return stand_in
         if isinstance(unknown, MissingNameError):
             raise unknown
         raise name_error(f"{path}.{name}") or unknown
@@ -295,6 +299,18 @@ class Explainer:
         return spec
 
 
+class _StandInLoader:
+    """Makes a module whose names all stand for something that is not there."""
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Python's own kind of module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        entry = find(module.__name__.partition(".")[2])
+        module.__doc__ = f"Not there yet ({entry.feature}): {entry.instead}." if entry else None
+        vars(module)["__getattr__"] = _explaining(module)
+
+
 class Finder:
     """The last finder of the import system: explains modules of DeepSpeed that no other one has found.
 
@@ -306,6 +322,8 @@ class Finder:
     ) -> ModuleSpec | None:
         package, _, below = fullname.partition(".")
         entry = find(below) if package == "xtrain" and below else None
+        if stand_ins.is_module(below):
+            return ModuleSpec(fullname, _StandInLoader(), is_package=True)  # type: ignore[arg-type]
         if entry is not None and not below.rpartition(".")[2].startswith("__"):
             raise MissingModuleError(f"{below} ({entry.feature})", entry.instead)
         return None

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from xtrain import comm
+from xtrain.base.stand_ins import refused_class
 from xtrain.comm import ProcessGroup
-from xtrain.deepspeed_api.compat.refused import refused_class
 
 all_to_all_quant_reduce = refused_class("runtime.comm.coalesced_collectives.all_to_all_quant_reduce")
 all_to_all_loco_quant_reduce = refused_class(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from xtrain import comm
-from xtrain.deepspeed_api.compat.refused import refused_class
+from xtrain.base.stand_ins import refused_class
 from xtrain.zero.gathered import (
     GatheredParameters,
     register_external_parameter,
