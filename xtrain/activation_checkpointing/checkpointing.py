@@ -32,6 +32,9 @@ from xtrain.config.schema import ActivationCheckpointingConfig
 from xtrain.parallel.mpu import Answers
 
 CudaRNGStatesTracker = RngStatesTracker
+# Private in DeepSpeed; Megatron-style code and Transformers' copies of it take them.
+_CUDA_RNG_STATE_TRACKER = tracker
+_MODEL_PARALLEL_RNG_TRACKER_NAME = MODEL_PARALLEL
 
 _SEED_OFFSET = 2718
 """Between the seed of the default state and that of the first model-parallel rank, as in Megatron."""

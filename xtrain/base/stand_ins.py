@@ -1,7 +1,7 @@
 """Names of features that are not there, which scripts import at their top and often never use: they can be imported.
 
-Using one raises what missing.py says about its feature. Only names that public repositories import without a way out are
-here (tests/deepspeed_api/public_names.json); all others are refused at the import, so that `try: import` goes on.
+Using one raises what missing.py says about its feature. Only names that public repositories import without a way out
+are here (tests/deepspeed_api/public_names.json); all others are refused at the import, so that `try: import` goes on.
 Constants have DeepSpeed's values.
 """
 
@@ -36,8 +36,8 @@ _CLASSES: dict[str, str] = {
     "runtime.pipe.engine": "PipelineEngine",
     "runtime.pipe.module": "PipelineModule+ LayerSpec TiedLayerSpec",
     "runtime.pipe": "PipelineModule+ LayerSpec TiedLayerSpec",
-    "runtime.pipe.schedule": "BackwardPass ForwardPass LoadMicroBatch OptimizerStep RecvActivation RecvGrad ReduceGrads "
-    "ReduceTiedGrads SendActivation SendGrad BufferOpInstruction InferenceSchedule PipeInstruction PipeSchedule "
+    "runtime.pipe.schedule": "BackwardPass ForwardPass LoadMicroBatch OptimizerStep RecvActivation RecvGrad "
+    "ReduceGrads ReduceTiedGrads SendActivation SendGrad BufferOpInstruction InferenceSchedule PipeInstruction PipeSchedule "
     "TrainSchedule",
     "runtime.sequence_parallel.ulysses_sp": "UlyssesSPAttentionHF+ TiledMLP UlyssesSPDataLoaderAdapter",
     "runtime.state_dict_factory": "SDLoaderFactory MegatronSDLoader",
@@ -57,8 +57,8 @@ _FUNCTIONS: dict[str, str] = {
     "module_inject.policy": "transpose",
     "runtime.data_pipeline.data_routing.helper": "convert_to_random_ltd remove_random_ltd_state_dict "
     "save_without_random_ltd",
-    "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": "get_dataloader_and_lr_scheduler_for_variable_batch_"
-    "size_deepspeed",
+    "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": "get_dataloader_and_lr_scheduler_for_"
+    "variable_batch_size_deepspeed",
     "runtime.pipe.p2p": "recv send",
 }
 _CONSTANTS: dict[str, dict[str, Any]] = {

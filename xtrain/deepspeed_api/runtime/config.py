@@ -25,10 +25,14 @@ __all__ = [
     "ADAMW_OPTIMIZER",
     "ADAM_OPTIMIZER",
     "ADAM_W_MODE",
+    "ADAM_W_MODE_DEFAULT",
     "DEEPSPEED_OPTIMIZERS",
     "LAMB_OPTIMIZER",
     "LION_OPTIMIZER",
+    "MUADAMW_OPTIMIZER",
+    "MUADAM_OPTIMIZER",
     "MUON_OPTIMIZER",
+    "MUSGD_OPTIMIZER",
     "TORCH_ADAM_PARAM",
     "CommsConfig",
     "DeepSpeedConfig",
@@ -53,6 +57,9 @@ DEEPSPEED_OPTIMIZERS = [
 TORCH_ADAM_PARAM = "torch_adam"
 ADAM_W_MODE = "adam_w_mode"
 """Keys of `optimizer.params`."""
+ADAM_W_MODE_DEFAULT = True
+MUADAM_OPTIMIZER, MUADAMW_OPTIMIZER, MUSGD_OPTIMIZER = "muadam", "muadamw", "musgd"
+"""Of the package mup, which a script brings; the config's `optimizer.type` does not take them."""
 
 _COPIED = (
     "managed_gradient_accumulation", "steps_per_print", "dump_state", "disable_python_gc", "disable_allgather",
