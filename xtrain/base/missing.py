@@ -206,11 +206,6 @@ MISSING: tuple[Missing, ...] = (
         ("runtime.progressive_layer_drop", "runtime.eigenvalue"),
     ),
     Missing(
-        "sparse gradients",
-        "use dense embedding gradients",
-        ("runtime.sparse_tensor",),
-    ),
-    Missing(
         "checkpoints on Nebula",
         "use save_checkpoint, which writes atomically",
         (),
