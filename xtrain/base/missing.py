@@ -127,7 +127,22 @@ MISSING: tuple[Missing, ...] = (
     Missing(
         "the launcher's inner parts",
         "give the command's options to xtrain deepspeed (docs/howto/deepspeed_command.md)",
-        ("launcher.multinode_runner",),
+        ("launcher",),
+    ),
+    Missing(
+        "a report of the environment",
+        "run xtrain doctor, which says what is on this machine and whether it works",
+        ("env_report",),
+    ),
+    Missing(
+        "helpers for the arguments of schedules",
+        "write the config's section scheduler, or pass a scheduler to initialize()",
+        ("runtime.lr_schedules",),
+    ),
+    Missing(
+        "the loader's class",
+        "pass training_data to initialize(), call engine.deepspeed_io(), or use torch's DataLoader",
+        ("runtime.dataloader",),
     ),
     Missing(
         "data efficiency",
@@ -153,13 +168,13 @@ MISSING: tuple[Missing, ...] = (
     ),
     Missing(
         "the choice of an accelerator",
-        "set XTRAIN_BACKEND or the config key xtrain.backend",
-        ("accelerator.set_accelerator",),
+        "call get_accelerator(), and set XTRAIN_BACKEND or the config key xtrain.backend",
+        ("accelerator",),
     ),
     Missing(
         "the config as an object with getters",
         "read engine.config, a dictionary, or engine.xtrain_config.values",
-        ("engine.torch_autocast_*", 
+        ("runtime.config", "runtime.config_utils", "engine.torch_autocast_*", 
          "engine.gradient_average", 
          "engine.update_interval",
          "engine.get_optimizer_configuration"),
@@ -167,7 +182,7 @@ MISSING: tuple[Missing, ...] = (
     Missing(
         "helpers on optimizer states and models",
         "use torch's own, or engine.module, engine.optimizer and engine.grid",
-        ("utils", "DeepSpeedOptimizer"),
+        ("utils", "runtime.utils", "runtime.base_optimizer", "DeepSpeedOptimizer"),
     ),
     Missing(
         "DeepSpeed's own optimizers for fp16 and bf16",
@@ -208,11 +223,6 @@ MISSING: tuple[Missing, ...] = (
         ("runtime.progressive_layer_drop", "runtime.eigenvalue"),
     ),
     Missing(
-        "sparse gradients",
-        "use dense embedding gradients",
-        ("runtime.sparse_tensor",),
-    ),
-    Missing(
         "checkpoints on Nebula",
         "use save_checkpoint, which writes atomically",
         (),
@@ -227,8 +237,8 @@ MISSING: tuple[Missing, ...] = (
          "engine.dist_backend", "engine.dont_change_device", "engine.*flatten",
          "engine.first_dataloader_check", "engine.inside_no_sync_ctxt", "engine.losses", "engine.mesh_device",
          "engine.module_forward_*_hook", "engine.scale_wrt_gas", "engine.training_data",
-         "engine.use_ds_comm", "engine.warn_unscaled_loss", "accelerator", "comm", "env_report", "launcher", "monitor",
-         "runtime", "constants", "checkpointing", "compat", "_[!_]*"),
+         "engine.use_ds_comm", "engine.warn_unscaled_loss", "comm", "monitor", "runtime", "constants",
+         "checkpointing", "compat", "_[!_]*"),
     ),
 )  # fmt: skip
 """Earlier entries win where two cover a name."""

@@ -129,6 +129,8 @@ class DeepSpeedConfig:
             is given.
     """
 
+    gradient_clipping: float
+
     def __init__(
         self, config: str | Path | Mapping[str, Any], mpu: Any = None, mesh_device: Any = None
     ) -> None:
