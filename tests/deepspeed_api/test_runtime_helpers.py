@@ -350,7 +350,7 @@ def test_engines_that_share_a_loss_step_by_the_mean(ranks: Ranks) -> None:
 
 
 def test_names_by_inner_paths_are_the_same_objects() -> None:
-    from xtrain import comm
+    from xtrain import checkpointing, comm
     from xtrain.comm import comm as inner
     from xtrain.utils import groups
 
@@ -360,6 +360,9 @@ def test_names_by_inner_paths_are_the_same_objects() -> None:
     assert runtime_config.DeepSpeedConfigError is xtrain.DeepSpeedConfigError
     assert xtrain.checkpoint.ZERO_STAGE == "zero_stage"
     assert xtrain.DeepSpeedOptimizerCallable.__args__[-1] is torch.optim.Optimizer
+    assert checkpointing._CUDA_RNG_STATE_TRACKER is xtrain.checkpointing.get_cuda_rng_tracker()
+    with pytest.raises(MissingNameError, match=r"checkpointing\.detach_variable"):
+        xtrain.checkpointing.detach_variable  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(MissingNameError, match="mixture of experts"):
         groups._get_expert_model_parallel_world_size  # noqa: B018
 
@@ -382,3 +385,21 @@ def test_a_level_that_the_script_has_set_stays(monkeypatch: pytest.MonkeyPatch) 
         assert log.logger.level == logging.INFO
     finally:
         log.logger.setLevel(before)
+
+
+def _settings_as_globals() -> list[Any]:
+    cp: Any = xtrain.checkpointing
+    seen = [cp.PARTITION_ACTIVATIONS, cp.num_layers, cp.mpu, cp.deepspeed_checkpointing_enabled]
+    cp.configure(None, partition_activations=True, num_checkpoints=3, synchronize=True)
+    seen += [cp.PARTITION_ACTIVATIONS, cp.num_layers, cp.SYNCHRONIZE, cp.CPU_CHECKPOINT]
+    seen += [cp.deepspeed_checkpointing_enabled]
+    cp.num_layers = None
+    with pytest.raises(ConfigError, match="the number of layers"):
+        cp.CONTIGUOUS_CHECKPOINTING = True
+    cp.CPU_CHECKPOINT = True
+    return [*seen, cp.CPU_CHECKPOINT, cp.CONTIGUOUS_CHECKPOINTING]
+
+
+def test_settings_of_checkpointing_read_as_globals(ranks: Ranks) -> None:
+    (seen,) = ranks(1, _settings_as_globals)
+    assert seen == [False, None, None, False, True, 3, True, False, True, True, False]
