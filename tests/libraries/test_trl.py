@@ -84,6 +84,15 @@ def _trained(kind: str, stage: int | None, lora: bool, folder: str, model: str) 
         return [tuple(float(line[name]) for name in names) for line in lines]
 
 
+DEEPSPEEDS_OWN = {
+    ("dpo", False): [(0.693147, 0.497967), (0.677452, 0.472545), (0.699083, 0.435398)],
+    ("kto", False): [(0.5, 0.174393), (0.499088, 0.153883), (0.49844, 0.168368)],
+    ("grpo", False): [(-0.087034, 1.125072, 4.875), (-0.130397, 1.254103, 4.25), (-0.26542, 1.177265, 4.25)],
+    ("grpo", True): [(-0.087034, 0.18449, 4.875), (-0.132048, 0.142501, 4.375), (-0.267361, 0.189735, 4.25)],
+}
+"""Of deepspeed 0.19.8; see tests/libraries/test_trainer.py."""
+
+
 def _save(folder: str) -> None:
     tiny.model().save_pretrained(folder)
 
@@ -96,3 +105,5 @@ def test_stage3(ranks: Ranks, tmp_path: Path, kind: str, lora: bool) -> None:
     ours = ranks(2, _trained, kind, 3, lora, str(tmp_path), model)[0]
     theirs = ranks(2, _trained, kind, None, lora, str(tmp_path), model)[0]
     close(ours, theirs, 1e-4)
+    if (kind, lora) in DEEPSPEEDS_OWN:
+        close(ours, DEEPSPEEDS_OWN[kind, lora], 1e-3)
