@@ -75,8 +75,8 @@ def close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
 
 
 DEEPSPEEDS_OWN = [(3.399225, 1.809853), (3.383367, 1.668135), (3.374974, 1.569367), (3.375754, 1.694899)]
-"""The curve of deepspeed 0.19.8 in stages 2 and 3, with the versions in constraints.txt, on two ranks of a host: `_train`,
-called in processes that have not imported xtrain.as_deepspeed."""
+"""The curve of deepspeed 0.19.8 in stages 2 and 3, with the versions in constraints.txt, on two ranks of a host:
+`_train`, called in processes that have not imported xtrain.as_deepspeed."""
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

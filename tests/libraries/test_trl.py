@@ -107,3 +107,39 @@ def test_stage3(ranks: Ranks, tmp_path: Path, kind: str, lora: bool) -> None:
     close(ours, theirs, 1e-4)
     if (kind, lora) in DEEPSPEEDS_OWN:
         close(ours, DEEPSPEEDS_OWN[kind, lora], 1e-3)
+
+
+def _evaluated(stage: int | None, folder: str, model: str) -> list[float]:
+    """Rewards of an evaluation before any training: there is no optimizer."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    with tiny.fresh():
+        zero: dict[str, Any] = {"use_cpu": True} if stage is None else {"deepspeed": tiny.zero(stage)}
+        trainer = GRPOTrainer(
+            model=model,
+            args=GRPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=4,
+                per_device_eval_batch_size=4,
+                num_generations=4,
+                max_completion_length=6,
+                report_to=[],
+                disable_tqdm=True,
+                seed=3,
+                bf16=False,
+                **zero,
+            ),
+            eval_dataset=Dataset.from_list(_rows("grpo")[:4]),
+            train_dataset=Dataset.from_list(_rows("grpo")),
+            processing_class=tiny.tokenizer(),
+            reward_funcs=_reward,
+        )
+        return [trainer.evaluate()["eval_reward"]]
+
+
+def test_generation_without_an_optimizer(ranks: Ranks, tmp_path: Path) -> None:
+    model = str(tmp_path / "model")
+    ranks(1, _save, model)
+    ours = ranks(2, _evaluated, 3, str(tmp_path), model)[0]
+    assert ours == ranks(2, _evaluated, None, str(tmp_path), model)[0]
