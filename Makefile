@@ -77,6 +77,7 @@ align-reference: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m xtrain.config.document docs/config.md
 	$(BIN)/python -m tests.deepspeed_api.document docs/compat.md
+	$(BIN)/python -m tests.migrate.surface
 
 # The documentation as a site; a broken link, or a page in no menu, is an error.
 site: $(VENV)/.docs

@@ -28,7 +28,9 @@ from xtrain.launch.memory import model_states
 from xtrain.launch.nodes import Node
 from xtrain.launch.processes import safe_path_flag
 from xtrain.launch.schema import ClusterSection, LaunchConfig
+from xtrain.launch.script_options import OPTIONS, PASS_LOCAL_RANK, config_options
 from xtrain.launch.trust import check_overrides, sign
+from xtrain.shims.process import MODE_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Job:
         source: checkpoint that the first start continues from.
         batch: sizes of the batches, on all ranks.
         continues: the run may be started again, because its script continues by itself.
+        gets_config: the script is given the config; one that is not has its own, which nobody here knows.
+        pass_local_rank: each rank's script gets --local_rank.
         needs: bytes of one rank's model states, for the check of memory; None when the script brings its own model.
     """
 
@@ -58,6 +62,8 @@ class Job:
     keep: int | None
     backend: str | None
     needs: int | None
+    gets_config: bool
+    pass_local_rank: bool
 
     @property
     def ranks(self) -> int:
@@ -82,7 +88,13 @@ class Job:
         load = []
         if self.builtin and source is not None:
             load = ["--load", str(source.folder), *(["--load-tag", source.tag] if source.tag else [])]
-        return [*safe_path_flag(), "-m", "xtrain.launch.rank", str(self.script), *load, *self.script_args]
+        rank = [
+            *safe_path_flag(),
+            "-m",
+            "xtrain.launch.rank",
+            *([PASS_LOCAL_RANK] if self.pass_local_rank else []),
+        ]
+        return [*rank, str(self.script), *load, *self.script_args]
 
     def config_for(self, ranks: int) -> str:
         """ds_config.json for so many ranks: the same global batch, by accumulation."""
@@ -102,6 +114,8 @@ class Job:
 
         In aligned mode it is a power of two where the whole job's is, because then the bits stay the same.
         """
+        if not self.gets_config:  # its batches are not known
+            return self.ranks if available >= self.ranks else 0
         aligned = self.deepspeed_config.get("xtrain", {}).get("aligned") and not self.ranks & (self.ranks - 1)
         split = self.cluster.model_parallel_size
         slots = self.batch.train // self.batch.micro
@@ -158,6 +172,18 @@ _DEEPSPEED_KEYS = ("deepspeed", "parallel", "backend", "train")
 """Settings that reach the ranks through the DeepSpeed config that the launcher writes."""
 
 
+_SCRIPT_KEYS = ("shims", "pass_config", "pass_local_rank")
+"""Settings that are about a script of the user's."""
+
+
+def options_for_config(config: LaunchConfig) -> list[str]:
+    """The options by which the script is given the DeepSpeed config; none for a script that brings its own."""
+    if config.script is None:
+        return list(OPTIONS)
+    known = config_options(Path(config.script).expanduser()) if config.pass_config else []
+    return known or (list(OPTIONS) if config.pass_config is True else [])
+
+
 def check_overrides_are_used(config: LaunchConfig, overrides: list[str]) -> None:
     """Refuse settings of the command line that this run would not look at.
 
@@ -176,6 +202,13 @@ def check_overrides_are_used(config: LaunchConfig, overrides: list[str]) -> None
                 f"{key} is for the built-in script: pass your script its own arguments after `--`"
             )
         used_anyway = config.script is None and (flag or key in ("train.steps", "train.weight_decay"))
+        if concerns(key, (*_DEEPSPEED_KEYS, "deepspeed_config")) and not options_for_config(config):
+            raise ConfigError(
+                f"{key} would not be used: {config.script} is not given the config (pass_config={config.pass_config}); "
+                "say pass_config=true if it takes --deepspeed_config, or leave the setting out"
+            )
+        if config.script is None and key in _SCRIPT_KEYS:
+            raise ConfigError(f"{key} is for a script of your own: add script=FILE, or leave it out")
         if config.deepspeed_config is not None and concerns(key, _DEEPSPEED_KEYS) and not used_anyway:
             raise ConfigError(
                 f"{key} would not be used: deepspeed_config={config.deepspeed_config} takes its place"
@@ -216,6 +249,11 @@ def make_job(config: LaunchConfig, extra_args: list[str]) -> Job:
     script, flags = _script(config, run_dir)
     given = [str(arg) for arg in config.script_args] + extra_args
     env = {**config.cluster.env, RUN_DIR_VARIABLE: str(run_dir)}
+    if config.shims is not None:
+        env[MODE_VARIABLE] = config.shims
+    options = options_for_config(config)
+    for option in options:
+        flags += [option, str(run_dir / "ds_config.json")] if option == "--deepspeed_config" else [option]
     backend = deepspeed_config.get("xtrain", {}).get("backend")
     if backend:
         # For a script's own init_distributed(), which sees no config.
@@ -223,7 +261,7 @@ def make_job(config: LaunchConfig, extra_args: list[str]) -> Job:
     return Job(
         run_dir=run_dir,
         script=script,
-        script_args=[*flags, "--deepspeed", "--deepspeed_config", str(run_dir / "ds_config.json"), *given],
+        script_args=[*flags, *given],
         nodes=nodes,
         cluster=config.cluster,
         env=env,
@@ -235,6 +273,8 @@ def make_job(config: LaunchConfig, extra_args: list[str]) -> Job:
         continues=config.resume == AUTO,
         batch=batch,
         keep=config.keep,
+        gets_config=bool(options),
+        pass_local_rank=config.pass_local_rank,
         backend=backend or config.cluster.backend,
         needs=model_states(config, deepspeed_config, ranks) if config.script is None else None,
     )

@@ -1,4 +1,4 @@
-"""What every rank runs: `python -m xtrain.launch.rank SCRIPT ARGS`.
+"""What every rank runs: `python -m xtrain.launch.rank [--pass-local-rank] SCRIPT ARGS`.
 
 Sends output to the rank's log, runs the script as `__main__`, and writes down why it ended.
 """
@@ -22,7 +22,9 @@ from xtrain.base.run_folder import ATTEMPT_VARIABLE, RUN_DIR_VARIABLE, STORE_VAR
 from xtrain.launch.builtin import BUILTIN, builtin_script
 from xtrain.launch.failure import Failure, killed, rank_log, write_failure
 from xtrain.launch.processes import die_with_parent
+from xtrain.launch.script_options import PASS_LOCAL_RANK
 from xtrain.launch.survey import STACKS_SIGNAL
+from xtrain.shims import process, where
 
 
 def _redirect_output(path: Path) -> None:
@@ -56,13 +58,26 @@ def _run(script: str, args: list[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
+def _with_local_rank(words: list[str]) -> list[str]:
+    """The script and its arguments; --local_rank=N before them where it is asked for."""
+    if words[0] != PASS_LOCAL_RANK:
+        return words
+    from xtrain.comm.launchers import launched
+
+    told = launched(os.environ)
+    local = os.environ.get("LOCAL_RANK") or (0 if told is None else told.local_rank)
+    return [words[1], f"--local_rank={local}", *words[2:]]
+
+
 def _failure(rank: int, error: BaseException) -> Failure:
     if isinstance(error, PeerLostError):  # the other rank's failure is the one to tell
         told = traceback.format_exc()
         return Failure(rank, str(error), error.exit_code, time.time(), traceback=told, consequence=True)
     if isinstance(error, XtrainError):
+        line = where.user_line(error.__traceback__) if process.is_installed() else None
+        said = str(error) if line is None else f"{line}: {error}"
         return Failure(
-            rank, str(error), error.exit_code, time.time(), user_error=True, traceback=traceback.format_exc()
+            rank, said, error.exit_code, time.time(), user_error=True, traceback=traceback.format_exc()
         )
     message = f"{type(error).__name__}: {error}".strip()
     return Failure(rank, message, 1, time.time(), traceback=traceback.format_exc())
@@ -114,7 +129,9 @@ def main() -> int:
     if (attempt := os.environ.get(ATTEMPT_VARIABLE, "1")) != "1":
         print(f"xtrain: start {attempt} of this run")
     try:
-        _run(sys.argv[1], sys.argv[2:])
+        process.in_child()
+        script, *args = _with_local_rank(sys.argv[1:])
+        _run(script, args)
     except RunInterrupted as stop:
         print(f"xtrain: {stop}")
         return 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class _Section(BaseModel):
@@ -179,6 +179,11 @@ class DataSection(_Section):
         return [self.path] if isinstance(self.path, str) else self.path
 
 
+def _switch(value: Any) -> Any:
+    """`on` and `off` are true and false in YAML."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
 class LaunchConfig(_Section):
     """Everything; field names are the keys of conf/config.yaml."""
 
@@ -189,6 +194,9 @@ class LaunchConfig(_Section):
     train: TrainSection
     data: DataSection
     script: str | None
+    shims: Annotated[Literal["auto", "on", "off"] | None, BeforeValidator(_switch)]
+    pass_config: Literal["auto"] | bool
+    pass_local_rank: bool
     script_args: list[str | int | float]
     run_dir: str
     resume: str | None

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / "xtrain"
 FOLDERS = (
     "base",
     "backends",
+    "shims",
     "config",
     "models",
     "data",
@@ -35,6 +36,7 @@ FOLDERS = (
     "doctor",
     "deepspeed_engine",
     "deepspeed_api",
+    "migrate",
     "doors",
 )
 """From the lowest to the highest: a folder imports from those before it only. "doors": the files loose in xtrain/."""

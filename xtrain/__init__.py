@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xtrain.base import missing
+from xtrain.base import missing, stand_ins
 from xtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -25,17 +25,22 @@ if TYPE_CHECKING:
     from xtrain.runtime.config import DeepSpeedConfig
     from xtrain.runtime.engine import XtrainEngine
     from xtrain.runtime.engine import XtrainEngine as DeepSpeedEngine
+    from xtrain.shims.process import install, uninstall
     from xtrain.utils import OnDevice
 
 _EXPORTS = {
     "aligned_init": "xtrain.reproducible.aligned_draws",
     "initialize": "xtrain.api",
+    "install": "xtrain.shims.process",
+    "uninstall": "xtrain.shims.process",
     "add_config_arguments": "xtrain.api",
     "init_distributed": "xtrain.comm",
     "XtrainEngine": "xtrain.runtime.engine",
     "DeepSpeedConfig": "xtrain.runtime.config",
     "DeepSpeedConfigError": "xtrain.base.errors",
     "DeepSpeedEngine": "xtrain.runtime.engine",
+    "DeepSpeedOptimizerCallable": "xtrain.deepspeed_api.compat.callables",
+    "DeepSpeedSchedulerCallable": "xtrain.deepspeed_api.compat.callables",
     "OnDevice": "xtrain.utils",
     "RepeatingLoader": "xtrain.engine.dataloader",
     "TORCH_DISTRIBUTED_DEFAULT_PORT": "xtrain.comm",
@@ -82,8 +87,10 @@ __all__ = [
     "get_accelerator",
     "init_distributed",
     "initialize",
+    "install",
     "log_dist",
     "logger",
+    "uninstall",
 ]
 
 
@@ -96,11 +103,16 @@ def __getattr__(name: str) -> Any:
         value = importlib.import_module("xtrain.activation_checkpointing.checkpointing")
     elif name in _GIT:
         value = getattr(importlib.import_module("xtrain.git_version_info"), _GIT[name])
-    elif name.startswith("_"):
+    elif name == "dist":
+        value = importlib.import_module("xtrain.comm")
+    elif name.startswith("__"):
         raise AttributeError(f"module 'xtrain' has no attribute {name!r}")
+    elif (stand_in := stand_ins.get(name)) is not None:
+        value = stand_in
     else:
         raise missing.name_error(name) or AttributeError(
-            f"xtrain has no {name!r}, and neither has deepspeed 0.19.8: docs/compat.md lists the names there are"
+            f"xtrain has no {name!r}, and neither has deepspeed {missing.API_VERSION}: docs/compat.md lists "
+            "the names there are"
         )
     globals()[name] = value
     return value

@@ -29,6 +29,8 @@ from xtrain.integrity import corruption_check
 from xtrain.integrity import fault_injection as faults
 from xtrain.parallel import grid_from_mpu
 from xtrain.runtime.engine import XtrainEngine
+from xtrain.shims import mixed
+from xtrain.zero import init as zero_init
 from xtrain.zero.optimizer import ZeroOptimizer
 
 
@@ -135,22 +137,24 @@ def initialize(
             collate_fn=collate_fn,
             mesh_param=mesh_param,
         )
+    mixed.check({"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}, model.parameters())
     for notice in checked.notices:
         log_dist(notice, ranks=[0])
     if checked.values.dump_state:
         log_dist(f"config: {checked.values.model_dump_json(indent=1)}", ranks=[0])
-    engine = XtrainEngine(
-        model,
-        checked,
-        backend,
-        grid_from_mpu(mpu),
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        lr_scheduler=lr_scheduler,
-        training_data=training_data,
-        collate_fn=collate_fn,
-        mpu=mpu,
-    )
+    with zero_init.suspended():
+        engine = XtrainEngine(
+            model,
+            checked,
+            backend,
+            grid_from_mpu(mpu),
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            lr_scheduler=lr_scheduler,
+            training_data=training_data,
+            collate_fn=collate_fn,
+            mpu=mpu,
+        )
     faults.attach(engine.train_state, engine.train_hooks)
     corruption_check.attach(engine.train_state, engine.train_hooks, checked.values.xtrain.sdc_check)
     run_recording.attach(engine, checked, backend, {"engine": "native"}, engine.grid.model.reports_loss)

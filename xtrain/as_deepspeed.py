@@ -1,5 +1,8 @@
-"""`import xtrain.as_deepspeed` as a script's first import: libraries that `import deepspeed` get xtrain."""
+"""`import xtrain.as_deepspeed` as a script's first import: libraries that `import deepspeed` get xtrain.
 
-from xtrain.deepspeed_api.compat import alias
+In this process only, and no other name. `xtrain.install()` does more: processes started by this one, apex, torch.cuda.
+"""
 
-alias.install()
+from xtrain.shims import alias
+
+alias.install("deepspeed")

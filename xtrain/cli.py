@@ -14,6 +14,7 @@ def _parser() -> argparse.ArgumentParser:
     from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
     from xtrain.launch.deepspeed import shims
+    from xtrain.migrate import main as migrate
 
     parser = argparse.ArgumentParser(prog="xtrain", description="DeepSpeed scripts on every accelerator")
     parser.add_argument("--version", action="version", version=f"xtrain {__version__}")
@@ -26,6 +27,11 @@ def _parser() -> argparse.ArgumentParser:
             doctor,
             "what is here, what is not and why, and whether collectives give the right numbers",
         ),
+        (
+            "migrate",
+            migrate,
+            "read a repository, and say of every use of DeepSpeed, CUDA and apex what becomes of it",
+        ),
         ("shims", shims, "write the commands deepspeed, ds_report, ds_ssh, ... into a folder for the PATH"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -34,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     # Only named here: main() hands it on before anything is parsed.
     commands.add_parser(
         "deepspeed", help="start a script as DeepSpeed's command does: xtrain deepspeed train.py ..."
+    )
+    commands.add_parser(
+        "run", help="run a script, unchanged, with xtrain for deepspeed and apex: xtrain run train.py ..."
     )
     return parser
 
@@ -45,11 +54,20 @@ def main(argv: list[str] | None = None) -> int:
         from xtrain.launch.deepspeed import command as deepspeed_command
 
         return deepspeed_command.command_line(given[1:])
+    if given[:1] == ["run"]:  # the script's arguments stay as they are, here too
+        from xtrain.shims import run
+
+        try:
+            return run.command_line(given[1:])
+        except XtrainError as error:
+            print(f"xtrain: error: {error}", file=sys.stderr)
+            return error.exit_code
     from xtrain.align import main as align
     from xtrain.align.plot import draw_record
     from xtrain.doctor import main as doctor
     from xtrain.launch import main as launch
     from xtrain.launch.deepspeed import shims
+    from xtrain.migrate import main as migrate
 
     ours, separator, script_args = given, "", []
     if "--" in given:
@@ -71,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             return align.run(args, script_args if separator else None)
         if separator:
             raise XtrainError(f"`--` has no meaning for xtrain {args.command}")
-        return shims.run(args) if args.command == "shims" else doctor.run(args)
+        return {"shims": shims, "migrate": migrate, "doctor": doctor}[args.command].run(args)
     except KeyboardInterrupt:  # outside the supervised run, which handles it itself
         print("xtrain: interrupted", file=sys.stderr)
         return 130

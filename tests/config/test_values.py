@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xtrain.base.errors import ConfigError, XtrainError
+from xtrain.base.errors import ConfigError, NotImplementedYetError, XtrainError
 from xtrain.config import load_config
 from xtrain.config.schema import Config
 from xtrain.config.unknown import keys, section_model
@@ -268,3 +268,10 @@ def test_any_options_of_a_schedule(kind: str, data: st.DataObject) -> None:
         schedulers.build_scheduler(values.scheduler, optimizer)
 
     assert not any(words in _refusal(build) for words in ("\n", *POOR))
+
+
+def test_a_section_that_turns_a_feature_on_by_being_there_is_refused_empty() -> None:
+    """DeepSpeed trains with ZenFlow when the section is given at all: to accept `{}` would be another optimizer."""
+    with pytest.raises(NotImplementedYetError, match=r"zero_optimization\.zenflow"):
+        load_config({"train_batch_size": 1, "zero_optimization": {"stage": 2, "zenflow": {}}})
+    assert load_config({"train_batch_size": 1, "zero_optimization": {"stage": 2, "zenflow": None}})

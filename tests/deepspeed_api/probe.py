@@ -336,6 +336,34 @@ def everything() -> Everything:
     )
 
 
+def _import(path: str) -> Found:
+    """What `from MODULE import NAME` does, or `import MODULE` where there is no name (a path that ends with a dot)."""
+    module, _, name = path.rpartition(".")
+    holder = f"xtrain.{module}" if module else "xtrain"
+    try:
+        exec(f"from {holder} import {name}" if name else f"import {holder}", {})
+    except NotImplementedYetError as error:
+        return Found(path, False, f"refused: {error}")
+    except (ImportError, AttributeError) as error:
+        return Found(path, False, f"bare: {type(error).__name__}: {error}")
+    return Found(path, True, IMPLEMENTED)
+
+
+def every_name() -> list[Found]:
+    """Every module of DeepSpeed and every name at its top, private ones included; `bare` where no table explains it.
+
+    The names of a module that is refused as a whole are left out: nobody gets as far as to ask for them.
+    """
+    found = []
+    for module, names in read_record()["every"].items():
+        short = "" if module == "deepspeed" else module
+        whole = _import(f"{short}.") if short else Found("", True, IMPLEMENTED)
+        found.append(Found(module, whole.available, whole.status))
+        if whole.available:
+            found += [_import(f"{short}.{name}" if short else name) for name in names.split()]
+    return found
+
+
 def unexplained(found: list[Found]) -> list[str]:
     """Refused names whose message does not say what to do instead.
 

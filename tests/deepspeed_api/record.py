@@ -117,6 +117,39 @@ def names() -> dict[str, dict[str, str]]:
     return found
 
 
+def _bound(body: list[ast.stmt]) -> Iterator[str]:
+    """Names that a module's own statements bind: definitions, assignments, and what it imports of DeepSpeed."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (name.id for name in targets if isinstance(name, ast.Name))
+        elif isinstance(node, ast.ImportFrom) and (node.level or str(node.module).startswith("deepspeed")):
+            yield from (alias.asname or alias.name for alias in node.names if alias.name != "*")
+        elif isinstance(node, ast.If | ast.Try | ast.With):
+            inner = [node.body, getattr(node, "orelse", []), *(h.body for h in getattr(node, "handlers", []))]
+            yield from _bound([statement for part in inner for statement in part])
+
+
+def every_name() -> dict[str, str]:
+    """module -> names at its top, public and private, with spaces between; of all modules, also internal ones.
+
+    From the sources: many modules can only be imported where a compiler, CUDA or another package is.
+    """
+    import deepspeed
+
+    root = Path(str(deepspeed.__file__)).parent
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        short = ".".join(part for part in parts if part != "__init__") or "deepspeed"
+        if short != "deepspeed" or path.name == "__init__.py":
+            names = sorted(set(_bound(ast.parse(path.read_text()).body)))
+            found[short] = " ".join(name for name in names if not name.startswith("__"))
+    return found
+
+
 def _real(short: str) -> str:
     """The importable path of a module; two are attributes of `deepspeed` with a longer path."""
     if short == "deepspeed":
@@ -263,6 +296,7 @@ def record() -> dict[str, Any]:
     return {
         "version": deepspeed.__version__,
         "modules": modules,
+        "every": every_name(),
         "objects": {heading: members(*where) for heading, where in OBJECTS.items()},
         "options": _options(),
         "config": config_keys(),

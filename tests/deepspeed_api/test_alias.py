@@ -16,27 +16,27 @@ import torch
 
 import xtrain
 from xtrain.base.errors import BackendError, ConfigError
-from xtrain.base.missing import MissingModuleError
+from xtrain.base.missing import API_VERSION, MissingModuleError, MissingNameError
 from xtrain.checkpoint.utils import clone_tensors_for_torch_save
-from xtrain.deepspeed_api.compat import alias
 from xtrain.deepspeed_engine.accelerator import import_deepspeed
+from xtrain.shims import alias
 
 
 @pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh() -> Iterator[None]:
     """No deepspeed imported yet; what a test imports under that name is forgotten."""
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "deepspeed"}
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     yield
+    alias.uninstall()
     for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
         del sys.modules[name]
     sys.modules.update(hidden)
 
 
 def test_every_module_is_the_same_one_under_both_names(fresh: None) -> None:
-    alias.install()
-    alias.install()
-    for name in ("", ".ops.adam", ".runtime.zero.stage3", ".runtime.lr_schedules", ".utils", ".comm"):
+    alias.install("deepspeed")
+    alias.install("deepspeed")
+    for name in (".ops.adam", ".runtime.zero.stage3", ".runtime.lr_schedules", ".utils", ".comm"):
         module = importlib.import_module(f"deepspeed{name}")
         assert module is importlib.import_module(f"xtrain{name}")
         assert module.__name__ == f"xtrain{name}"
@@ -46,15 +46,33 @@ def test_every_module_is_the_same_one_under_both_names(fresh: None) -> None:
 
 
 def test_the_installed_version_is_that_of_the_names(fresh: None) -> None:
-    alias.install()
+    alias.install("deepspeed")
     record = json.loads(Path(__file__).with_name("deepspeed_names.json").read_text())
-    assert importlib.metadata.version("deepspeed") == alias.API_VERSION == record["version"]
+    assert importlib.metadata.version("deepspeed") == API_VERSION == record["version"]
     assert importlib.metadata.metadata("deepspeed")["Name"] == "deepspeed"
     assert importlib.metadata.version("torch") == torch.__version__
 
 
+def test_the_package_has_deepspeeds_version_and_xtrains_names(fresh: None) -> None:
+    alias.install("deepspeed")
+    package = importlib.import_module("deepspeed")
+    assert package.__version__ == package.version == API_VERSION
+    assert package.initialize is xtrain.initialize
+    assert package.zero is importlib.import_module("xtrain.zero")
+    assert "initialize" in dir(package)
+    with pytest.raises(MissingNameError, match="inference"):
+        _ = package.init_inference
+
+
+def test_taken_back_the_names_are_free(fresh: None) -> None:
+    alias.install("deepspeed")
+    alias.uninstall()
+    assert "deepspeed" not in sys.modules
+    assert "xtrain" in sys.modules
+
+
 def test_what_xtrain_lacks_is_explained_and_never_taken_from_the_real_package(fresh: None) -> None:
-    alias.install()
+    alias.install("deepspeed")
     with pytest.raises(MissingModuleError, match="pipeline parallelism"):
         importlib.import_module("deepspeed.runtime.pipe")
     with pytest.raises(ModuleNotFoundError, match=r"xtrain has no module 'xtrain\.never_heard_of'"):
@@ -63,12 +81,12 @@ def test_what_xtrain_lacks_is_explained_and_never_taken_from_the_real_package(fr
 
 def test_too_late_once_the_real_one_is_imported(fresh: None) -> None:
     sys.modules["deepspeed"] = ModuleType("deepspeed")
-    with pytest.raises(ConfigError, match=r"import xtrain\.as_deepspeed first"):
-        alias.install()
+    with pytest.raises(ConfigError, match=r"imported already .* start the script by `xtrain run`"):
+        alias.install("deepspeed")
 
 
 def test_deepspeeds_engine_cannot_be_had_under_the_alias(fresh: None) -> None:
-    alias.install()
+    alias.install("deepspeed")
     with pytest.raises(BackendError, match=r"hides the installed deepspeed"):
         import_deepspeed("cpu")
 

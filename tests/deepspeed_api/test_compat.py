@@ -21,32 +21,73 @@ from xtrain.optim import schedules
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _probe() -> tuple[str, list[str], list[str]]:
-    """(the page, refused names that nothing explains, entries of the table that are no longer true)."""
-    found = probe.everything().names()
-    return document.document(), probe.unexplained(found), probe.stale(found)
+Probed = tuple[str, list[str], list[str], list[str]]
+"""(the page, refused names that nothing explains, entries of the table that are no longer true, errors of Python's
+own for names that DeepSpeed has)."""
+
+
+def _probe() -> Probed:
+    found, every = probe.everything().names(), probe.every_name()
+    bare = [f"{item.path}: {item.status}" for item in every if item.status.startswith("bare")]
+    return document.document(), probe.unexplained(found), probe.stale(found + every), bare
 
 
 @pytest.fixture(scope="module")
-def probed(request: pytest.FixtureRequest) -> tuple[str, list[str], list[str]]:
+def probed(request: pytest.FixtureRequest) -> Probed:
     """Found out in a worker: an engine is built, and the modules of xtrain are all imported."""
     from tests import pool
 
     return pool.pool(1).run(_probe)[0]
 
 
-def test_the_page_is_current(probed: tuple[str, list[str], list[str]]) -> None:
+def test_the_page_is_current(probed: Probed) -> None:
     assert (ROOT / "docs" / "compat.md").read_text() == probed[0], "run `make docs`"
 
 
-def test_every_refused_name_says_what_to_do(probed: tuple[str, list[str], list[str]]) -> None:
+def test_every_refused_name_says_what_to_do(probed: Probed) -> None:
     assert not probed[1], "add them to xtrain/base/missing.py"
 
 
-def test_no_entry_for_what_is_there(probed: tuple[str, list[str], list[str]]) -> None:
+def test_no_entry_for_what_is_there(probed: Probed) -> None:
     assert not probed[2], (
         "these patterns in xtrain/base/missing.py stand for nothing that is refused: remove them"
     )
+
+
+def test_every_name_of_every_module_resolves_or_is_refused(probed: Probed) -> None:
+    assert not probed[3], "add them, or their module, to xtrain/base/missing.py"
+
+
+def _ask_plain_modules() -> list[str]:
+    """How a module without sub-modules refuses: a name that DeepSpeed has there, and one that nobody has."""
+    messages = []
+    for statement in (
+        "from xtrain.runtime.config import get_fp16_enabled",
+        "from xtrain.runtime.config import _private_of_deepspeed",
+        "import xtrain.runtime.config; xtrain.runtime.config.get_fp16_enabled",
+    ):
+        with pytest.raises((MissingModuleError, MissingNameError)) as caught:
+            exec(statement, {})
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_modules_without_submodules_refuse_by_feature_too(ranks: Callable[..., list[Any]]) -> None:
+    (messages,) = ranks(1, _ask_plain_modules)
+    assert all("is not there yet in xtrain: " in message for message in messages)
+    assert messages[0].startswith("runtime.config.get_fp16_enabled (")
+
+
+def test_what_explains_names_leaves_modules_as_they_are() -> None:
+    from xtrain.runtime import config, lr_schedules
+    from xtrain.utils import groups
+
+    assert config.__path__ == []
+    assert not hasattr(config, "no_such_name")
+    assert importlib.reload(lr_schedules).WarmupLR is schedules.WarmupLR
+    assert groups.mpu is None  # its class is its own
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("xtrain.engine.no_such_module")
 
 
 @pytest.mark.deepspeed

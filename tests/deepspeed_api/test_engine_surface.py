@@ -133,7 +133,7 @@ def test_the_scripts_own_optimizer_is_named_by_its_class(ranks: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["coalesce_grad_reduction", "clip_fp32_gradients", "get_compile_time",
+    ["clip_fp32_gradients", "get_compile_time",
      "set_data_post_process_func", "random_ltd_initialize", "load_moe_state_dict"],
 )  # fmt: skip
 def test_what_is_not_there_says_what_to_use(name: str) -> None:

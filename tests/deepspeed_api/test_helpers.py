@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -59,10 +60,49 @@ def test_groups(ranks: Any) -> None:
         assert result[7:] == [2, [0, 1] if rank < 2 else [2, 3], 0 if rank < 2 else 2]
 
 
-def test_groups_that_are_not_there() -> None:
-    assert not hasattr(groups, "_get_expert_parallel_group")
-    with pytest.raises(AttributeError, match="expert parallelism is not there"):
-        groups._get_expert_parallel_group("ep_size_2")
+def _expert_groups() -> dict[str, Any]:
+    groups._create_expert_and_data_parallel(2)
+    groups._create_expert_and_data_parallel(2)  # made once
+    name = groups._get_max_expert_size_name()
+    with pytest.raises(KeyError, match="ep_size_4"):
+        groups._get_expert_parallel_group("ep_size_4")
+    summed = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(summed, group=groups._get_expert_data_parallel_group(name))
+    return {
+        "name": name,
+        "experts": dist.get_process_group_ranks(groups._get_max_expert_parallel_group()),
+        "same": dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name)),
+        "sum": summed.item(),
+        "numbers": (groups._get_expert_parallel_rank(name), groups._get_expert_data_parallel_rank(name)),
+    }
+
+
+def test_groups_for_experts_of_a_script(ranks: Any) -> None:
+    for rank, found in enumerate(ranks(4, _expert_groups)):
+        same = [rank % 2, rank % 2 + 2]
+        assert found == {
+            "name": "ep_size_2",
+            "experts": [rank // 2 * 2, rank // 2 * 2 + 1],
+            "same": same,
+            "sum": float(sum(same)),
+            "numbers": (rank % 2, rank // 2),
+        }
+
+
+def test_ranks_of_expert_groups_cover_everybody_once() -> None:
+    """For all divisions of 16 ranks: each group of a kind meets each group of the other kind in one rank at most."""
+    for tensor, expert, stages, before in itertools.product((1, 2), (1, 2, 4), (1, 2), (False, True)):
+        experts, data = groups._get_expert_parallel_ranks(16, tensor, expert, stages, before)
+        assert {len(group) for group in experts} == {expert}
+        for kind in (experts, data):
+            assert sorted(rank for group in kind for rank in group) == list(range(16))
+        assert all(len(set(one) & set(other)) <= 1 for one in experts for other in data)
+        # with data first, ranks of one expert-parallel group are as far apart as they can be
+        assert (experts[0][1:2] == [tensor]) is (
+            expert > 1 and (not before or expert * tensor * stages == 16)
+        )
+    with pytest.raises(ConfigError, match="cannot be divided"):
+        groups._get_expert_parallel_ranks(6, 1, 4)
 
 
 def _mixture() -> nn.Module:

@@ -16,8 +16,8 @@ from torch import nn
 
 import xtrain
 from xtrain.base.errors import ConfigError, NotImplementedYetError
+from xtrain.base.stand_ins import refused_class
 from xtrain.config import load_config
-from xtrain.deepspeed_api.compat.refused import refused_class
 from xtrain.moe.utils import (
     has_moe_layers,
     is_moe_param,

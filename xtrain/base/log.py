@@ -12,8 +12,12 @@ logger = logging.getLogger("xtrain")
 
 
 def configure(level: int | str | None = None) -> None:
-    """Attach a stderr handler once, unless the application has configured logging itself."""
-    chosen = level or os.environ.get("XTRAIN_LOG_LEVEL", "INFO")
+    """Attach a stderr handler once, unless the application has configured logging itself.
+
+    Args:
+        level: None: what XTRAIN_LOG_LEVEL says, else what the script has set, else INFO.
+    """
+    chosen = level or os.environ.get("XTRAIN_LOG_LEVEL") or logger.level or logging.INFO
     try:
         logger.setLevel(chosen.upper() if isinstance(chosen, str) else chosen)
     except ValueError:

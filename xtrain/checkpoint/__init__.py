@@ -20,6 +20,7 @@ Reading never executes code from a file: tensors are safetensors, the rest is lo
 `weights_only=True`.
 """
 
+from xtrain.checkpoint.constants import *  # noqa: F403  # DeepSpeed has them here, too
 from xtrain.checkpoint.contents import find_tag, is_checkpoint, read_manifest
 
 # Writing (write.py) and reading (read.py) need torch and are imported by the engine; asking what a

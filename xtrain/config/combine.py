@@ -11,12 +11,7 @@ def _gradient_sum(config: Config) -> None:
         return
     if config.zero_optimization.stage == 3:
         raise ConfigError(
-            "config key 'gradient_allreduce_op' is 'sum', which ZeRO stage 3 cannot do: use stage 2"
-        )
-    if config.prescale_gradients or config.gradient_predivide_factor != 1.0:
-        raise ConfigError(
-            "config key 'gradient_allreduce_op' is 'sum', and 'prescale_gradients' or 'gradient_predivide_factor' "
-            "divide the gradients: leave one of them out"
+            "config key 'gradient_allreduce_op' is 'sum', which is not supported with ZeRO stage 3: use stage 2"
         )
 
 
@@ -55,8 +50,8 @@ def _accumulation(config: Config) -> None:
         return
     if config.zero_optimization.overlap_comm and config.zero_optimization.stage < 2:
         raise ConfigError(
-            "config key 'managed_gradient_accumulation' is false, so that step() alone knows when to reduce, and "
-            "'zero_optimization.overlap_comm' is true: leave one of them out, or use stage 2"
+            "config key 'managed_gradient_accumulation' is false, so that step() alone knows when to reduce: "
+            "overlap_comm only with ZeRO stage 2, or leave one of the two out"
         )
     if config.xtrain.aligned:
         raise ConfigError(
@@ -65,15 +60,23 @@ def _accumulation(config: Config) -> None:
         )
 
 
-def _module_dtype(config: Config) -> None:
-    wanted = config.data_types.param_dtype
-    actual = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
+def check_parameter_dtype(wanted: str | None, fp16: bool, bf16: bool) -> None:
+    """Refuse a `data_types.param_dtype` that is not what the sections fp16 and bf16 make of parameters.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    actual = "fp16" if fp16 else "bf16" if bf16 else "fp32"
     same = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     if wanted is not None and same.get(wanted, wanted) != actual:
         raise ConfigError(
             f"config key 'data_types.param_dtype' is {wanted!r}, but parameters are {actual}: enable the section of "
             "that dtype (fp16 or bf16), or leave the key out"
         )
+
+
+def _module_dtype(config: Config) -> None:
+    check_parameter_dtype(config.data_types.param_dtype, config.fp16.enabled, config.bf16.enabled)
 
 
 def check_combinations(config: Config) -> None:

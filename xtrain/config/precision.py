@@ -27,6 +27,13 @@ _AnySpelling = BeforeValidator(_plain_dtype)
 DtypeName = Annotated[Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"], _AnySpelling]
 
 
+def _number(value: Any) -> Any:
+    """The value itself, if it may be a number: pydantic's own sentence for a list says "valid number" only."""
+    if isinstance(value, (list, tuple, dict, set)):
+        raise ValueError(f"must be a number, not a {type(value).__name__}")
+    return value
+
+
 class Bf16Config(Section):
     """Parameters and gradients in bfloat16, master weights and optimizer states in float32."""
 
@@ -53,7 +60,7 @@ class Fp16Config(Section):
     """Train in float16."""
     auto_cast: Annotated[bool, NotYet("cast the inputs in the script")] = False
     """In DeepSpeed: cast the model's inputs to float16."""
-    loss_scale: float = Field(0.0, ge=0)
+    loss_scale: Annotated[float, BeforeValidator(_number)] = Field(0.0, ge=0)
     """A constant scale. 0: the scale adapts, by the keys below."""
     initial_scale_power: int = 16
     """The first scale is 2 to this power. A backend may have another default."""
@@ -87,7 +94,7 @@ class Fp16Config(Section):
 
 
 class TorchAutocastConfig(Section):
-    """The forward pass runs under torch.autocast; parameters and gradients stay in float32."""
+    """The forward pass runs under torch.autocast; parameters and gradients are kept in float32."""
 
     ignores_unknown: ClassVar[bool] = True
     enabled: bool = False
@@ -95,14 +102,9 @@ class TorchAutocastConfig(Section):
     dtype: Annotated[Literal["bf16", "bfloat16", "fp16", "float16"], _AnySpelling] = "bfloat16"
     """What autocast computes in. With fp16 the loss is scaled dynamically, as torch.amp.GradScaler does. (DeepSpeed's
     default is torch's choice for the device, which may be fp16, and is then not scaled.)"""
-    lower_precision_safe_modules: Annotated[
-        list[str] | None,
-        NoEffect(
-            "it names modules whose gradients may travel in the autocast dtype; here all travel in float32, or in "
-            "communication_data_type"
-        ),
-    ] = None
-    """In DeepSpeed: classes of modules whose gradients may travel in the autocast dtype."""
+    lower_precision_safe_modules: list[str] | None = None
+    """Classes of modules, with their packages, whose gradients travel in the autocast dtype. Left out: torch's Linear,
+    Conv1d, Conv2d and Conv3d. An empty list: none. Aligned mode sends all in float32."""
 
 
 class DataTypesConfig(Section):

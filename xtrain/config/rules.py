@@ -24,11 +24,13 @@ class NotYet:
     Attributes:
         instead: what to do about it.
         switch: the entry of a section without which, or with one of `off`, the section asks for nothing.
+        by_presence: in DeepSpeed the section turns the feature on, even with nothing in it.
     """
 
     instead: str
     switch: str | None = None
     off: tuple[Any, ...] = (None, False, 0, "false")
+    by_presence: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def _asks_for_something(value: Any, info: FieldInfo) -> bool:
     A section does not if it is disabled, if all it says is false, or if its device is "none".
     """
     if isinstance(value, dict):
+        if any(isinstance(mark, NotYet) and mark.by_presence for mark in info.metadata):
+            return True
         switches = [mark for mark in info.metadata if isinstance(mark, NotYet) and mark.switch]
         off = any(value.get(mark.switch or "") in mark.off for mark in switches)
         return not off and _says_something(value)

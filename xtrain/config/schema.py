@@ -186,9 +186,11 @@ class Config(Section):
     """Divide gradients by the number of data-parallel ranks before they are summed over ranks, instead of after it."""
     gradient_predivide_factor: float = Field(1.0, gt=0)
     """Divide gradients by this number before the sum over ranks, and by (data-parallel ranks / this number) after it:
-    the mean is the same, but sums of fp16 over many ranks do not overflow. Has no effect with prescale_gradients."""
+    the mean is the same, but sums of fp16 over many ranks do not overflow. Has no effect with prescale_gradients or
+    with sums."""
     gradient_allreduce_op: Literal["mean", "sum"] = "mean"
-    """Whether gradients are averaged over the data-parallel ranks or summed. "sum" is not for stage 3."""
+    """Whether gradients are averaged over the data-parallel ranks or summed; a sum is not divided, whatever
+    prescale_gradients and gradient_predivide_factor say. "sum" is not for stage 3."""
     managed_gradient_accumulation: bool = True
     """True: every gradient_accumulation_steps-th step() is an update. False: every step() is one, however many
     backwards ran before it."""

@@ -5,9 +5,9 @@ Part of the schema (schema.py). Sizes are in elements, as DeepSpeed's.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from xtrain.config.rules import FeatureDict, NoEffect, NotYet, OnlyInStage3, Section
 
@@ -52,6 +52,34 @@ class OffloadConfig(Section):
     def pipeline(self) -> bool:
         """Whether pipelined reads or writes were asked for."""
         return self.pipeline_read or self.pipeline_write
+
+
+LEAF_MODULE_CLASSES = (
+    "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+)
+"""DeepSpeed's defaults. Models without such modules are not concerned."""
+
+
+def _texts(given: Any) -> Any:
+    """One text as a list of it; without what comes twice."""
+    entries = [given] if isinstance(given, str) else given
+    return list(dict.fromkeys(map(str, entries))) if isinstance(entries, list | tuple) else entries
+
+
+_Texts = Annotated[list[str], BeforeValidator(_texts)]
+
+
+class LeafModuleConfig(Section):
+    """Which modules are gathered as one in stage 3."""
+
+    classes: _Texts = Field(default_factory=lambda: list(LEAF_MODULE_CLASSES))
+    """Names of classes, with or without their module."""
+    names: _Texts = Field(default_factory=list)
+    """Names of modules, as named_modules() has them."""
+    name_suffixes: _Texts = Field(default_factory=list)
+    """Ends of names of modules."""
 
 
 class ZeroConfig(Section):
@@ -106,7 +134,7 @@ class ZeroConfig(Section):
     """Old spelling of offload_param with device cpu."""
     cpu_offload_use_pin_memory: bool | None = None
     """Old spelling of pin_memory in both. Left out, they take ordinary memory."""
-    zenflow: Annotated[FeatureDict | None, NotYet("use offload_optimizer alone")] = None
+    zenflow: Annotated[FeatureDict | None, NotYet("use offload_optimizer alone", by_presence=True)] = None
     """In DeepSpeed: update the most important gradients at once on the device, and the others later on the host."""
     zero_quantized_weights: Annotated[bool, _NO_QUANTIZED, OnlyInStage3()] = False
     """In DeepSpeed (ZeRO++): gather parameters in int8."""
@@ -170,8 +198,8 @@ class ZeroConfig(Section):
         bool, NoEffect("an iteration that differs from the last one is gathered without prefetching")
     ] = False
     """In DeepSpeed: warn when the order of modules differs from the recorded one."""
-    enable_sanity_checks: Annotated[bool, NoEffect("its checks are always on")] = False
-    """In DeepSpeed: check its own state while training."""
+    enable_sanity_checks: Annotated[bool, OnlyInStage3()] = False
+    """Leaving zero.GatheredParameters without a modifier_rank is an error if a parameter was changed inside."""
     save_muon_momentum_buffer_in_memory: Annotated[bool, NoEffect("optimizer states are kept in memory")] = (
         False
     )
@@ -185,10 +213,11 @@ class ZeroConfig(Section):
     zero_hpz_partition_size: Annotated[int, _ALL_RANKS, OnlyInStage3()] = Field(1, ge=0)
     """In DeepSpeed (ZeRO++): ranks in a group, usually a node, that keeps a second copy of the parameters, so that
     backward gathers inside the group."""
-    leaf_module: Annotated[
-        FeatureDict | None, NotYet("mark modules with utils.set_z3_leaf_modules"), OnlyInStage3()
-    ] = None
-    """In DeepSpeed: modules, by class or name, whose parameters are gathered as one."""
+    leaf_module: Annotated[LeafModuleConfig, OnlyInStage3()] = Field(
+        default_factory=lambda: LeafModuleConfig()
+    )
+    """Modules whose parameters are gathered as one, however many submodules they have: those of which not every
+    submodule runs each time, such as mixtures of experts. utils.set_z3_leaf_modules marks them from a script."""
     stage3_gather_fp16_weights_on_model_save: Annotated[bool, OnlyInStage3()] = False
     """Old spelling of stage3_gather_16bit_weights_on_model_save."""
 

@@ -354,10 +354,6 @@ class EngineActions(Engine):
 
     # ---------------------------------------------------------------- not there yet
 
-    coalesce_grad_reduction = _not_yet(
-        "coalesce_grad_reduction",
-        "run all but the last backward inside `with engine.no_sync():` (stages 0 and 1)",
-    )
     clip_fp32_gradients = _not_yet("clip_fp32_gradients", "set gradient_clipping: step() clips")
     set_data_post_process_func = _not_yet("set_data_post_process_func", "pass collate_fn to initialize()")
     set_custom_curriculum_learning_schedule = _not_yet(

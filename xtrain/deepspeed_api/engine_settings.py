@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from xtrain.base.errors import NotImplementedYetError
+from xtrain.config.combine import check_parameter_dtype
+from xtrain.engine.build import cast_module
 from xtrain.engine.engine import Engine
 from xtrain.precision.policy import DTYPES
+from xtrain.runtime.config import DeepSpeedConfig
 
 Getter = Callable[["EngineSettings"], Any]
 
@@ -45,9 +48,39 @@ def _enabled(section: str) -> Getter:
 class EngineSettings(Engine):
     """Getters of XtrainEngine for configuration keys; None where the key was left out."""
 
+    @property
+    def _config(self) -> DeepSpeedConfig:
+        """The config as an object with DeepSpeed's attribute names; DeepSpeed's private name, which scripts read."""
+        if "_deepspeed_config" not in self.__dict__:
+            self.__dict__["_deepspeed_config"] = DeepSpeedConfig(self.xtrain_config.raw, self.mpu)
+        config: DeepSpeedConfig = self.__dict__["_deepspeed_config"]
+        return config
+
+    def gradient_clipping(self) -> float:
+        """Value of the configuration key `gradient_clipping`."""
+        clipping: float = self._config.gradient_clipping
+        return clipping
+
+    # What subclasses of DeepSpeedEngine call: the parts of its set-up that concern dtypes.
+
+    def _mixed_precision_dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
+        """What parameters and buffers are cast to; None: nothing."""
+        param = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
+        buffer = self._config.buffer_dtype
+        return param, None if buffer is None else DTYPES[buffer]
+
+    def _assert_valid_mixed_precision_config(self) -> None:
+        """Raises ConfigError where `data_types.param_dtype` contradicts the sections fp16 and bf16."""
+        check_parameter_dtype(self._config.param_dtype, self.fp16_enabled(), self.bfloat16_enabled())
+
+    def _cast_module_mixed_precision(
+        self, param_dtype: torch.dtype | None, buffer_dtype: torch.dtype | None, is_zero_init_model: bool
+    ) -> None:
+        """Cast the module; parameters that `zero.Init` has divided are left to it."""
+        cast_module(self.module, None if is_zero_init_model else param_dtype, buffer_dtype)
+
     # Training
     managed_gradient_accumulation = _key("managed_gradient_accumulation")
-    gradient_clipping = _key("gradient_clipping")
     gradient_predivide_factor = _key("gradient_predivide_factor")
     steps_per_print = _key("steps_per_print")
     dump_state = _key("dump_state")

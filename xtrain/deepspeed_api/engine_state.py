@@ -48,6 +48,11 @@ class EngineState(Engine):
     skipped_steps = _counter("skipped_steps")
 
     @property
+    def _is_gradient_accumulation_boundary(self) -> bool | None:
+        """What `set_gradient_accumulation_boundary` was told last; DeepSpeed's private name."""
+        return self._boundary_override
+
+    @property
     def partition(self) -> Partition:
         """The flat buffers."""
         return self.train_state.partition

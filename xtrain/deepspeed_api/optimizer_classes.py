@@ -11,6 +11,7 @@ import types
 
 import torch
 
+from xtrain import comm
 from xtrain.config import XtrainConfig
 from xtrain.ops.adam import FusedAdam
 from xtrain.ops.lamb import FusedLamb
@@ -21,8 +22,50 @@ from xtrain.zero.optimizer import ZeroOptimizer
 from xtrain.zero.parameter_offload import ParameterOffload
 
 
-class DeepSpeedZeroOptimizer(ZeroOptimizer):
-    """Stages 1 and 2."""
+def _bucket_members(optimizer: ZeroOptimizer) -> list[list[torch.nn.Parameter]]:
+    return [
+        [group.members[member] for member in bucket.members]
+        for group in optimizer.groups
+        for bucket in group.layout.buckets
+    ]
+
+
+class _Divided(ZeroOptimizer):
+    """Stages 1 to 3."""
+
+    @property
+    def dp_process_group(self) -> torch.distributed.ProcessGroup | None:
+        """The ranks over which states are divided."""
+        return self.process_group or comm.get_world_group()
+
+    @property
+    def overlap_comm(self) -> bool:
+        """Whether buckets are reduced while backward goes on."""
+        return self.reducer.overlap
+
+
+class DeepSpeedZeroOptimizer(_Divided):
+    """Stages 1 and 2. What DeepSpeed has for each parameter group, this has for each bucket."""
+
+    @property
+    def bit16_groups(self) -> list[list[torch.nn.Parameter]]:
+        """The parameters that have a part in each master slice."""
+        return _bucket_members(self)
+
+    @property
+    def bit16_groups_flat(self) -> list[torch.Tensor]:
+        """The same parameters in one flat tensor each, of which they are views; padded."""
+        return [
+            group.params[bucket.start : bucket.stop]
+            for group in self.groups
+            for bucket in group.layout.buckets
+        ]
+
+    @property
+    def parallel_partitioned_bit16_groups(self) -> list[list[torch.Tensor]]:
+        """Each of `bit16_groups_flat` by the rank that updates it; views."""
+        ranks = comm.get_world_size(self.process_group)
+        return [list(flat.view(ranks, -1).unbind()) for flat in self.bit16_groups_flat]
 
     @property
     def single_partition_of_fp32_groups(self) -> list[torch.nn.Parameter]:
@@ -30,7 +73,7 @@ class DeepSpeedZeroOptimizer(ZeroOptimizer):
         return self.masters
 
 
-class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer):
+class DeepSpeedZeroOptimizer_Stage3(_Divided):
     """Stage 3.
 
     Attributes:
@@ -47,11 +90,54 @@ class DeepSpeedZeroOptimizer_Stage3(ZeroOptimizer):
     @property
     def fp16_groups(self) -> list[list[torch.nn.Parameter]]:
         """The parameters that have a part in each master slice."""
-        return [
-            [group.members[member] for member in bucket.members]
-            for group in self.groups
-            for bucket in group.layout.buckets
+        return _bucket_members(self)
+
+    @property
+    def leaf_parameters(self) -> dict[torch.nn.Module, list[torch.nn.Parameter]]:
+        """Modules that were marked to be gathered as one, with what is trained of them."""
+        found: dict[torch.nn.Module, list[torch.nn.Parameter]] = {}
+        for group in self.groups:
+            for param in group.members:
+                if (leaf := getattr(param, "ds_z3_leaf_module", None)) is not None:
+                    found.setdefault(leaf, []).append(param)
+        return found
+
+    @property
+    def grad_partitions_flat_buffer(self) -> torch.Tensor:
+        """This rank's parts of all averaged gradients, one after the other: a copy."""
+        return torch.cat([grad.reshape(-1) for _, grad in self._slices()])
+
+    def get_fp32_grad_partitions(self) -> dict[int, dict[int, torch.Tensor]]:
+        """Parameter group -> number in it, in DeepSpeed's order -> this rank's part of the averaged gradient, float32.
+
+        Parameters of which this rank has no part are left out. Collective.
+        """
+        result: dict[int, dict[int, torch.Tensor]] = {}
+        if self.reducer.settle():
+            order = {param: number for number, param in enumerate(self._in_order())}
+            for item in self.gradients:
+                for member, param in enumerate(item.group.members):
+                    if (mine := item.piece(member)) is not None:
+                        result.setdefault(item.group.group_index, {})[order[param]] = mine.float()
+        return result
+
+    def _in_order(self) -> list[torch.nn.Parameter]:
+        """What is trained, in the order of registration: flat groups have the reverse of it."""
+        return [param for group in reversed(self.groups) for param in reversed(group.members)]
+
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        """The 2-norm, over all ranks, of the averaged gradients of each master slice. Collective.
+
+        With fp16 they carry the loss scale. For scripts that clip gradients themselves; DeepSpeed's private name.
+        """
+        if not self.reducer.settle():
+            return []
+        grads = [grad for _, grad in self._slices()]
+        alone = [
+            [grad if number == index else None for number, grad in enumerate(grads)]
+            for index in range(len(grads))
         ]
+        return [torch.tensor(self._compute_norm(only, 1.0), device=self.groups[0].device) for only in alone]
 
 
 class BF16_Optimizer(ZeroOptimizer):

@@ -16,6 +16,7 @@ from typing import Any
 from xtrain.backends import Backend
 from xtrain.base.errors import BackendError, NotImplementedYetError
 from xtrain.deepspeed_engine.facade import Accelerator
+from xtrain.shims import alias
 
 EXTRA = "pip install 'xtrain[deepspeed]'"
 _CHOICE = "DS_ACCELERATOR"
@@ -47,10 +48,10 @@ def import_deepspeed(device_type: str) -> ModuleType:
             del os.environ[_CHOICE]
         else:
             os.environ[_CHOICE] = given
-    if found.__name__ != "deepspeed":
+    if alias.is_ours(found):
         raise BackendError(
-            "config key 'xtrain.engine' is 'deepspeed', and the script has imported xtrain.as_deepspeed, which hides "
-            "the installed deepspeed: leave one of them out"
+            "config key 'xtrain.engine' is 'deepspeed', and `xtrain run`, xtrain.install() or xtrain.as_deepspeed "
+            "hides the installed deepspeed: leave one of them out"
         )
     return found
 

@@ -19,6 +19,7 @@ from xtrain.config import XtrainConfig, solve_batch_sizes
 from xtrain.optim import build_optimizer, check_elementwise, check_fresh
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import PrecisionPolicy, for_backend, make_loss_scale, make_policy
+from xtrain.precision.autocast import mark_communication
 from xtrain.reproducible.perturbation import perturb_if_asked, perturb_masters
 from xtrain.zero import names
 from xtrain.zero.buffers import broadcast_buffers, broadcast_dense, set_buffer
@@ -74,6 +75,7 @@ class Builder:
             raise ConfigError(ALIGNED_IS_NOT_COMPILED.format(what="torch.compile() of the model"))
         self.precision = for_backend(make_policy(values, grid.sequence > 1), values, backend)
         place_module(module, self.device, self.precision.module, backend, self.precision.buffers)
+        mark_communication(module, values.torch_autocast, self.precision.aligned)
         perturb_if_asked(module, grid.replica)
         self._basic = self._basic_optimizer(optimizer, model_parameters)
         # Aligned mode adds micro-batches inside a rank first, for which every rank keeps whole gradients.
@@ -217,15 +219,7 @@ def place_module(
         ConfigError: a parameter has a dtype that the backend does not compute in.
     """
     module.to(device=device)
-    for param in module.parameters():
-        if dtype is not None and param.is_floating_point() and param.dtype != dtype:
-            if (home := home_of(param)) is not None and not param.numel():
-                home.cast(dtype)
-            else:
-                param.data = param.data.to(dtype)
-    for buffer in list(module.buffers()):
-        if buffer_dtype is not None and buffer.is_floating_point() and buffer.dtype != buffer_dtype:
-            set_buffer(module, buffer, buffer.detach().to(buffer_dtype))
+    cast_module(module, dtype, buffer_dtype)
     _align(module)
     for name, param in names.parameters(module):
         real = param.is_floating_point() or param.is_complex()
@@ -235,6 +229,19 @@ def place_module(
                 f"parameter {name!r} is {str(param.dtype).removeprefix('torch.')}, which backend {backend.name!r} "
                 f"does not train in: cast the model to one of {native}"
             )
+
+
+def cast_module(module: nn.Module, dtype: torch.dtype | None, buffer_dtype: torch.dtype | None) -> None:
+    """Cast floating-point parameters, whole or divided, and buffers; None leaves them as they are."""
+    for param in module.parameters():
+        if dtype is not None and param.is_floating_point() and param.dtype != dtype:
+            if (home := home_of(param)) is not None and not param.numel():
+                home.cast(dtype)
+            else:
+                param.data = param.data.to(dtype)
+    for buffer in list(module.buffers()):
+        if buffer_dtype is not None and buffer.is_floating_point() and buffer.dtype != buffer_dtype:
+            set_buffer(module, buffer, buffer.detach().to(buffer_dtype))
 
 
 def _align(module: nn.Module) -> None:

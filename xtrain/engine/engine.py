@@ -343,6 +343,45 @@ class Engine(nn.Module):
             self._syncing = True
             self._tell_boundary()
 
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Backward passes inside add up locally; leaving reduces their sum, once. For every ZeRO stage.
+
+        One block belongs to one `step()`, which comes after it. From stage 2 on, a rank holds whole gradients while
+        the block lasts. Collective.
+
+        Raises:
+            ConfigError: inside `no_sync` or another such block, with `managed_gradient_accumulation: false`, or in
+                aligned mode, where micro-batches are added in an order of their own.
+        """
+        values = self.train_state.values
+        _, reducer = self._trained("coalesce_grad_reduction()")
+        if not values.managed_gradient_accumulation:
+            raise ConfigError(
+                "coalesce_grad_reduction() needs managed_gradient_accumulation: without it, step() ends a window"
+            )
+        if values.xtrain.aligned and self.train_state.stage >= 2:
+            raise ConfigError(
+                "coalesce_grad_reduction() is not for aligned mode in ZeRO stage 2 and 3: leave it out"
+            )
+        if not self._syncing:
+            raise ConfigError(
+                "coalesce_grad_reduction() cannot be nested in itself or in no_sync(): leave one out"
+            )
+        self._syncing, reducer.held = False, True
+        self._tell_boundary()
+        try:
+            yield
+        except BaseException:
+            reducer.held = False
+            reducer.discard()
+            raise
+        else:
+            reducer.release_held()
+        finally:
+            self._syncing = True
+            self._tell_boundary()
+
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-batch is the last before an update."""
         if self._boundary_override is not None:

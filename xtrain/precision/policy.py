@@ -101,8 +101,15 @@ def make_policy(config: Config, sequence_parallel: bool = False) -> PrecisionPol
         apply_non_finite=_applies_non_finite(config),
         average=config.gradient_allreduce_op == "mean",
         buffers=DTYPES[config.data_types.buffer_dtype] if config.data_types.buffer_dtype else None,
-        predivide=None if config.prescale_gradients else config.gradient_predivide_factor,
+        predivide=_predivide(config),
     )
+
+
+def _predivide(config: Config) -> float | None:
+    """A sum is never divided, as in DeepSpeed."""
+    if config.gradient_allreduce_op == "sum":
+        return 1.0
+    return None if config.prescale_gradients else config.gradient_predivide_factor
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -56,6 +56,9 @@ class Watcher(Protocol):
     def hook(self, module: nn.Module, groups: list[ParamGroup]) -> None:
         """Make groups whole whenever the module runs."""
 
+    def remove(self) -> None:
+        """Take the hooks off until `put_back`."""
+
     def put_back(self) -> None:
         """Hook the model again after its hooks were removed."""
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xtrain import comm
-from xtrain.base.errors import ConfigError
+from xtrain.base.errors import ConfigError, TrainingError
 from xtrain.zero import foreign
 from xtrain.zero.gather import ShardedHome
 from xtrain.zero.home import Home, home_of
@@ -40,7 +40,8 @@ class GatheredParameters:
     """Makes divided parameters whole inside a `with` block, as `deepspeed.zero.GatheredParameters` does.
 
     Every rank must enter with the same parameters. With `modifier_rank`, that rank's changes are sent to
-    all and kept, master weights included; without, changes are lost. Ordinary tensors among the
+    all and kept, master weights included; without, changes are lost (and, with the config's
+    `enable_sanity_checks`, an error: TrainingError on every rank). Ordinary tensors among the
     parameters are left alone, so that the same code works in every stage. Where a backward needs the values of
     parameters that the script itself has computed with, it belongs inside the block.
 
@@ -65,6 +66,7 @@ class GatheredParameters:
         self._theirs = foreign.Gathered(found, modifier_rank, fwd_module)
         self._modifier = modifier_rank
         self._lent: dict[nn.Parameter, torch.Tensor] = {}
+        self._versions: list[tuple[nn.Parameter, int, int]] = []
         if fwd_module is not None:
             for param, _ in self._homes:
                 register_external_parameter(fwd_module, param)
@@ -87,6 +89,12 @@ class GatheredParameters:
                 if param.device.type == "cpu":
                     # `.cpu()` copies nothing here: what a script takes out must outlive the buffer, which is emptied.
                     param.data = param.data.clone()
+        if self._modifier is None:
+            self._versions = [
+                (param, param._version, param.data_ptr())
+                for param, _ in self._homes
+                if getattr(param, "ds_enable_sanity_checks", False)
+            ]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -94,6 +102,7 @@ class GatheredParameters:
         if self._modifier is not None and kind is None:
             for param, home in self._homes:
                 self._keep(param, home, self._modifier)
+        changed = kind is None and self._changed_anywhere()
         for param, home in self._homes:
             if (lent := self._lent.pop(param, None)) is not None:
                 if self._modifier is not None and kind is None and lent.data_ptr() != param.data_ptr():
@@ -101,6 +110,23 @@ class GatheredParameters:
                 param.data = lent
             home.reshard()
         self._theirs.__exit__(kind, error, trace)
+        if changed:
+            raise TrainingError(
+                "in-place modification of gathered parameters, which is lost: GatheredParameters() needs a "
+                "modifier_rank for changes to be kept (found because zero_optimization.enable_sanity_checks is set)"
+            )
+
+    def _changed_anywhere(self) -> bool:
+        """Whether a parameter with `enable_sanity_checks` was changed on any rank, without a modifier rank."""
+        versions, self._versions = self._versions, []
+        if not versions:
+            return False
+        changed = any(p._version != version or p.data_ptr() != place for p, version, place in versions)
+        group = self._homes[0][1].process_group
+        flag = torch.tensor(float(changed), device=versions[0][0].device)
+        if comm.get_world_size(group) > 1:
+            comm.all_reduce(flag, comm.ReduceOp.MAX, group=group)
+        return bool(flag)
 
     @staticmethod
     @torch.no_grad()
@@ -124,14 +150,26 @@ class GatheredParameters:
 def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
     """Gather an engine's weights once for many forward passes, as generation makes; every rank must enter.
 
+    The hooks of stage 3 are off inside, so that ranks may make different numbers of passes.
+
     Args:
         model: an engine; below stage 3 nothing is done.
 
     Yields:
         the engine.
     """
+    gatherer = model.train_state.partition.gatherer
+    hooks = None if gatherer is None else gatherer.hooks
     with GatheredParameters(model.module):
-        yield model
+        if gatherer is None or hooks is None:
+            yield model
+            return
+        hooks.remove()
+        try:
+            yield model
+        finally:
+            hooks.put_back()
+            gatherer.forget_order()
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:

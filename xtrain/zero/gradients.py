@@ -121,6 +121,10 @@ class Gradients(ABC):
         """This rank's elements of one parameter's gradient, a one-dimensional view; None when it has none."""
         return self.group.in_slice(member, self.owned)
 
+    def local(self, member: int) -> torch.Tensor | None:
+        """This rank's own gradient of one parameter before it is reduced, in its shape; None where it is not kept."""
+        return self.group.members[member].grad
+
     def of_masters(self) -> list[torch.Tensor]:
         """The gradient of each of the group's masters, in its shape."""
         return [self.owned(bucket) for bucket in self.group.layout.buckets]
@@ -280,6 +284,14 @@ class ShardedGradients(Gradients):
         staged = self._stage(bucket)[first : first + self.group.layout.sizes[member]]
         staged.view(self.group.shapes[member]).add_(param.grad.detach())
         param.grad = None
+
+    def local(self, member: int) -> torch.Tensor | None:
+        layout = self.group.layout
+        bucket = next(bucket for bucket in layout.buckets if member in bucket.members)
+        if (staged := self._staging.get(bucket.start)) is None:
+            return None
+        first = layout.starts[member] - bucket.start
+        return staged[first : first + layout.sizes[member]].view(self.group.shapes[member])
 
     def reduce(self, bucket: Bucket) -> Summing:
         # A gradient that comes later is staged anew.

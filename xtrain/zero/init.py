@@ -8,8 +8,10 @@ its constructor has run by then. What code inside the context does to divided pa
 from __future__ import annotations
 
 import inspect
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from xtrain import comm
-from xtrain.base.errors import ConfigError, NotImplementedYetError
+from xtrain.base.errors import BackendError, ConfigError, NotImplementedYetError
 from xtrain.config import load_config
 from xtrain.config.backend import choose_backend
 from xtrain.parallel import grid_from_mpu
@@ -70,6 +72,26 @@ class _Touches(TorchFunctionMode):
             if in_place or func == _DATA or name in _VIEWS:
                 self._touched(param, home)
         return func(*args, **kwargs)
+
+
+def single_rank_contradiction(
+    ranks: int, given: Any, environment: Mapping[str, str | None] | None = None
+) -> str | None:
+    """Why parameters must not be divided over one rank: the launcher has started several. None where all is well.
+
+    Args:
+        ranks: to divide over.
+        given: the process group that the script has given, which may have one rank on purpose.
+        environment: None: this process's.
+    """
+    told = (os.environ if environment is None else environment).get("WORLD_SIZE") or ""
+    if ranks != 1 or given is not None or not told.isdecimal() or int(told) < 2:
+        return None
+    return (
+        f"zero.Init would keep the whole model on each of the WORLD_SIZE={told} ranks that were launched: "
+        "torch.distributed was initialised with one rank before; call init_distributed() first of all, or pass "
+        "data_parallel_group if a group of one rank is meant"
+    )
 
 
 class Init:
@@ -137,6 +159,7 @@ class Init:
         given = config_dict_or_path if config_dict_or_path is not None else config
         checked = None if given is None else load_config(given)
         self.dtype = dtype
+        self._checks = checked is not None and checked.values.zero_optimization.enable_sanity_checks
         backend = choose_backend(checked)
         if dtype is None and checked is not None:
             self.dtype = for_backend(make_policy(checked.values), checked.values, backend).module
@@ -153,6 +176,9 @@ class Init:
             data_parallel_group = sequence_data_parallel_group
         if data_parallel_group is None and mpu is not None:
             data_parallel_group = grid_from_mpu(mpu).group
+        problem = single_rank_contradiction(comm.get_world_size(data_parallel_group), data_parallel_group)
+        if problem is not None:
+            raise BackendError(problem)
         self.process_group = data_parallel_group
         self.source = 0 if data_parallel_group is None else dist.get_global_rank(data_parallel_group, 0)
         self._built: list[weakref.ref[nn.Module]] = []
@@ -173,6 +199,7 @@ class Init:
                     as_built = self.dtype is None or not param.is_floating_point()
                     param.data = param.data.to(device=self.device, dtype=None if as_built else self.dtype)
                     LooseShard(param, self.process_group, self.source)
+                    param.ds_enable_sanity_checks = self._checks  # type: ignore[attr-defined]
 
     def _materialize(self, module: nn.Module) -> None:
         """Give parameters on the meta device (torch.nn.utils.skip_init) memory, and zeros: no values are asked for."""
@@ -214,10 +241,33 @@ class Init:
         if not Init._open:
             _unpatch()
         if kind is None:
-            for reference in self._built:
-                if (module := reference()) is not None:
-                    self._divide(module)
-            self._shard_touched()
+            self._divide_built()
+
+    def _divide_built(self) -> None:
+        built, self._built = self._built, []
+        for reference in built:
+            if (module := reference()) is not None:
+                self._divide(module)
+        self._shard_touched()
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """What is built inside belongs to no open `zero.Init`: around `initialize()`, whose engine is a module, too."""
+    contexts, Init._open = Init._open, []
+    for context in reversed(contexts):
+        context._mode.__exit__(None, None, None)
+        context._divide_built()
+    if contexts:
+        _unpatch()
+    try:
+        yield
+    finally:
+        if contexts:
+            _patch()
+        Init._open = contexts
+        for context in contexts:
+            context._mode.__enter__()
 
 
 # What help() and editors show; __new__ would hide it.

@@ -1,17 +1,20 @@
 """Marks modules that ZeRO stage 3 gathers as one piece: all parameters below them when they are entered.
 
 For modules whose parts run in an order that changes, such as mixtures of experts. The mark is the
-attribute `_z3_leaf` of the module, as in DeepSpeed; set it before `initialize`.
+attribute `_z3_leaf` of the module, as in DeepSpeed; set it before `initialize`, or in the config.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from xtrain.base.errors import ConfigError
+from xtrain.base.log import log_dist
+from xtrain.config.zero import LEAF_MODULE_CLASSES, LeafModuleConfig
 
 __all__ = [
     "get_z3_leaf_modules",
@@ -90,6 +93,34 @@ def set_z3_leaf_modules_by_suffix(
 ) -> tuple[list[nn.Module], list[str]]:
     """Mark modules by the ends of their names; returns and raises as `set_z3_leaf_modules_by_name`."""
     return _set_by_word(model, module_name_suffixes, flag, raise_if_not_found, str.endswith)
+
+
+def apply_leaf_modules(model: nn.Module, section: LeafModuleConfig) -> list[nn.Module]:
+    """Mark what the config's section `leaf_module` names; returns what was marked.
+
+    Names of the script's own that fit nothing are told; DeepSpeed's default classes need not be there.
+    """
+    marked = []
+    for name in section.classes:
+        found = set_z3_leaf_modules(model, [name], raise_if_not_found=False)
+        marked += found
+        if not found and name not in LEAF_MODULE_CLASSES:
+            _tell_unfound("classes", name)
+    by_word = (("names", set_z3_leaf_modules_by_name), ("name_suffixes", set_z3_leaf_modules_by_suffix))
+    for key, mark in by_word:
+        found, missing = mark(model, getattr(section, key), raise_if_not_found=False)
+        marked += found
+        for name in missing:
+            _tell_unfound(key, name)
+    return list(dict.fromkeys(marked))
+
+
+def _tell_unfound(key: str, name: str) -> None:
+    log_dist(
+        f"config key 'zero_optimization.leaf_module.{key}': no module of the model is {name!r}",
+        ranks=[0],
+        level=logging.WARNING,
+    )
 
 
 def _is_one_of(module: nn.Module, classes: Sequence[type | str]) -> bool:

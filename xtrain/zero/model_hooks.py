@@ -28,8 +28,16 @@ from xtrain.zero.home import home_of
 from xtrain.zero.param_group import ParamGroup
 
 
-class _WatchedParameters(dict[str, Any]):
-    """`module._parameters` that makes a parameter whole when running code reads it."""
+class WatchedParameters(dict[str, Any]):
+    """`module._parameters` that makes a parameter whole when running code reads it.
+
+    Args:
+        parent_module: the module.
+        args: its parameters, as `dict` takes them.
+    """
+
+    def __init__(self, parent_module: nn.Module | None = None, *args: Any) -> None:
+        super().__init__(*args)
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
@@ -193,7 +201,7 @@ class ModelHooks:
                 self.hook(child, list(dict.fromkeys(param_groups)))
 
     def _watch(self, module: nn.Module) -> None:
-        module._parameters = _WatchedParameters(module._parameters)
+        module._parameters = WatchedParameters(module, module._parameters)
         self._watched.append(module)
 
     def hook(self, module: nn.Module, param_groups: list[ParamGroup]) -> None:

@@ -84,8 +84,8 @@ class Owner:
         return self.optimizer.reducer.settle()
 
     def local_gradient(self) -> torch.Tensor | None:
-        """`param.grad` in the middle of a window: this rank's own sum so far. None between windows."""
-        return self.param.grad if self.optimizer.reducer.ran_backward else None
+        """In the middle of a window: this rank's own sum so far. None between windows."""
+        return self.gradients.local(self.member) if self.optimizer.reducer.ran_backward else None
 
     # ---------------------------------------------------------------- whole values
 

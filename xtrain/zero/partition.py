@@ -15,11 +15,13 @@ from xtrain.backends.alignment import aligned_unit
 from xtrain.config.schema import ZeroConfig
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import PrecisionPolicy
+from xtrain.precision.autocast import COMM_DTYPE
 from xtrain.zero import names
 from xtrain.zero.flat import FlatGroup, FlatOptions
 from xtrain.zero.gather import Gatherer, GatherPolicy, ShardedHome
 from xtrain.zero.gradients import Gradients, ShardedGradients, WholeGradients
 from xtrain.zero.home import describe_partitioned, full_shape, home_of, make_ordinary
+from xtrain.zero.leaf_modules import apply_leaf_modules
 from xtrain.zero.model_hooks import ModelHooks
 from xtrain.zero.param_group import ParamGroup, divide
 from xtrain.zero.shards import ShardedGroup
@@ -92,6 +94,7 @@ class Partitioner:
         """Take over the parameters of the module and of the optimizer."""
         detach_former_engines(self._names)
         if self.zero.stage == 3:
+            apply_leaf_modules(self.module, self.zero.leaf_module)
             self._param_groups = divide(self.module, self._to_shard())
             numbered = enumerate(self._param_groups)
             self._param_group_of = {param: number for number, found in numbered for param in found.params}
@@ -117,6 +120,7 @@ class Partitioner:
     def _describe(self, groups: Iterable[FlatGroup]) -> None:
         """Give the parameters that stay whole in stage 3 the attributes that those which are divided have already."""
         for param in self._names:
+            param.ds_enable_sanity_checks = self.zero.enable_sanity_checks  # type: ignore[attr-defined]
             if param not in self._param_group_of:
                 describe_partitioned(param, param.shape)
                 param.ds_persist = True  # type: ignore[attr-defined]
@@ -141,7 +145,7 @@ class Partitioner:
 
         That is the reverse of registration; parameters unknown to the module come first.
         """
-        result: dict[tuple[torch.dtype, bool], Members] = defaultdict(list)
+        result: dict[tuple[torch.dtype, bool, torch.dtype | None], Members] = defaultdict(list)
         last = len(self._position)
         numbered = sorted(
             enumerate(params),
@@ -150,15 +154,20 @@ class Partitioner:
         for position, param in numbered:
             if param.requires_grad or index < 0:
                 name = self._names.get(param, f"param_groups.{index}.{position}")
-                result[param.dtype, param in self._param_group_of].append((name, param))
+                key = (param.dtype, param in self._param_group_of, self._communication(param))
+                result[key].append((name, param))
         return list(result.values())
+
+    def _communication(self, param: nn.Parameter) -> torch.dtype | None:
+        """The dtype in which its gradient travels; None: the one in which it is accumulated."""
+        return self.precision.communication or getattr(param, COMM_DTYPE, None)
 
     def _options(self, members: Members, dtype: torch.dtype) -> FlatOptions:
         partitioned = self.zero.stage >= 1
         numbers = [self._param_group_of.get(param) for _, param in members]
         sharded = numbers[0] is not None
         accumulation = self.precision.accumulation_of(dtype)
-        travelling = self.precision.communication or accumulation
+        travelling = self._communication(members[0][1]) or accumulation
         default_size = self.backend.zero.reduce_bucket_bytes // accumulation.itemsize
         return FlatOptions(
             partitions=self.grid.size if partitioned else 1,
@@ -190,7 +199,7 @@ class Partitioner:
             group,
             precision.accumulation_of(dtype),
             self.grid.group,
-            precision.communication,
+            self._communication(members[0][1]),
             precision.predivide if precision.predivide is not None else float(self.grid.replicas),
             precision.aligned,
             precision.average,

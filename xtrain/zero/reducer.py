@@ -109,6 +109,7 @@ class GradientReducer:
 
     Attributes:
         at_boundary: whether the running micro-batch is the last of its accumulation window; the engine says so.
+        held: nothing is reduced, and gradients stay whole and local, until `release_held`.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class GradientReducer:
         gatherer: Gatherer | None = None,
     ) -> None:
         self.gradients = gradients
-        self.at_boundary = False
+        self.at_boundary = self.held = False
         self.every_backward = every_backward
         self.overlap = overlap
         self.gatherer = gatherer
@@ -242,7 +243,13 @@ class GradientReducer:
         return any(item.seen for item in self.queue)
 
     def _reducing(self) -> bool:
-        return self.every_backward or self.at_boundary
+        return not self.held and (self.every_backward or self.at_boundary)
+
+    def release_held(self) -> None:
+        """Reduce, once, what several backwards have added up while `held` was set; clears it. Collective."""
+        self.held = False
+        if self.ran_backward and not self._reduced:
+            self._reduce_all()
 
     def _launch_next(self) -> None:
         self._before_reduction()
@@ -334,7 +341,7 @@ class GradientReducer:
         """
         if self._open and not self._inside and self._reducing():
             self.close_micro_batch()
-        return self._reduced or (self.every_backward and self.ran_backward)
+        return self._reduced or (self.every_backward and self.ran_backward and not self.held)
 
     def reduce_rest(self) -> None:
         """Reduce what backward has left, because it did not know that the window ends."""

@@ -2,8 +2,8 @@
 
 from torch import nn
 
+from xtrain.base.stand_ins import refused_class
 from xtrain.deepspeed_api.compat import packages
-from xtrain.deepspeed_api.compat.refused import refused_class
 
 PipelineModule = refused_class("pipe.PipelineModule", nn.Module)
 LayerSpec = refused_class("pipe.LayerSpec")

@@ -13,11 +13,32 @@ from typing import Any
 import torch
 
 from xtrain import comm
+from xtrain.base.errors import ConfigError as DeepSpeedConfigError
 from xtrain.base.errors import NotImplementedYetError
 from xtrain.base.log import logger
 from xtrain.config import Config, load_config, solve_batch_sizes
 from xtrain.metrics.monitor.config import DeepSpeedMonitorConfig
 from xtrain.precision.policy import DTYPES
+
+__all__ = [
+    "ADAGRAD_OPTIMIZER",
+    "ADAMW_OPTIMIZER",
+    "ADAM_OPTIMIZER",
+    "ADAM_W_MODE",
+    "DEEPSPEED_OPTIMIZERS",
+    "LAMB_OPTIMIZER",
+    "LION_OPTIMIZER",
+    "MUON_OPTIMIZER",
+    "TORCH_ADAM_PARAM",
+    "CommsConfig",
+    "DeepSpeedConfig",
+    "DeepSpeedConfigError",
+    "get_gradient_accumulation_steps",
+    "get_gradient_clipping",
+    "get_log_level",
+    "get_train_batch_size",
+    "get_train_micro_batch_size_per_gpu",
+]
 
 ADAGRAD_OPTIMIZER = "adagrad"
 ADAM_OPTIMIZER = "adam"
@@ -39,6 +60,31 @@ _COPIED = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown",
     "dataloader_drop_last", "log_level",
 )  # fmt: skip
+
+
+def get_gradient_clipping(param_dict: Mapping[str, Any]) -> float:
+    """`gradient_clipping` of a config that is a dictionary, or the default."""
+    return float(param_dict.get("gradient_clipping", Config.model_fields["gradient_clipping"].default))
+
+
+def get_log_level(param_dict: Mapping[str, Any]) -> str | None:
+    """`log_level` of a config that is a dictionary; None: it does not say."""
+    return param_dict.get("log_level")
+
+
+def get_train_batch_size(param_dict: Mapping[str, Any]) -> int | None:
+    """`train_batch_size` of a config that is a dictionary; None: it does not say."""
+    return param_dict.get("train_batch_size")
+
+
+def get_train_micro_batch_size_per_gpu(param_dict: Mapping[str, Any]) -> int | None:
+    """`train_micro_batch_size_per_gpu` of a config that is a dictionary; None: it does not say."""
+    return param_dict.get("train_micro_batch_size_per_gpu")
+
+
+def get_gradient_accumulation_steps(param_dict: Mapping[str, Any]) -> int | None:
+    """`gradient_accumulation_steps` of a config that is a dictionary; None: it does not say."""
+    return param_dict.get("gradient_accumulation_steps")
 
 
 class CommsConfig:

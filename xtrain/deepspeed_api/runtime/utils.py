@@ -15,6 +15,15 @@ from xtrain import comm
 from xtrain.accelerator import get_accelerator
 from xtrain.base.errors import ConfigError
 from xtrain.metrics.memory_usage import see_memory_usage
+from xtrain.runtime.overflow import (
+    CheckOverflow,
+    count_used_parameters_in_backward,
+    get_grad_norm,
+    get_weight_norm,
+    is_expert_parameter,
+    is_model_parallel_parameter,
+)
+from xtrain.runtime.partitioned_tensor import PartitionedTensor
 from xtrain.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_rank
 
 
@@ -154,8 +163,10 @@ def clip_grad_norm_(
 
     Args:
         mpu: with one, each rank of its model-parallel group has parameters of its own, and the norm is that of all.
+
+    With experts among the parameters (`param.allreduce` is False) the ranks' norms differ; their mean is taken.
     """
-    parameters = [parameters] if torch.is_tensor(parameters) else parameters
+    parameters = [parameters] if torch.is_tensor(parameters) else list(parameters)
     grads = [param.grad for param in parameters if param.grad is not None]
     norms = [_norm(grad, norm_type) for grad in grads] or [torch.zeros(())]
     total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
@@ -167,6 +178,10 @@ def clip_grad_norm_(
             total = total**norm_type
             comm.all_reduce(total, group=group)
             total = total ** (1.0 / norm_type)
+    if any(map(is_expert_parameter, parameters)) and comm.is_initialized():
+        # Ranks with other experts would clip by other factors, and what they have in common would drift apart.
+        comm.all_reduce(total)
+        total = total / comm.get_world_size()
     factor = (float(max_norm) / (total + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.detach().mul_(factor.to(grad.device))
@@ -181,15 +196,21 @@ class DummyOptim:
 
 
 __all__ = [
+    "CheckOverflow",
     "DummyOptim",
+    "PartitionedTensor",
     "bwc_pipeline_parallel_world_size",
     "bwc_tensor_model_parallel_rank",
     "call_to_str",
     "clip_grad_norm_",
+    "count_used_parameters_in_backward",
     "empty_cache",
     "ensure_directory_exists",
     "get_global_norm",
+    "get_grad_norm",
     "get_only_unique_item",
+    "get_weight_norm",
+    "is_model_parallel_parameter",
     "move_to_device",
     "noop_decorator",
     "partition_balanced",

@@ -1,7 +1,7 @@
 """Process groups under the names of `deepspeed.utils.groups`, for scripts that ask for them.
 
 They are what the `mpu` of the engine that was built last says, under Megatron's old names or new ones; without one
-all ranks are data parallel. Expert parallelism is not there.
+all ranks are data parallel. Groups for experts are made on request (expert_groups.py); layers of experts are not there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,43 @@ import torch.distributed as dist
 from xtrain import comm
 from xtrain.parallel import DataParallelGrid, grid_from_mpu
 from xtrain.parallel.mpu import current, remember
+from xtrain.utils.expert_groups import (
+    _create_expert_and_data_parallel,
+    _get_expert_data_parallel_group,
+    _get_expert_data_parallel_group_dict,
+    _get_expert_data_parallel_rank,
+    _get_expert_data_parallel_world_size,
+    _get_expert_parallel_group,
+    _get_expert_parallel_group_dict,
+    _get_expert_parallel_rank,
+    _get_expert_parallel_ranks,
+    _get_expert_parallel_world_size,
+    _get_max_expert_parallel_group,
+    _get_max_expert_size_name,
+)
+
+__all__ = [
+    "_create_expert_and_data_parallel",
+    "_get_expert_data_parallel_group",
+    "_get_expert_data_parallel_group_dict",
+    "_get_expert_data_parallel_rank",
+    "_get_expert_data_parallel_world_size",
+    "_get_expert_parallel_group",
+    "_get_expert_parallel_group_dict",
+    "_get_expert_parallel_rank",
+    "_get_expert_parallel_ranks",
+    "_get_expert_parallel_world_size",
+    "_get_max_expert_parallel_group",
+    "_get_max_expert_size_name",
+    "get_data_parallel_group",
+    "get_data_parallel_rank",
+    "get_data_parallel_world_size",
+    "get_model_parallel_group",
+    "get_model_parallel_rank",
+    "get_model_parallel_world_size",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
+]
 
 
 def _grid() -> DataParallelGrid:
@@ -108,12 +145,6 @@ def get_tensor_model_parallel_world_size() -> int:
 def get_tensor_model_parallel_rank() -> int:
     """This process's number among them."""
     return _grid().model.tensor_rank
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(f"module 'xtrain.utils.groups' has no attribute {name!r}")
-    raise AttributeError(f"xtrain.utils.groups has no {name!r} yet: expert parallelism is not there")
 
 
 class _Groups(ModuleType):

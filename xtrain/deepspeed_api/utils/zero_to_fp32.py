@@ -6,8 +6,10 @@ python -m xtrain.utils.zero_to_fp32 CHECKPOINT_DIR OUTPUT_DIR
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from xtrain.base.errors import XtrainError
 from xtrain.checkpoint.export import (
@@ -18,10 +20,63 @@ from xtrain.checkpoint.export import (
 )
 
 __all__ = [
+    "atoi",
     "convert_zero_checkpoint_to_fp32_state_dict",
+    "get_checkpoint_files",
     "get_fp32_state_dict_from_zero_checkpoint",
+    "get_model_state_file",
+    "get_model_state_files",
+    "get_optim_files",
     "load_state_dict_from_zero_checkpoint",
+    "natural_keys",
 ]
+
+
+def atoi(text: str) -> int | str:
+    """The number that a text is, else the text."""
+    return int(text) if text.isdigit() else text
+
+
+def natural_keys(text: str) -> list[int | str]:
+    """A key for sorting by which `rank_10` comes after `rank_9`."""
+    return [atoi(part) for part in re.split(r"(\d+)", text)]
+
+
+def get_checkpoint_files(checkpoint_dir: str | Path, glob_pattern: str) -> list[str]:
+    """Files of a folder in DeepSpeed's format, by number.
+
+    Raises:
+        FileNotFoundError: none is there.
+    """
+    found = sorted((str(path) for path in Path(checkpoint_dir).glob(glob_pattern)), key=natural_keys)
+    if not found:
+        raise FileNotFoundError(f"there are no files {glob_pattern!r} in {checkpoint_dir}")
+    return found
+
+
+def get_optim_files(checkpoint_dir: str | Path) -> list[str]:
+    """The optimizer states of all ranks, in a checkpoint in DeepSpeed's format."""
+    return get_checkpoint_files(checkpoint_dir, "*_optim_states.pt")
+
+
+def get_model_state_files(checkpoint_dir: str | Path) -> list[str]:
+    """The model states of all ranks, in a checkpoint in DeepSpeed's format."""
+    return get_checkpoint_files(checkpoint_dir, "*_model_states.pt")
+
+
+def get_model_state_file(checkpoint_dir: str | Path, zero_stage: int) -> str:
+    """The first rank's model states, by the name that DeepSpeed gives them in this stage.
+
+    Raises:
+        FileNotFoundError: the folder or the file is not there.
+    """
+    if not Path(checkpoint_dir).is_dir():
+        raise FileNotFoundError(f"{checkpoint_dir} is not a folder")
+    name = "mp_rank_00_model_states.pt" if zero_stage <= 2 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    path = Path(checkpoint_dir) / name
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {name} in {checkpoint_dir}")
+    return str(path)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
 """`deepspeed.runtime.fp16.loss_scaler`: the classes of `engine.optimizer.loss_scaler`."""
 
-from xtrain.deepspeed_api.compat.refused import refused_class
+from xtrain.base.stand_ins import refused_class
 from xtrain.precision.loss_scale import DynamicLossScale as DynamicLossScaler
 from xtrain.precision.loss_scale import LossScale as LossScalerBase
 

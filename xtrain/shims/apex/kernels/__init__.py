@@ -1,0 +1,1 @@
+"""The arithmetic of apex's kernels; `amp_C` gathers them."""

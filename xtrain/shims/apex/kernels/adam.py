@@ -1,0 +1,122 @@
+"""One step of Adam over lists of tensors. `mode` 0 adds the decay to the gradient (Adam), 1 to the update (AdamW)."""
+
+from __future__ import annotations
+
+import torch
+
+from xtrain.shims.apex.kernels.lists import Number, TensorLists, is_set, together, wide
+
+
+def _step(
+    grad: torch.Tensor,
+    param: torch.Tensor,
+    moment: torch.Tensor,
+    square: torch.Tensor,
+    lr: Number,
+    betas: tuple[float, float],
+    eps: float,
+    corrections: tuple[float, float],
+    mode: int,
+    weight_decay: float,
+) -> torch.Tensor:
+    """The parameter's new value in wide dtype; the moments are updated in place."""
+    beta1, beta2 = betas
+    old, gradient = wide(param), wide(grad).view_as(param)
+    if mode == 0:
+        gradient = gradient + weight_decay * old
+    mean = beta1 * wide(moment) + (1 - beta1) * gradient
+    variance = beta2 * wide(square) + (1 - beta2) * gradient * gradient
+    moment.copy_(mean)
+    square.copy_(variance)
+    update = (mean / corrections[0]) / ((variance / corrections[1]).sqrt() + eps)
+    if mode != 0:
+        update = update + weight_decay * old
+    return old - lr * update
+
+
+def corrections(bias_correction: int, betas: tuple[float, float], step: int) -> tuple[float, float]:
+    """What the moments are divided by in this step, counted from 1."""
+    return (1 - betas[0] ** step, 1 - betas[1] ** step) if bias_correction else (1.0, 1.0)
+
+
+@torch.no_grad()
+def multi_tensor_adam(
+    chunk_size: int,
+    noop_flag: torch.Tensor,
+    tensor_lists: TensorLists,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
+    """[gradients, parameters, first moments, second moments]; the flag is neither read nor set, as in apex."""
+    divided_by = corrections(bias_correction, (beta1, beta2), int(step))
+    for grad, param, moment, square in together(tensor_lists, 4, "multi_tensor_adam"):
+        param.copy_(
+            _step(grad, param, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay)
+        )
+
+
+@torch.no_grad()
+def multi_tensor_adam_capturable(
+    chunk_size: int,
+    noop_flag: torch.Tensor,
+    tensor_lists: TensorLists,
+    lr: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: torch.Tensor,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+    inv_scale: torch.Tensor,
+) -> None:
+    """As `multi_tensor_adam`; gradients are multiplied by `inv_scale` first, in place; nothing happens if flagged."""
+    if is_set(noop_flag):
+        return
+    divided_by = corrections(bias_correction, (beta1, beta2), int(step))
+    for grad, param, moment, square in together(tensor_lists, 4, "multi_tensor_adam_capturable"):
+        unscaled = wide(grad) * inv_scale
+        grad.copy_(unscaled)
+        param.copy_(
+            _step(
+                unscaled, param, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay
+            )
+        )
+
+
+@torch.no_grad()
+def multi_tensor_adam_capturable_master(
+    chunk_size: int,
+    noop_flag: torch.Tensor,
+    tensor_lists: TensorLists,
+    lr: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: torch.Tensor,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+    inv_scale: torch.Tensor,
+) -> None:
+    """As `multi_tensor_adam_capturable`, with a fifth list of float32 masters, which the parameters are copied from."""
+    if is_set(noop_flag):
+        return
+    divided_by = corrections(bias_correction, (beta1, beta2), int(step))
+    for grad, param, moment, square, master in together(
+        tensor_lists, 5, "multi_tensor_adam_capturable_master"
+    ):
+        unscaled = wide(grad) * inv_scale
+        grad.copy_(unscaled)
+        master.copy_(
+            _step(
+                unscaled, master, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay
+            )
+        )
+        param.copy_(master)

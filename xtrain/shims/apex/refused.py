@@ -1,0 +1,61 @@
+"""Explains names of apex that the shim does not have (xtrain/shims/apex_table.py): asked by the import system.
+
+An ImportError is right for all of them: scripts that can do without apex's part go on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from xtrain.base.errors import NotImplementedYetError
+from xtrain.base.missing import MissingModuleError, MissingNameError
+from xtrain.shims.apex_table import REFUSED, find
+
+PACKAGE = "xtrain.shims.apex"
+
+
+def attributes(package: str) -> Callable[[str], Any]:
+    """A `__getattr__` for one of the shim's packages: explains names that the table knows."""
+
+    def missing(name: str) -> Any:
+        path = f"{package}.{name}".removeprefix(f"{PACKAGE}.")
+        entry = None if name.startswith("_") else find(path)
+        if entry is None:
+            raise AttributeError(f"module 'apex{package[len(PACKAGE) :]}' has no attribute {name!r}")
+        raise MissingNameError(f"apex.{path} ({entry[0]})", entry[1])
+
+    return missing
+
+
+def refused_class(path: str) -> Any:
+    """A class whose constructor says that it is not there; for names that scripts import without using them."""
+    feature, instead = REFUSED[path]
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedYetError(f"apex.{path} ({feature})", instead)
+
+    name = path.rpartition(".")[2]
+    return type(name, (), {"__init__": __init__, "__doc__": f"Not there: {instead}."})
+
+
+class Finder:
+    """The last finder of the import system: explains apex's modules that are not there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        below = fullname.removeprefix(f"{PACKAGE}.")
+        entry = find(below) if below != fullname else None
+        if entry is not None:
+            raise MissingModuleError(f"apex.{below} ({entry[0]})", entry[1])
+        return None
+
+
+def install() -> None:
+    """Add the finder, once."""
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.append(Finder())
