@@ -29,6 +29,7 @@ def _plugin(stage: int, **more: Any) -> Any:
     from accelerate.utils import DeepSpeedPlugin
 
     config = tiny.zero(stage, gradient_clipping=1.0, **more)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
 
 
@@ -65,6 +66,60 @@ def _accelerated(stage: int | None) -> list[float]:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_loop_of_ones_own(ranks: Ranks, stage: int) -> None:
     close(ranks(2, _accelerated, stage)[0], ranks(2, _accelerated, None)[0])
+
+
+def _saved_and_loaded(folder: str, stage: int) -> tuple[list[float], list[float]]:
+    """Losses after `save_state`, and those after `load_state`."""
+    from accelerate import Accelerator
+
+    with tiny.fresh():
+        accelerator = Accelerator(deepspeed_plugin=_plugin(stage), gradient_accumulation_steps=2)
+        model = tiny.model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=4)
+        model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, _loader())
+        _steps(accelerator, model, optimizer, loader)
+        accelerator.save_state(folder)
+        after = _steps(accelerator, model, optimizer, loader)
+        accelerator.load_state(folder)
+        again = _steps(accelerator, model, optimizer, loader)
+        state = accelerator.get_state_dict(model)
+        expected = tiny.model().state_dict()
+        if accelerator.is_main_process:
+            assert {name: value.shape for name, value in state.items()} == {
+                name: value.shape for name, value in expected.items()
+            }
+        return after, again
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_save_and_load_state(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    after, again = ranks(2, _saved_and_loaded, str(tmp_path), stage)[0]
+    assert again == after
+
+
+def _from_the_config() -> list[float]:
+    """Accelerate's placeholders for what the config names."""
+    from accelerate import Accelerator
+    from accelerate.utils import DummyOptim, DummyScheduler
+
+    adam = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}
+    warmup = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+    schedule = {"type": "WarmupLR", "params": warmup}
+    with tiny.fresh():
+        plugin = _plugin(2, optimizer=adam, scheduler=schedule)
+        accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=2)
+        model = tiny.model()
+        optimizer = DummyOptim(model.parameters(), lr=1e-2, weight_decay=0.01)
+        scheduler = DummyScheduler(optimizer, warmup_num_steps=1)
+        model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, _loader())
+        return _steps(accelerator, model, optimizer, loader)
+
+
+def test_optimizer_and_schedule_of_the_config(ranks: Ranks) -> None:
+    losses, plain = ranks(2, _from_the_config)[0], ranks(2, _accelerated, None)[0]
+    close(losses[:2], plain[:2])  # what follows has DeepSpeed's schedule
+    assert losses[-1] < losses[0]
 
 
 def _teacher_and_student() -> tuple[list[float], list[float]]:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import xtrain
 from tests import toys
-from tests.zero.test_stage3 import engine_of, three_steps
+from tests.zero.test_stage3 import engine_of, ids_of, three_steps
 from xtrain.base.errors import ConfigError
 from xtrain.zero import GatheredParameters, register_external_parameter
 
@@ -92,3 +93,32 @@ def _all_parameters_stay_whole() -> None:
 
 def test_where_nothing_is_divided(ranks: Ranks) -> None:
     ranks(1, _all_parameters_stay_whole)
+
+
+def _without_optimizer() -> None:
+    """As a teacher is, that only answers: DeepSpeed has these names at the optimizer's place then."""
+    model = toys.LanguageModel("tied")
+    config = {
+        "train_batch_size": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    engine, optimizer, _, schedule = xtrain.initialize(model=model, config=config)
+    assert engine.optimizer is optimizer
+    assert schedule is None
+    assert engine.optimizer.module is model
+    assert (engine.get_global_grad_norm(), engine.loss_scale(), engine.basic_optimizer) == (None, 1.0, None)
+    ids = ids_of(0, 0)
+    with torch.no_grad():
+        expected = engine(ids)
+        with GatheredParameters(engine.parameters()):
+            _take_off(engine.optimizer)
+            assert torch.equal(engine.module(ids), expected)
+            _put_on(engine.optimizer)
+        assert torch.equal(engine(ids), expected)
+    engine.zero_grad()
+    with pytest.raises(ConfigError, match="needs an optimizer"):
+        engine.step()
+
+
+def test_without_optimizer(ranks: Ranks) -> None:
+    ranks(1, _without_optimizer)

@@ -65,7 +65,8 @@ class EngineState(Engine):
     @property
     def basic_optimizer(self) -> Any:
         """The optimizer that works on this rank's slices, as torch knows it."""
-        return self.optimizer.optimizer if self.optimizer else None
+        optimizer = self.train_state.optimizer
+        return optimizer.optimizer if optimizer else None
 
     # Batches
 
@@ -116,15 +117,18 @@ class EngineState(Engine):
     def get_global_grad_norm(self) -> float | None:
         """2-norm of the averaged gradients of the last update, before clipping; None before the first, and
         when `zero_optimization.compute_grad_norm` is false."""
-        return self.optimizer.grad_norm if self.optimizer else None
+        optimizer = self.train_state.optimizer
+        return optimizer.grad_norm if optimizer else None
 
     def loss_scale(self) -> float:
         """Factor on the loss of the next backward; 1 for fp32 and bf16."""
-        return self.optimizer.loss_scale if self.optimizer else 1.0
+        optimizer = self.train_state.optimizer
+        return optimizer.loss_scale if optimizer else 1.0
 
     def dynamic_loss_scale(self) -> bool:
         """Whether the loss scale adapts."""
-        return self.optimizer is not None and self.optimizer.loss_scaler.dynamic
+        optimizer = self.train_state.optimizer
+        return optimizer is not None and optimizer.loss_scaler.dynamic
 
     # Ranks
 

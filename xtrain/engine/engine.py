@@ -129,15 +129,16 @@ class Engine(nn.Module):
 
     def _scheduler(self, given: Any) -> Any:
         if callable(given) and not hasattr(given, "step"):
-            return given(None if self.optimizer is None else self.optimizer.optimizer)
+            optimizer = self.train_state.optimizer
+            return given(None if optimizer is None else optimizer.optimizer)
         if given is not None:
             return given
         section = self.xtrain_config.values.scheduler
         if section is None:
             return None
-        if self.optimizer is None:
+        if self.train_state.optimizer is None:
             raise ConfigError("the config has a scheduler but no optimizer: add one, or remove the scheduler")
-        return build_scheduler(section, self.optimizer)
+        return build_scheduler(section, self.train_state.optimizer)
 
     def _discarded(self) -> None:
         """The gradients of the running window were given up."""
@@ -209,9 +210,10 @@ class Engine(nn.Module):
         Raises:
             ConfigError: nothing does, and the call needs it.
         """
-        if self.optimizer is None or self._reducer is None:
+        optimizer = self.train_state.optimizer
+        if optimizer is None or self._reducer is None:
             raise ConfigError(f"{call} needs an optimizer: name one in the config or pass it to initialize()")
-        return self.optimizer, self._reducer
+        return optimizer, self._reducer
 
     @staticmethod
     def _scaled(loss: torch.Tensor, optimizer: ZeroOptimizer) -> torch.Tensor:
@@ -404,8 +406,8 @@ class Engine(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients."""
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
+        if self.train_state.optimizer is not None:
+            self.train_state.optimizer.zero_grad()
         else:
             self.module.zero_grad(set_to_none)
 

@@ -129,7 +129,7 @@ def _torch_is_there(torch: ModuleType) -> None:
     if device.is_needed(backend):
         device.activate(backend, _state.patches)
         _state.device = True
-        for name in device.KERNELS:
+        for name in device.CHANGED:
             _state.hooks.add(name, lambda module: device.module_is_there(module, _state.patches))
     elif _state.mode == "on":
         raise ConfigError(

@@ -28,13 +28,15 @@ class XtrainEngine(EngineActions, EngineState, EngineSettings):
 
     Attributes:
         module: the user's model; its parameters are views of flat buffers.
-        optimizer: a ZeroOptimizer, or None when neither the config nor the call names an optimizer.
+        optimizer: a ZeroOptimizer; when neither the config nor the call names an optimizer, None, or in stage 3 a
+            ParameterOffload.
         lr_scheduler: stepped once per optimizer step that was not skipped.
         global_steps, micro_steps, global_samples, skipped_steps: counters since the start of training.
         training_dataloader: of the `training_data` that was given, else None.
     """
 
     _optimizer_class = staticmethod(optimizer_class)
+    _offload: ParameterOffload | None = None
 
     def __init__(
         self,
@@ -50,15 +52,29 @@ class XtrainEngine(EngineActions, EngineState, EngineSettings):
         mpu: Any = None,
     ) -> None:
         super().__init__(module, config, backend, grid, optimizer, model_parameters, lr_scheduler, mpu)
-        if isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        if self.train_state.stage == 3:
             offload = ParameterOffload(module, self.train_state.partition.gatherer)
-            self.optimizer.parameter_offload = offload
+            if isinstance(trained := self.train_state.optimizer, DeepSpeedZeroOptimizer_Stage3):
+                trained.parameter_offload = offload
+            else:
+                self._offload = offload
             self.train_hooks.on_destroy.append(lambda _: offload.destroy())
         self.train_hooks.after_step.append(self._print_step)
         self.train_metrics = Metrics(self.train_state, self.train_hooks, self)
         self.training_dataloader = (
             None if training_data is None else self.deepspeed_io(training_data, collate_fn=collate_fn)
         )
+
+    @property
+    def optimizer(self) -> Any:
+        """What updates the model. Where nothing does, in stage 3, what takes the hooks off, which DeepSpeed puts here:
+        libraries that generate look for it."""
+        trained = self.train_state.optimizer
+        return self._offload if trained is None else trained
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Any) -> None:
+        self.train_state.optimizer = optimizer
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that the engine lacks are the module's, as in DeepSpeed."""

@@ -13,8 +13,17 @@ from xtrain.backends import Backend
 from xtrain.base.errors import BackendError
 from xtrain.shims.patches import Patches
 
-KERNELS = {"torch.utils.cpp_extension": "refuse_sources", "triton.runtime.jit": "refuse_triton"}
-"""Modules that are changed when a script imports them, by functions of kernels.py."""
+CHANGED = {
+    "torch.utils.cpp_extension": "kernels.refuse_sources",
+    "triton.runtime.jit": "kernels.refuse_triton",
+    "lightning.fabric.accelerators.cuda": "lightning.accept_device",
+    "lightning.fabric.strategies.deepspeed": "lightning.accept_index",
+    "lightning.pytorch.accelerators.cuda": "lightning.accept_device",
+    "lightning_fabric.accelerators.cuda": "lightning.accept_device",
+    "lightning_fabric.strategies.deepspeed": "lightning.accept_index",
+    "pytorch_lightning.accelerators.cuda": "lightning.accept_device",
+}
+"""Modules that are changed when a script imports them, by functions of the modules here."""
 
 
 def is_needed(backend: Backend) -> bool:
@@ -47,7 +56,6 @@ def activate(backend: Backend, patches: Patches) -> None:
 
 
 def module_is_there(module: ModuleType, patches: Patches) -> None:
-    """Change one of `KERNELS`, which has just been imported."""
-    from xtrain.shims.device import kernels
-
-    getattr(kernels, KERNELS[module.__name__])(module, patches)
+    """Change one of `CHANGED`, which has just been imported."""
+    place, _, name = CHANGED[module.__name__].partition(".")
+    getattr(importlib.import_module(f"{__name__}.{place}"), name)(module, patches)
