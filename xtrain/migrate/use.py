@@ -43,6 +43,7 @@ class Use:
             it is available.
         cell: in a notebook, the number of the cell from 1.
         value: of a configuration, the dictionary; of a command line, the line.
+        source: of a configuration in a file of its own, the file's text.
     """
 
     file: str
@@ -52,6 +53,7 @@ class Use:
     optional: bool = False
     cell: int | None = None
     value: Any = field(default=None, compare=False, repr=False)
+    source: str = field(default="", compare=False, repr=False)
 
 
 def kind_of(name: str) -> str | None:
