@@ -58,6 +58,8 @@ def test_the_engines_surface_is_the_records():
     [
         ("deepspeed", "deepspeed.initialize", Verdict.SHIM, ""),
         ("deepspeed", "deepspeed.zero.Init", Verdict.SHIM, ""),
+        ("deepspeed", "xtrain.zero.Init", Verdict.AS_IS, ""),
+        ("deepspeed", "xtrain.init_inference", Verdict.UNSUPPORTED, "inference and generation"),
         ("deepspeed", "deepspeed.init_inference", Verdict.UNSUPPORTED, "inference and generation"),
         ("deepspeed", "deepspeed.never.was", Verdict.UNSUPPORTED, "does not know"),
         ("engine", "engine.backward", Verdict.AS_IS, ""),
