@@ -40,8 +40,8 @@ def test_fixed_linear(low: int, more: int, unit: int, total: int, step: int) -> 
     high = low + more
     found = _made("fixed_linear", low, high, {"total_curriculum_step": total, "difficulty_step": unit})
     reached = Fraction(step, total) * more + low
-    allowed = range(-(-low // unit) * unit, high + 1, unit)
-    expected = min(max((n for n in allowed if n <= reached), default=-(-low // unit) * unit), high)
+    first = next(n for n in range(low, low + unit) if n % unit == 0)
+    expected = min(max([first, *(n for n in range(first, int(reached) + 1, unit))]), high)
     if Fraction(reached).denominator > 1 or step % total == 0:  # else floats may fall on either side of it
         assert found.get_difficulty(step) == expected
 

@@ -32,7 +32,7 @@ def test_a_stand_in_says_what_to_do_when_it_is_used() -> None:
     assert not isinstance(nn.Linear(1, 1), PipelineEngine)
     for make in (Mine, lambda: TrainSchedule(1, 2, 3)):
         with pytest.raises(
-            NotImplementedYetError, match=r"runtime\.pipe\..* \(pipeline parallelism\) is not there yet"
+            NotImplementedYetError, match=r"runtime\.pipe\..* \(pipeline parallelism\) is not"
         ):
             make()
     init_inference = importlib.import_module("xtrain").init_inference

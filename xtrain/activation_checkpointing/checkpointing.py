@@ -272,6 +272,28 @@ _MODEL_PARALLEL_RNG_TRACKER_NAME = MODEL_PARALLEL
 """DeepSpeed's private names, which forks of Megatron read."""
 
 
+def _set_cuda_rng_state(new_state: torch.Tensor, device: int = -1) -> None:
+    """Set the state of the device's generator, under the private name that copies of Megatron's code take."""
+    runtime().set_rng_state(new_state)
+
+
+def detach_variable(inputs: Any, device: Any = None) -> tuple[Any, ...]:
+    """The inputs cut off from their graph, each with the `requires_grad` that it had; moved to `device` if given.
+
+    Raises:
+        ConfigError: they are no tuple.
+    """
+    if not isinstance(inputs, tuple):
+        raise ConfigError(f"detach_variable() takes a tuple of tensors, got {type(inputs).__name__}")
+
+    def detached(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return (value if device is None else value.to(device)).detach().requires_grad_(value.requires_grad)
+
+    return tuple(map(detached, inputs))
+
+
 def get_cuda_rng_tracker() -> RngStatesTracker:
     """The tracker of named random states, whatever the device is."""
     return tracker

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from xtrain.base.errors import NotImplementedYetError
+from xtrain.base.missing import find
 
 _CLASSES: dict[str, str] = {
     "": "PipelineEngine PipelineModule+ DeepSpeedTransformerConfig DeepSpeedTransformerLayer+",
@@ -37,8 +38,8 @@ _CLASSES: dict[str, str] = {
     "runtime.pipe.module": "PipelineModule+ LayerSpec TiedLayerSpec",
     "runtime.pipe": "PipelineModule+ LayerSpec TiedLayerSpec",
     "runtime.pipe.schedule": "BackwardPass ForwardPass LoadMicroBatch OptimizerStep RecvActivation RecvGrad "
-    "ReduceGrads ReduceTiedGrads SendActivation SendGrad BufferOpInstruction InferenceSchedule PipeInstruction PipeSchedule "
-    "TrainSchedule",
+    "ReduceGrads ReduceTiedGrads SendActivation SendGrad BufferOpInstruction InferenceSchedule PipeInstruction "
+    "PipeSchedule TrainSchedule",
     "runtime.sequence_parallel.ulysses_sp": "UlyssesSPAttentionHF+ TiledMLP UlyssesSPDataLoaderAdapter",
     "runtime.state_dict_factory": "SDLoaderFactory MegatronSDLoader",
     "sequence.fpdt_layer": "FPDT_Attention+ FPDT_FFN FPDT_InputConstruct+ FPDT_LogitsLoss",
@@ -113,9 +114,7 @@ def get(path: str) -> Any:
 
 
 def _error(path: str) -> NotImplementedYetError:
-    from xtrain.base import missing
-
-    entry = missing.find(path)
+    entry = find(path)
     assert entry is not None, path
     return NotImplementedYetError(f"{path} ({entry.feature})", entry.instead)
 

@@ -5,6 +5,7 @@ The engine does not use it: what there is to configure is in xtrain.config.
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ __all__ = [
     "CommsConfig",
     "DeepSpeedConfig",
     "DeepSpeedConfigError",
+    "DtypeEnum",
     "get_gradient_accumulation_steps",
     "get_gradient_clipping",
     "get_log_level",
@@ -60,6 +62,29 @@ ADAM_W_MODE = "adam_w_mode"
 ADAM_W_MODE_DEFAULT = True
 MUADAM_OPTIMIZER, MUADAMW_OPTIMIZER, MUSGD_OPTIMIZER = "muadam", "muadamw", "musgd"
 """Of the package mup, which a script brings; the config's `optimizer.type` does not take them."""
+
+
+class DtypeEnum(enum.Enum):
+    """Dtypes by the names that configs have for them; `DtypeEnum("bf16")` is `DtypeEnum.bf16`."""
+
+    fp16 = torch.float16
+    fp32 = torch.float32
+    bf16 = torch.bfloat16
+    int8 = torch.int8
+
+    @classmethod
+    def _missing_(cls, value: object) -> DtypeEnum | None:
+        names = {
+            "half": "fp16",
+            "float16": "fp16",
+            "float": "fp32",
+            "float32": "fp32",
+            "bfloat16": "bf16",
+            "int": "int8",
+        }
+        text = str(value).removeprefix("torch.")
+        return cls.__members__.get(names.get(text, text))
+
 
 _COPIED = (
     "managed_gradient_accumulation", "steps_per_print", "dump_state", "disable_python_gc", "disable_allgather",

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from xtrain.base import missing
+from xtrain.base import finders
 from xtrain.base.errors import NotImplementedYetError
 from xtrain.base.missing import MissingModuleError, MissingNameError
 from xtrain.shims.apex_table import REFUSED, find
@@ -60,5 +60,5 @@ def install() -> None:
     """Add the finder, once; before the one that explains DeepSpeed's names, which would take some for its own."""
     if any(isinstance(finder, Finder) for finder in sys.meta_path):
         return
-    places = [place for place, finder in enumerate(sys.meta_path) if isinstance(finder, missing.Finder)]
+    places = [place for place, finder in enumerate(sys.meta_path) if isinstance(finder, finders.Finder)]
     sys.meta_path.insert(places[0] if places else len(sys.meta_path), Finder())

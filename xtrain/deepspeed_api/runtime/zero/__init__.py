@@ -9,4 +9,5 @@ _module = packages.attributes(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(zero, name) if hasattr(zero, name) else _module(name)
+    # Not all that xtrain.zero has: its modules have the names of some here.
+    return getattr(zero, name) if name in zero.__all__ else _module(name)
