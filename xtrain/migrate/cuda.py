@@ -6,7 +6,7 @@ They are about the other backends. On NVIDIA's all of it works as is.
 from __future__ import annotations
 
 from xtrain.migrate.verdict import Answer, Verdict
-from xtrain.shims.device.names import REFUSED
+from xtrain.shims.cuda_names import REFUSED
 
 _HARMLESS = {
     "torch.cuda": "",

@@ -71,9 +71,6 @@ def accelerator_verdict(name: str) -> Answer:
     if attribute in members:
         said = members[attribute]
         return (Verdict.AS_IS, "") if said is None else (Verdict.UNSUPPORTED, said)
-    entry = missing.find(f"accelerator.{attribute}")
-    if entry is not None:
-        return Verdict.UNSUPPORTED, f"{entry.feature}: {entry.instead}"
     return (
         Verdict.UNSUPPORTED,
         "xtrain's accelerator has no such name: docs/compat.md lists those that there are",

@@ -9,5 +9,9 @@ _module = packages.attributes(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    # Not all that xtrain.zero has: its modules have the names of some here.
-    return getattr(zero, name) if name in zero.__all__ else _module(name)
+    try:
+        return _module(name)  # first: modules of xtrain.zero have the names of some here
+    except AttributeError:
+        if hasattr(zero, name):
+            return getattr(zero, name)
+        raise
