@@ -7,7 +7,19 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 
-LINKED = ("accelerator", "launcher", "moe", "monitor", "ops", "pipe", "profiling", "runtime", "utils")
+LINKED = (
+    "accelerator",
+    "compression",
+    "launcher",
+    "moe",
+    "monitor",
+    "ops",
+    "pipe",
+    "profiling",
+    "runtime",
+    "sequence",
+    "utils",
+)
 """Folders of xtrain/deepspeed_api/ that links in xtrain/ lead to."""
 
 

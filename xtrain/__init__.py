@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xtrain.base import missing, stand_ins
+from xtrain.base import finders, missing, stand_ins
 from xtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -122,4 +122,4 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *_SUBMODULES})
 
 
-missing.install()
+finders.install()

@@ -106,10 +106,11 @@ def test_the_record_is_the_installed_deepspeeds(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("statement", "feature"),
     [
-        ("import xtrain.runtime.pipe.engine", "runtime.pipe (pipeline parallelism)"),
-        ("from xtrain import PipelineModule", "PipelineModule (pipeline parallelism)"),
-        ("import xtrain.moe.sharded_moe", "moe.sharded_moe (mixture of experts)"),
-        ("import xtrain.inference.engine", "inference (inference and generation)"),
+        ("import xtrain.runtime.pipe.never", "runtime.pipe.never (pipeline parallelism)"),
+        ("from xtrain.runtime.pipe import DualPipe", "runtime.pipe.DualPipe (pipeline parallelism)"),
+        ("from xtrain import DualPipeV", "DualPipeV (pipeline parallelism)"),
+        ("import xtrain.moe.experts", "moe.experts (mixture of experts)"),
+        ("import xtrain.inference.engine", "inference.engine (inference and generation)"),
         (
             "from xtrain.ops.op_builder import DeepCompileBuilder",
             "ops.op_builder.DeepCompileBuilder (compiled",
@@ -124,10 +125,10 @@ def test_an_import_that_fails_names_the_feature(statement: str, feature: str) ->
 
 
 def test_attributes_that_are_missing_answer_hasattr() -> None:
-    assert not hasattr(xtrain, "PipelineModule")
+    assert not hasattr(xtrain, "InferenceEngine")
     assert not hasattr(xtrain, "no_such_name")
-    with pytest.raises(MissingNameError, match="init_inference"):
-        xtrain.init_inference  # noqa: B018 - the access is the test
+    with pytest.raises(MissingNameError, match="DeepSpeedInferenceConfig"):
+        xtrain.DeepSpeedInferenceConfig  # noqa: B018 - the access is the test
     with pytest.raises(AttributeError, match="neither has deepspeed"):
         xtrain.no_such_name  # noqa: B018
     with pytest.raises(ModuleNotFoundError):

@@ -16,8 +16,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import xtrain
 from tests.deepspeed_api import probe
+from xtrain.base import log
 from xtrain.base.errors import ConfigError, NotImplementedYetError, TrainingError
+from xtrain.base.missing import MissingNameError
 from xtrain.config import load_config
 from xtrain.runtime import config as runtime_config
 from xtrain.runtime import constants
@@ -306,3 +309,97 @@ def test_the_record_of_all_names_is_whole() -> None:
     assert len(every) > 700
     assert {"_CUDA_RNG_STATE_TRACKER"} <= set(every["runtime.activation_checkpointing.checkpointing"].split())
     assert "ssh" not in every["launcher.runner"].split()
+
+
+# ---------------------------------------------------------------- engines that share a loss
+
+
+def _share_a_loss() -> list[tuple[list[float], list[float]]]:
+    """(weights after one step of SGD, the same by hand) of two engines whose modules are called without them."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+    }
+    starts = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])]
+    engines = []
+    for start in starts:
+        model = nn.Linear(2, 1, bias=False)
+        model.weight.data.copy_(start)
+        engines.append(xtrain.initialize(model=model, model_parameters=model.parameters(), config=config)[0])
+    x = torch.tensor([[1.0, float(dist.get_rank())]])
+    sum(engine.module(x).sum() / (number + 1) for number, engine in enumerate(engines)).backward()
+    for engine in engines:
+        engine._backward_epilogue()
+        engine.step()
+    mean = torch.tensor([[1.0, 0.5]])  # of x over the two ranks
+    expected = [start - 0.5 * mean / (number + 1) for number, start in enumerate(starts)]
+    found = [engine.module.weight.detach() for engine in engines]
+    return [(a.flatten().tolist(), b.flatten().tolist()) for a, b in zip(found, expected, strict=True)]
+
+
+def test_engines_that_share_a_loss_step_by_the_mean(ranks: Ranks) -> None:
+    for pairs in ranks(2, _share_a_loss):
+        for found, expected in pairs:
+            assert found == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- names by DeepSpeed's paths
+
+
+def test_names_by_inner_paths_are_the_same_objects() -> None:
+    from xtrain import checkpointing, comm
+    from xtrain.comm import comm as inner
+    from xtrain.utils import groups
+
+    assert xtrain.dist is comm
+    assert inner.all_reduce is comm.all_reduce
+    assert inner.ReduceOp is comm.ReduceOp
+    assert runtime_config.DeepSpeedConfigError is xtrain.DeepSpeedConfigError
+    assert xtrain.checkpoint.ZERO_STAGE == "zero_stage"
+    assert xtrain.DeepSpeedOptimizerCallable.__args__[-1] is torch.optim.Optimizer
+    assert checkpointing._CUDA_RNG_STATE_TRACKER is xtrain.checkpointing.get_cuda_rng_tracker()
+    with pytest.raises(MissingNameError, match=r"checkpointing\.detach_variable"):
+        xtrain.checkpointing.detach_variable  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(MissingNameError, match="mixture of experts"):
+        groups._get_expert_model_parallel_world_size  # noqa: B018
+
+
+def test_a_level_that_the_script_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XTRAIN_LOG_LEVEL", raising=False)
+    before = log.logger.level
+    try:
+        log.logger.setLevel(logging.ERROR)
+        log.configure()
+        assert log.logger.level == logging.ERROR
+        log.configure("warning")
+        assert log.logger.level == logging.WARNING
+        monkeypatch.setenv("XTRAIN_LOG_LEVEL", "debug")
+        log.configure()
+        assert log.logger.level == logging.DEBUG
+        monkeypatch.delenv("XTRAIN_LOG_LEVEL")
+        log.logger.setLevel(logging.NOTSET)
+        log.configure()
+        assert log.logger.level == logging.INFO
+    finally:
+        log.logger.setLevel(before)
+
+
+def _settings_as_globals() -> list[Any]:
+    cp: Any = xtrain.checkpointing
+    seen = [cp.PARTITION_ACTIVATIONS, cp.num_layers, cp.mpu, cp.deepspeed_checkpointing_enabled]
+    cp.configure(None, partition_activations=True, num_checkpoints=3, synchronize=True)
+    seen += [cp.PARTITION_ACTIVATIONS, cp.num_layers, cp.SYNCHRONIZE, cp.CPU_CHECKPOINT]
+    seen += [cp.deepspeed_checkpointing_enabled]
+    cp.num_layers = None
+    with pytest.raises(ConfigError, match="the number of layers"):
+        cp.CONTIGUOUS_CHECKPOINTING = True
+    cp.CPU_CHECKPOINT = True
+    return [*seen, cp.CPU_CHECKPOINT, cp.CONTIGUOUS_CHECKPOINTING]
+
+
+def test_settings_of_checkpointing_read_as_globals(ranks: Ranks) -> None:
+    (seen,) = ranks(1, _settings_as_globals)
+    assert seen == [False, None, None, False, True, 3, True, False, True, True, False]

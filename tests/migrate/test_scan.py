@@ -25,6 +25,7 @@ def names(tmp_path: Path, source: str) -> list[str]:
     ("source", "wanted"),
     [
         ("import deepspeed as ds\nds.initialize()", "deepspeed.initialize"),
+        ("import xtrain as deepspeed\ne = deepspeed.initialize()[0]\ne.step", "engine.step"),
         ("import deepspeed.comm as dist\ndist.barrier()", "deepspeed.comm.barrier"),
         ("from deepspeed.runtime.zero import GatheredParameters as GP", "deepspeed.runtime.zero.GatheredParameters"),
         ("import deepspeed\nwith deepspeed.zero.Init(): pass", "deepspeed.zero.Init"),

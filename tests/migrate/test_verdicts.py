@@ -15,6 +15,7 @@ from tests.migrate import surface
 from xtrain import cli
 from xtrain.migrate import judge, resolve
 from xtrain.migrate.cuda import cuda_verdict
+from xtrain.migrate.scan import scan
 from xtrain.migrate.use import Use
 from xtrain.migrate.verdict import Verdict
 
@@ -57,6 +58,8 @@ def test_the_engines_surface_is_the_records():
     [
         ("deepspeed", "deepspeed.initialize", Verdict.SHIM, ""),
         ("deepspeed", "deepspeed.zero.Init", Verdict.SHIM, ""),
+        ("deepspeed", "xtrain.zero.Init", Verdict.AS_IS, ""),
+        ("deepspeed", "xtrain.init_inference", Verdict.UNSUPPORTED, "inference and generation"),
         ("deepspeed", "deepspeed.init_inference", Verdict.UNSUPPORTED, "inference and generation"),
         ("deepspeed", "deepspeed.never.was", Verdict.UNSUPPORTED, "does not know"),
         ("engine", "engine.backward", Verdict.AS_IS, ""),
@@ -107,6 +110,12 @@ def test_configurations():
     verdict, text = said({"train_batch_size": 4, "data_efficiency": {"enabled": True}})
     assert verdict is Verdict.UNSUPPORTED
     assert "data_efficiency" in text
+
+
+def test_the_line_is_that_of_the_key(tmp_path: Path):
+    (tmp_path / "ds.json").write_text('{\n"train_batch_size": 4,\n"zero_optimization": {\n  "stag": 2}\n}\n')
+    [finding] = judge.judge(scan(tmp_path / "ds.json"))
+    assert (finding.use.line, finding.verdict) == (4, Verdict.CHANGE)
 
 
 def test_a_part_of_a_configuration_is_not_judged_by_what_is_not_in_it():

@@ -363,3 +363,17 @@ def test_gradients_are_converted_one_at_a_time() -> None:
     hooked = Adam([weight])
     hooked.register_step_pre_hook(lambda *_: None)
     assert not updates_one_by_one(hooked)
+
+
+def test_schedules_say_how_they_are_shaped() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    cycle = schedulers.OneCycle(optimizer, 0.1, 1.0, cycle_first_step_size=3, cycle_second_step_size=2)
+    rates = []
+    for _ in range(int(cycle.total_size)):
+        cycle.step()
+        rates.append(cycle.get_lr()[0])
+    rising = sum(later > earlier for earlier, later in zip([0.1, *rates], rates, strict=False))
+    assert cycle.total_size == 5
+    assert cycle.step_ratio == rising / 5
+    for kind in (schedulers.WarmupLR(optimizer), schedulers.WarmupCosineLR(optimizer, 2000)):
+        assert kind.warmup_type == "log"

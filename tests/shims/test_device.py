@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 from xtrain.base.errors import BackendError, ConfigError, NotImplementedYetError
+from xtrain.shims import cuda_names as names
 from xtrain.shims import process
-from xtrain.shims.device import host_names, names
+from xtrain.shims.device import host_names
 
 Ranks = Callable[..., list[Any]]
 

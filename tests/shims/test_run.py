@@ -74,7 +74,7 @@ def test_a_module_and_its_status(tmp_path: Path) -> None:
 ERRORS = {
     "torch.cuda.CUDAGraph()": "torch.cuda.CUDAGraph on this backend is not there yet in xtrain: use torch.compile",
     "torch.utils.cpp_extension.load('fused', ['k.cu'])": "the CUDA kernel fused (k.cu) is not there yet in xtrain",
-    "import deepspeed.inference.engine": "inference (inference and generation) is not there yet in xtrain",
+    "import deepspeed.inference.engine": "inference.engine (inference and generation) is not there yet in xtrain",
     "raise ImportError('libcudart.so.12: cannot open')": "a compiled CUDA extension cannot be loaded here",
     "deepspeed.initialize(model=1)": "initialize() needs model=<torch module>, got int",
 }

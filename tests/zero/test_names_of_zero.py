@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -225,6 +226,41 @@ def _generates(generate: bool) -> list[float]:
 
 def test_ranks_may_generate_at_their_own_pace(ranks: Any) -> None:
     assert ranks(2, _generates, True) == ranks(2, _generates, False)
+
+
+class _LendsItsBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = _ReturnsBias(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, bias = self.first(x)
+        return self.second(y + bias).sum()
+
+
+def _attributes() -> tuple[list[bool], list[int], int, bool]:
+    model = _LendsItsBias()
+    xtrain.zero.register_external_parameter(model, model.second.weight)
+    engine = _engine(model, 3)
+    engine.backward(engine(torch.ones(1, 4)))
+    external = [param.is_external_param for param in model.parameters()]
+    numbers = [param.partition_numel() for param in model.parameters()]
+    whole = io.BytesIO()
+    with xtrain.zero.GatheredParameters(model.parameters()):
+        torch.save(model.second.bias, whole)
+    return (
+        external,
+        numbers,
+        sum(numbers),
+        not any(param.ds_active_sub_modules for param in model.parameters()),
+    )
+
+
+def test_attributes_of_divided_parameters(ranks: Any) -> None:
+    (external, mine, _, idle), (_, others, _, _) = ranks(2, _attributes)
+    assert external == [False, True, True, False]  # lent to the caller, and registered
+    assert [a + b for a, b in zip(mine, others, strict=True)] == [16, 4, 16, 4]
+    assert idle
 
 
 def test_dictionaries_of_parameters_can_be_watched() -> None:

@@ -7,10 +7,12 @@ Unlike DeepSpeed, the caller's tensors are never emptied: they may be used after
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch.utils.checkpoint
@@ -32,6 +34,9 @@ from xtrain.config.schema import ActivationCheckpointingConfig
 from xtrain.parallel.mpu import Answers
 
 CudaRNGStatesTracker = RngStatesTracker
+# Private in DeepSpeed; Megatron-style code and Transformers' copies of it take them.
+_CUDA_RNG_STATE_TRACKER = tracker
+_MODEL_PARALLEL_RNG_TRACKER_NAME = MODEL_PARALLEL
 
 _SEED_OFFSET = 2718
 """Between the seed of the default state and that of the first model-parallel rank, as in Megatron."""
@@ -63,8 +68,8 @@ class _State:
                 )
             if settings.number_checkpoints is None:
                 raise ConfigError(
-                    "contiguous activation checkpoints need number_checkpoints: the number of checkpoint() calls in "
-                    "a forward pass"
+                    "contiguous activation checkpoints need number_checkpoints, the number of layers: how many "
+                    "checkpoint() calls a forward pass has"
                 )
         self.settings = settings
         self.arena = (
@@ -262,6 +267,33 @@ class CheckpointFunction:
 # -------------------------------------------------------------------- random states
 
 
+_CUDA_RNG_STATE_TRACKER = tracker
+_MODEL_PARALLEL_RNG_TRACKER_NAME = MODEL_PARALLEL
+"""DeepSpeed's private names, which forks of Megatron read."""
+
+
+def _set_cuda_rng_state(new_state: torch.Tensor, device: int = -1) -> None:
+    """Set the state of the device's generator, under the private name that copies of Megatron's code take."""
+    runtime().set_rng_state(new_state)
+
+
+def detach_variable(inputs: Any, device: Any = None) -> tuple[Any, ...]:
+    """The inputs cut off from their graph, each with the `requires_grad` that it had; moved to `device` if given.
+
+    Raises:
+        ConfigError: they are no tuple.
+    """
+    if not isinstance(inputs, tuple):
+        raise ConfigError(f"detach_variable() takes a tuple of tensors, got {type(inputs).__name__}")
+
+    def detached(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return (value if device is None else value.to(device)).detach().requires_grad_(value.requires_grad)
+
+    return tuple(map(detached, inputs))
+
+
 def get_cuda_rng_tracker() -> RngStatesTracker:
     """The tracker of named random states, whatever the device is."""
     return tracker
@@ -283,3 +315,33 @@ def model_parallel_reconfigure_tp_seed(seed: int) -> None:
     """Seed the model-parallel state anew."""
     with tracker.fork():
         seed_device(_model_parallel_seed(seed))
+
+
+# -------------------------------------------------------------------- DeepSpeed's names of the settings
+
+
+def _setting(key: str) -> Any:
+    def write(_: ModuleType, value: Any) -> None:
+        _state.set(_state.settings.model_copy(update={key: value}))
+
+    return property(lambda _: getattr(_state.settings, key), write)
+
+
+def _field(name: str) -> Any:
+    return property(lambda _: getattr(_state, name), lambda _, value: setattr(_state, name, value))
+
+
+class _Checkpointing(ModuleType):
+    """This module: scripts read, and set, what `configure` has set as if it were globals, as it is in DeepSpeed."""
+
+    PARTITION_ACTIVATIONS = _setting("partition_activations")
+    CONTIGUOUS_CHECKPOINTING = _setting("contiguous_memory_optimization")
+    CPU_CHECKPOINT = _setting("cpu_checkpointing")
+    SYNCHRONIZE = _setting("synchronize_checkpoint_boundary")
+    PROFILE_TIME = _setting("profile")
+    num_layers = _setting("number_checkpoints")
+    mpu = _field("mpu")
+    deepspeed_checkpointing_enabled = _field("configured")
+
+
+sys.modules[__name__].__class__ = _Checkpointing

@@ -6,14 +6,9 @@ the table next to what there is; a test reports entries that are no longer true.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from xtrain.base import stand_ins
 from xtrain.base.errors import NotImplementedYetError
 
 API_VERSION = "0.19.8"
@@ -28,7 +23,8 @@ class Missing(NamedTuple):
         instead: what to do, as an order.
         names: patterns of dotted paths below `deepspeed`; those of the engine start with `engine.`. A
             module's pattern covers everything in it.
-        gone: patterns of what DeepSpeed 0.19.8 has no longer, and scripts still import.
+        gone: the same for what DeepSpeed 0.19.8 has no longer, and scripts still import; and for modules of DeepSpeed
+            by the path that they have here.
     """
 
     feature: str
@@ -127,7 +123,22 @@ MISSING: tuple[Missing, ...] = (
     Missing(
         "the launcher's inner parts",
         "give the command's options to xtrain deepspeed (docs/howto/deepspeed_command.md)",
-        ("launcher.multinode_runner",),
+        ("launcher",),
+    ),
+    Missing(
+        "a report of the environment",
+        "run xtrain doctor, which says what is on this machine and whether it works",
+        ("env_report",),
+    ),
+    Missing(
+        "helpers for the arguments of schedules",
+        "write the config's section scheduler, or pass a scheduler to initialize()",
+        ("runtime.lr_schedules",),
+    ),
+    Missing(
+        "the loader's class",
+        "pass training_data to initialize(), call engine.deepspeed_io(), or use torch's DataLoader",
+        ("runtime.dataloader",),
     ),
     Missing(
         "data efficiency",
@@ -153,13 +164,13 @@ MISSING: tuple[Missing, ...] = (
     ),
     Missing(
         "the choice of an accelerator",
-        "set XTRAIN_BACKEND or the config key xtrain.backend",
-        ("accelerator.set_accelerator",),
+        "call get_accelerator(), and set XTRAIN_BACKEND or the config key xtrain.backend",
+        ("accelerator",),
     ),
     Missing(
         "the config as an object with getters",
         "read engine.config, a dictionary, or engine.xtrain_config.values",
-        ("engine.torch_autocast_*", 
+        ("runtime.config", "runtime.config_utils", "engine.torch_autocast_*", 
          "engine.gradient_average", 
          "engine.update_interval",
          "engine.get_optimizer_configuration"),
@@ -167,7 +178,7 @@ MISSING: tuple[Missing, ...] = (
     Missing(
         "helpers on optimizer states and models",
         "use torch's own, or engine.module, engine.optimizer and engine.grid",
-        ("utils", "DeepSpeedOptimizer"),
+        ("utils", "runtime.utils", "runtime.base_optimizer", "DeepSpeedOptimizer"),
     ),
     Missing(
         "DeepSpeed's own optimizers for fp16 and bf16",
@@ -208,11 +219,6 @@ MISSING: tuple[Missing, ...] = (
         ("runtime.progressive_layer_drop", "runtime.eigenvalue"),
     ),
     Missing(
-        "sparse gradients",
-        "use dense embedding gradients",
-        ("runtime.sparse_tensor",),
-    ),
-    Missing(
         "checkpoints on Nebula",
         "use save_checkpoint, which writes atomically",
         (),
@@ -227,8 +233,9 @@ MISSING: tuple[Missing, ...] = (
          "engine.dist_backend", "engine.dont_change_device", "engine.*flatten",
          "engine.first_dataloader_check", "engine.inside_no_sync_ctxt", "engine.losses", "engine.mesh_device",
          "engine.module_forward_*_hook", "engine.scale_wrt_gas", "engine.training_data",
-         "engine.use_ds_comm", "engine.warn_unscaled_loss", "accelerator", "comm", "env_report", "launcher", "monitor",
-         "runtime", "constants", "checkpointing", "compat", "_[!_]*"),
+         "engine.use_ds_comm", "engine.warn_unscaled_loss", "comm", "monitor", "runtime", "constants",
+         "checkpointing", "compat", "_[!_]*"),
+        ("activation_checkpointing.checkpointing",),
     ),
 )  # fmt: skip
 """Earlier entries win where two cover a name."""
@@ -248,89 +255,3 @@ def name_error(path: str) -> MissingNameError | None:
     """The error for an attribute that the table knows, else None."""
     entry = None if path.rpartition(".")[2].startswith("__") else find(path)
     return None if entry is None else MissingNameError(f"{path} ({entry.feature})", entry.instead)
-
-
-def _explaining(module: ModuleType) -> Callable[[str], Any]:
-    """A `__getattr__` for the module: what its own one finds, else the table's error for a name of DeepSpeed's."""
-    own: Callable[[str], Any] | None = vars(module).get("__getattr__")
-    path = module.__name__.partition(".")[2]
-
-    def find_attribute(name: str) -> Any:
-        unknown = AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-        if own is not None:
-            try:
-                return own(name)
-            except AttributeError as error:
-                unknown = error
-        stand_in = stand_ins.get(f"{path}.{name}")
-        if stand_in is not None:
-            return stand_in
-        if isinstance(unknown, MissingNameError):
-            raise unknown
-        raise name_error(f"{path}.{name}") or unknown
-
-    return find_attribute
-
-
-class _Loader(SourceFileLoader):
-    """Loads a module at one of DeepSpeed's paths, and makes it explain the names that only DeepSpeed has."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        # `from MODULE import NAME` asks the import system, and so `Finder`, about packages only: it would say
-        # "cannot import name". An empty path makes the module one, with nothing in it.
-        module.__path__ = getattr(module, "__path__", [])
-        vars(module)["__getattr__"] = _explaining(module)
-
-
-class Explainer:
-    """The first finder of the import system: finds xtrain's modules as ever, and has those that share a path with
-    DeepSpeed's loaded by `_Loader`."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        package, _, below = fullname.partition(".")
-        if package != "xtrain" or not below or find(f"{below}._") is None:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and type(spec.loader) is SourceFileLoader:
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
-        return spec
-
-
-class _StandInLoader:
-    """Makes a module whose names all stand for something that is not there."""
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        """Python's own kind of module."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        entry = find(module.__name__.partition(".")[2])
-        module.__doc__ = f"Not there yet ({entry.feature}): {entry.instead}." if entry else None
-        vars(module)["__getattr__"] = _explaining(module)
-
-
-class Finder:
-    """The last finder of the import system: explains modules of DeepSpeed that no other one has found.
-
-    It also serves `from MODULE import NAME`, which looks for a module when there is no such attribute.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        package, _, below = fullname.partition(".")
-        entry = find(below) if package == "xtrain" and below else None
-        if stand_ins.is_module(below):
-            return ModuleSpec(fullname, _StandInLoader(), is_package=True)  # type: ignore[arg-type]
-        if entry is not None and not below.rpartition(".")[2].startswith("__"):
-            raise MissingModuleError(f"{below} ({entry.feature})", entry.instead)
-        return None
-
-
-def install() -> None:
-    """Add the finders, once."""
-    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Explainer())
-        sys.meta_path.append(Finder())

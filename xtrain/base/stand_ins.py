@@ -1,7 +1,7 @@
 """Names of features that are not there, which scripts import at their top and often never use: they can be imported.
 
-Using one raises what missing.py says about its feature. Only names that public repositories import without a way out are
-here (tests/deepspeed_api/public_names.json); all others are refused at the import, so that `try: import` goes on.
+Using one raises what missing.py says about its feature. Only names that public repositories import without a way out
+are here (tests/deepspeed_api/public_names.json); all others are refused at the import, so that `try: import` goes on.
 Constants have DeepSpeed's values.
 """
 
@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from xtrain.base.errors import NotImplementedYetError
+from xtrain.base.missing import find
 
 _CLASSES: dict[str, str] = {
     "": "PipelineEngine PipelineModule+ DeepSpeedTransformerConfig DeepSpeedTransformerLayer+",
@@ -36,9 +37,9 @@ _CLASSES: dict[str, str] = {
     "runtime.pipe.engine": "PipelineEngine",
     "runtime.pipe.module": "PipelineModule+ LayerSpec TiedLayerSpec",
     "runtime.pipe": "PipelineModule+ LayerSpec TiedLayerSpec",
-    "runtime.pipe.schedule": "BackwardPass ForwardPass LoadMicroBatch OptimizerStep RecvActivation RecvGrad ReduceGrads "
-    "ReduceTiedGrads SendActivation SendGrad BufferOpInstruction InferenceSchedule PipeInstruction PipeSchedule "
-    "TrainSchedule",
+    "runtime.pipe.schedule": "BackwardPass ForwardPass LoadMicroBatch OptimizerStep RecvActivation RecvGrad "
+    "ReduceGrads ReduceTiedGrads SendActivation SendGrad BufferOpInstruction InferenceSchedule PipeInstruction "
+    "PipeSchedule TrainSchedule",
     "runtime.sequence_parallel.ulysses_sp": "UlyssesSPAttentionHF+ TiledMLP UlyssesSPDataLoaderAdapter",
     "runtime.state_dict_factory": "SDLoaderFactory MegatronSDLoader",
     "sequence.fpdt_layer": "FPDT_Attention+ FPDT_FFN FPDT_InputConstruct+ FPDT_LogitsLoss",
@@ -57,8 +58,8 @@ _FUNCTIONS: dict[str, str] = {
     "module_inject.policy": "transpose",
     "runtime.data_pipeline.data_routing.helper": "convert_to_random_ltd remove_random_ltd_state_dict "
     "save_without_random_ltd",
-    "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": "get_dataloader_and_lr_scheduler_for_variable_batch_"
-    "size_deepspeed",
+    "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": "get_dataloader_and_lr_scheduler_for_"
+    "variable_batch_size_deepspeed",
     "runtime.pipe.p2p": "recv send",
 }
 _CONSTANTS: dict[str, dict[str, Any]] = {
@@ -97,35 +98,48 @@ def is_module(path: str) -> bool:
     return path in _modules()
 
 
+def kind(path: str) -> str | None:
+    """What a dotted path below `deepspeed` is here: "constant", "function", "class", "torch module"; None: nothing."""
+    module, _, name = path.rpartition(".")
+    classes = _CLASSES.get(module, "").split()
+    found = {
+        "constant": name in _CONSTANTS.get(module, {}),
+        "function": name in _FUNCTIONS.get(module, "").split(),
+        "class": name in classes,
+        "torch module": f"{name}+" in classes,
+    }
+    return next((kind for kind, there in found.items() if there), None)
+
+
 @cache
 def get(path: str) -> Any:
     """What stands for a dotted path below `deepspeed`; None where nothing does. The same object at each call."""
     module, _, name = path.rpartition(".")
-    if name in _CONSTANTS.get(module, {}):
-        return _CONSTANTS[module][name]
-    if name in _FUNCTIONS.get(module, "").split():
-        return _function(path)
-    classes = _CLASSES.get(module, "").split()
-    if name in classes or f"{name}+" in classes:
-        base: type = importlib.import_module("torch.nn").Module if f"{name}+" in classes else object
-        return refused_class(path, base)
+    match kind(path):
+        case "constant":
+            return _CONSTANTS[module][name]
+        case "function":
+            return _function(path)
+        case "class":
+            return refused_class(path)
+        case "torch module":
+            return refused_class(path, importlib.import_module("torch.nn").Module)
     return None
 
 
-def _error(path: str) -> NotImplementedYetError:
-    from xtrain.base import missing
-
-    entry = missing.find(path)
+def _explained(path: str) -> tuple[str, str]:
+    """The feature, and what to do instead."""
+    entry = find(path)
     assert entry is not None, path
-    return NotImplementedYetError(f"{path} ({entry.feature})", entry.instead)
+    return f"{path} ({entry.feature})", entry.instead
 
 
 def _function(path: str) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise _error(path)
+        raise NotImplementedYetError(*_explained(path))
 
     module, _, refuse.__name__ = f"xtrain.{path}".rpartition(".")
-    refuse.__module__, refuse.__doc__ = module, f"{_error(path)}."
+    refuse.__module__, refuse.__doc__ = module, f"Not there yet: {_explained(path)[1]}."
     return refuse
 
 
@@ -138,7 +152,8 @@ def refused_class(path: str, base: type = object) -> Any:
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise _error(path)
+        raise NotImplementedYetError(*_explained(path))
 
     module, _, name = f"xtrain.{path}".rpartition(".")
-    return type(name, (base,), {"__init__": __init__, "__module__": module, "__doc__": f"{_error(path)}."})
+    told = f"Not there yet: {_explained(path)[1]}."
+    return type(name, (base,), {"__init__": __init__, "__module__": module, "__doc__": told})

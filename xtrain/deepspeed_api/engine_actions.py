@@ -352,6 +352,14 @@ class EngineActions(Engine):
         """The old name of `save_16bit_model`."""
         return self.save_16bit_model(save_dir, save_filename)
 
+    def _backward_epilogue(self) -> None:
+        """Average the gradients over the ranks, if the window ends here: after a backward pass of the script's own.
+
+        DeepSpeed's private name, which scripts call when several engines share a loss. `step()` does it, too.
+        """
+        _, reducer = self._trained("_backward_epilogue()")
+        reducer.settle()
+
     # ---------------------------------------------------------------- not there yet
 
     clip_fp32_gradients = _not_yet("clip_fp32_gradients", "set gradient_clipping: step() clips")

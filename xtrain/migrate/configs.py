@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from typing import Any
 
 from xtrain.migrate.use import Use
@@ -36,12 +37,13 @@ def read_config(data: bytes, suffix: str, shown: str) -> list[Use]:
         if b"zero_optimization" in data:
             return [Use(shown, getattr(error, "lineno", 1), "unreadable", str(error))]
         return []
+    text = data.decode("utf-8", "replace")
     if is_config(value):
-        return [Use(shown, 1, "config", "file", value=value)]
+        return [Use(shown, 1, "config", "file", value=value, source=text)]
     if not isinstance(value, dict):
         return []
     return [
-        Use(shown, _line_of(data, key), "config", f"section {key}", value=value[key])
+        Use(shown, line_of(text, key), "config", f"section {key}", value=value[key], source=text)
         for key in _SECTIONS
         if is_config(value.get(key))
     ]
@@ -56,9 +58,10 @@ def _yaml(data: bytes) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def _line_of(data: bytes, key: str) -> int:
-    lines = data.decode("utf-8", "replace").splitlines()
-    return next((number for number, line in enumerate(lines, 1) if key in line), 1)
+def line_of(text: str, key: str) -> int:
+    """The first line that has a key, in quotes or before a colon; 1 if none has."""
+    pattern = re.compile(rf"(?:[\"']{re.escape(key)}[\"']|\b{re.escape(key)})\s*:")
+    return next((number for number, line in enumerate(text.splitlines(), 1) if pattern.search(line)), 1)
 
 
 _UNKNOWN = object()

@@ -6,32 +6,8 @@ They are about the other backends. On NVIDIA's all of it works as is.
 from __future__ import annotations
 
 from xtrain.migrate.verdict import Answer, Verdict
+from xtrain.shims.cuda_names import REFUSED
 
-_REFUSED = {
-    "CUDAGraph": "graphs of kernels",
-    "graph": "graphs of kernels",
-    "graphs": "graphs of kernels",
-    "make_graphed_callables": "graphs of kernels",
-    "graph_pool_handle": "graphs of kernels",
-    "is_current_stream_capturing": "graphs of kernels",
-    "nccl": "NCCL's own interface",
-    "comm": "copies between devices of one process",
-    "jiterator": "kernels written in C++",
-    "MemPool": "memory pools",
-    "MemPoolContext": "memory pools",
-    "use_mem_pool": "memory pools",
-    "CUDAPluggableAllocator": "allocators of one's own",
-    "change_current_allocator": "allocators of one's own",
-    "tunable": "tuning of NVIDIA's libraries",
-    "gds": "storage read by the device",
-    "green_contexts": "parts of a device",
-    "cudart": "CUDA's runtime library",
-}
-_INSTEAD = {
-    "graphs of kernels": "leave it out, or ask torch.version.cuda before",
-    "NCCL's own interface": "use torch.distributed",
-    "copies between devices of one process": "use torch.distributed, with a process for each device",
-}
 _HARMLESS = {
     "torch.cuda": "",
     "torch.cuda.is_available": "",
@@ -50,10 +26,9 @@ def cuda_verdict(name: str) -> Answer:
         return Verdict.AS_IS, "a setting of NVIDIA's libraries: it has no effect elsewhere"
     # The second part, too: torch.cuda.memory.MemPool is torch.cuda.MemPool.
     parts = name.removeprefix("torch.cuda.").split(".")[:2] if name.startswith("torch.cuda.") else []
-    part = next((part for part in parts if part in _REFUSED), None)
+    part = next((part for part in parts if part in REFUSED), None)
     if part is not None:
-        feature = _REFUSED[part]
-        return Verdict.UNSUPPORTED, f"{feature}: {_INSTEAD.get(feature, 'leave it out')}"
+        return Verdict.UNSUPPORTED, REFUSED[part]
     if name == '== "cuda"':
         return Verdict.SHIM, "compared with a device's type: look whether the other branch will do, too"
     return Verdict.SHIM, ""

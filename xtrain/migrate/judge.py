@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from xtrain.base import missing
 from xtrain.base.errors import ConfigError, NotImplementedYetError
 from xtrain.migrate import resolve, surface
-from xtrain.migrate.configs import PART
+from xtrain.migrate.configs import PART, line_of
 from xtrain.migrate.cuda import cuda_verdict, environment_verdict, extension_verdict, library_verdict
 from xtrain.migrate.use import Use
 from xtrain.migrate.verdict import Answer, Finding, Verdict
@@ -24,13 +25,14 @@ _OF_PIPELINES = {"train_batch", "eval_batch", "set_dataiterator", "set_batch_fn"
 
 @cache
 def deepspeed_verdict(name: str) -> Answer:
-    """About a dotted name that begins with `deepspeed`."""
-    path = name.partition(".")[2]
+    """About a dotted name that begins with `deepspeed`; with `xtrain`, what is there works as is."""
+    package, _, path = name.partition(".")
+    good = Verdict.AS_IS if package == "xtrain" else Verdict.SHIM
     if not path:
-        return Verdict.SHIM, ""
+        return good, ""
     place = resolve.find(f"xtrain.{path}")
     if place.there and place.refused is None:
-        return Verdict.SHIM, ""
+        return good, ""
     if place.there and place.refused:
         return Verdict.UNSUPPORTED, place.refused
     entry = missing.find(path)
@@ -69,9 +71,6 @@ def accelerator_verdict(name: str) -> Answer:
     if attribute in members:
         said = members[attribute]
         return (Verdict.AS_IS, "") if said is None else (Verdict.UNSUPPORTED, said)
-    entry = missing.find(f"accelerator.{attribute}")
-    if entry is not None:
-        return Verdict.UNSUPPORTED, f"{entry.feature}: {entry.instead}"
     return (
         Verdict.UNSUPPORTED,
         "xtrain's accelerator has no such name: docs/compat.md lists those that there are",
@@ -146,11 +145,19 @@ def verdict_of(use: Use) -> Answer:
     return verdicts[use.kind](use.name)
 
 
+def _line_of_key(use: Use, text: str) -> int:
+    """The line of the key that a text about a configuration quotes first, in its file."""
+    quoted = re.search(r"'([\w.]+)'", text)
+    return line_of(use.source, quoted.group(1).rpartition(".")[2]) if quoted else use.line
+
+
 def judge(uses: Iterable[Use]) -> list[Finding]:
     """A finding for each use. What a file can do without, and is not there, works as is: it goes on without."""
     found = []
     for use in uses:
         verdict, text = verdict_of(use)
+        if use.source and verdict in (Verdict.UNSUPPORTED, Verdict.CHANGE):
+            use = replace(use, line=_line_of_key(use, text))
         if use.optional and verdict in (Verdict.UNSUPPORTED, Verdict.CHANGE):
             verdict, text = Verdict.AS_IS, f"the file goes on without it ({text})"
         found.append(Finding(use, verdict, text))

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from xtrain.base import stand_ins
+
 ROOT = Path(__file__).resolve().parent.parent
 _TABLES = {"_EXPORTS", "_SUBMODULES", "_GIT"}
 """Names of packages that are loaded when they are first used stand in these."""
@@ -166,10 +168,15 @@ def _find(path: str, seen: frozenset[str]) -> Place:
         return Place(True)  # imported from elsewhere: torch and the like
     if read(path) is not None or file_of(path) is not None:
         return Place(True)
+    stands_in = stand_ins.kind(path.removeprefix("xtrain."))
+    if stands_in is not None or stand_ins.is_module(path.removeprefix("xtrain.")):
+        return Place(True, None if stands_in in (None, "constant") else "")
     module, _, name = path.rpartition(".")
     if not module:
         return Place(False)
     holder = read(module)
+    if holder is None and stand_ins.is_module(module.removeprefix("xtrain.")):
+        return Place(False)
     if holder is None:  # an attribute of something that is no module
         above = _find(module, seen | {path})
         return _attribute(module, name, above, seen | {path})

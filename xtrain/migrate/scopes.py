@@ -9,13 +9,21 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from xtrain.migrate.use import ACCELERATOR, ENGINE
+from xtrain.migrate.use import ACCELERATOR, DEEPSPEED_PACKAGES, ENGINE
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-_INITIALIZE = ("deepspeed.initialize", "deepspeed.runtime.engine.DeepSpeedEngine")
-_ACCELERATORS = ("deepspeed.get_accelerator", "deepspeed.accelerator.get_accelerator",
-                 "deepspeed.accelerator.real_accelerator.get_accelerator")  # fmt: skip
-_ENGINE_TYPES = ("deepspeed.DeepSpeedEngine", "deepspeed.runtime.engine.DeepSpeedEngine")
+
+
+def _either(*paths: str) -> tuple[str, ...]:
+    """Dotted names below `deepspeed`, and as a script has them that says `import xtrain as deepspeed`."""
+    return tuple(f"{package}.{path}" for package in DEEPSPEED_PACKAGES for path in paths)
+
+
+_CLASSES = _either("DeepSpeedEngine", "runtime.engine.DeepSpeedEngine")
+_INITIALIZE = _either("initialize")
+_ACCELERATORS = _either(
+    "get_accelerator", "accelerator.get_accelerator", "accelerator.real_accelerator.get_accelerator"
+)
 _STEPS = (ast.Assign, ast.AnnAssign, ast.NamedExpr, ast.Call, ast.Return)
 _ROUNDS = 4  # how often values are handed on through assignments, calls and returns
 
@@ -164,7 +172,7 @@ class Names:
         if written is not None:
             return written.rpartition(".")[2] == "DeepSpeedEngine"
         return any(
-            self.resolve(inner, scope) in _ENGINE_TYPES
+            self.resolve(inner, scope) in _CLASSES
             for inner in ast.walk(annotation)
             if isinstance(inner, ast.Name | ast.Attribute)
         )
@@ -266,7 +274,7 @@ class Names:
         called = self.resolve(node.func, scope)
         if called in _ACCELERATORS:
             return ACCELERATOR
-        if called == "deepspeed.runtime.engine.DeepSpeedEngine":
+        if called in _CLASSES:
             return ENGINE
         if isinstance(node.func, ast.Name) and called is None:
             if node.func.id in ("getattr", "hasattr") and len(node.args) > 1:

@@ -9,7 +9,7 @@ ENGINE = "<engine>"
 ACCELERATOR = "<accelerator>"
 """Roots of dotted names that no import gives: what `deepspeed.initialize` and `get_accelerator` return."""
 
-DEEPSPEED_PACKAGES = ("deepspeed",)
+DEEPSPEED_PACKAGES = ("deepspeed", "xtrain")
 APEX_PACKAGES = ("apex", "amp_C", "apex_C")
 CUDA_LIBRARIES = (
     "bitsandbytes", "cupy", "flash_attn", "flash_attn_interface", "flash_attn_2_cuda", "nvidia_smi",
@@ -20,7 +20,7 @@ CUDA_LIBRARIES = (
 """Packages that need CUDA, or that xtrain does not stand for."""
 THROUGH = ("accelerate", "fairscale", "lightning", "peft", "pytorch_lightning", "transformers", "trl")
 """Libraries that use DeepSpeed on their own; their names count where these say "deepspeed"."""
-WORDS = ("(?i:deepspeed)", "apex", "amp_C", "cuda", "nccl", "cudnn", "NCCL_", "pin_memory", "cpp_extension",
+WORDS = ("(?i:deepspeed)", "xtrain", "apex", "amp_C", "cuda", "nccl", "cudnn", "NCCL_", "pin_memory", "cpp_extension",
          "torchrun", "accelerate launch", "distributed.launch", "distributed.run")  # fmt: skip
 """A Python file without any of these, and without a library's name, has no use."""
 TORCH_CUDA = ("torch.cuda", "torch.backends.cuda", "torch.backends.cudnn", "torch.utils.cpp_extension")
@@ -43,6 +43,7 @@ class Use:
             it is available.
         cell: in a notebook, the number of the cell from 1.
         value: of a configuration, the dictionary; of a command line, the line.
+        source: of a configuration in a file of its own, the file's text.
     """
 
     file: str
@@ -52,6 +53,7 @@ class Use:
     optional: bool = False
     cell: int | None = None
     value: Any = field(default=None, compare=False, repr=False)
+    source: str = field(default="", compare=False, repr=False)
 
 
 def kind_of(name: str) -> str | None:

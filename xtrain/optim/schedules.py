@@ -138,6 +138,7 @@ class WarmupLR(Schedule):
         self.min_lrs = _per_group(optimizer, "warmup_min_lr", warmup_min_lr)
         self.max_lrs = _per_group(optimizer, "warmup_max_lr", warmup_max_lr)
         self.warmup_num_steps = max(2, _positive_integer("warmup_num_steps", warmup_num_steps))
+        self.warmup_type = warmup_type
         self._warmup = _warmup_curve(warmup_type, self.warmup_num_steps)
         super().__init__(optimizer, last_batch_iteration)
 
@@ -200,6 +201,7 @@ class WarmupCosineLR(Schedule):
         _check_length(self.warmup_num_steps, self.total_num_steps)
         self.warmup_min_ratio = warmup_min_ratio
         self.cos_min_ratio = cos_min_ratio
+        self.warmup_type = warmup_type
         self._warmup = _warmup_curve(warmup_type, self.warmup_num_steps)
         self.org_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         super().__init__(optimizer, last_batch_iteration)
@@ -302,6 +304,16 @@ class OneCycle(Schedule):
         self.min_moms = _per_group(optimizer, "cycle_min_mom", cycle_min_mom)
         self.max_moms = _per_group(optimizer, "cycle_max_mom", cycle_max_mom)
         super().__init__(optimizer, last_batch_iteration)
+
+    @property
+    def total_size(self) -> float:
+        """Iterations of the cycle."""
+        return self.first + self.second
+
+    @property
+    def step_ratio(self) -> float:
+        """The share of them in which the rate rises."""
+        return self.first / self.total_size
 
     def _height(self) -> float:
         """Place on the triangle, 0 at its feet and 1 at its top."""

@@ -19,6 +19,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         "LAMB with states of mixed dtypes",
         "use FusedLAMB, or the config's optimizer Lamb with fp16 or bf16",
     ),
+    "optimizers.FP16_Optimizer": (
+        "the optimizer wrapper for fp16",
+        'use the config\'s "fp16": {"enabled": true}, or apex.amp.initialize(opt_level="O2")',
+    ),
     "fp16_utils.FP16_Optimizer": (
         "the optimizer wrapper for fp16",
         'use the config\'s "fp16": {"enabled": true}, or apex.amp.initialize(opt_level="O2")',

@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     )
     from xtrain.zero.home import ZeroParamStatus
     from xtrain.zero.init import Init
+    from xtrain.zero.tiling import TiledLinear, TiledLinearReturnBias
 
 _EXPORTS = {
     "GatheredParameters": "xtrain.zero.gathered",
     "Init": "xtrain.zero.init",
+    "TiledLinear": "xtrain.zero.tiling",
+    "TiledLinearReturnBias": "xtrain.zero.tiling",
     "ZeroParamStatus": "xtrain.zero.home",
     "estimate_zero2_model_states_mem_needs": "xtrain.zero.estimate",
     "estimate_zero2_model_states_mem_needs_all_cold": "xtrain.zero.estimate",
@@ -46,6 +49,8 @@ _EXPORTS = {
 __all__ = [
     "GatheredParameters",
     "Init",
+    "TiledLinear",
+    "TiledLinearReturnBias",
     "ZeroParamStatus",
     "estimate_zero2_model_states_mem_needs",
     "estimate_zero2_model_states_mem_needs_all_cold",

@@ -191,6 +191,7 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
     if any(parameter is other for other in announced):
         return
     announced.append(parameter)
+    parameter.is_external_param = True  # type: ignore[attr-defined]
     home = home_of(parameter)
     if isinstance(home, ShardedHome) and home.gatherer.hooks is not None:
         home.gatherer.hooks.hook(module, [home.param_group])

@@ -3,14 +3,16 @@
 A parameter that xtrain has taken over carries a `Home`. ZeRO stage 3 leaves `param.data` empty between
 uses; the home makes it whole again. The attributes that DeepSpeed gives such parameters (`ds_id`,
 `ds_shape`, `ds_numel`, `ds_status`, `ds_persist`: it stays whole, `ds_tensor`: this rank's part,
-`ds_active_sub_modules`: users that a script has entered; the engine counts its own in `ParamGroup.users`) are set here
-too, because scripts and libraries read them.
+`ds_active_sub_modules`: users that a script has entered; the engine counts its own in `ParamGroup.users`;
+`is_external_param`: whether modules that it does not belong to use it, `partition_numel()`: elements of
+this rank's part) are set here too, because scripts and libraries read them.
 """
 
 from __future__ import annotations
 
 import enum
 import itertools
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +82,22 @@ def full_shape(param: torch.Tensor) -> torch.Size:
     return param.shape if home is None else home.shape
 
 
+class _PartitionNumel:
+    """`param.partition_numel()`."""
+
+    def __init__(self, param: torch.nn.Parameter) -> None:
+        self._param = weakref.ref(param)  # which leads here
+
+    def __call__(self) -> int:
+        """Elements of this rank's part; none when the parameter is gone."""
+        part: torch.Tensor | None = getattr(self._param(), "ds_tensor", None)
+        return 0 if part is None else part.numel()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """None in a pickle, as `Home`."""
+        return type(None), ()
+
+
 def describe_partitioned(param: torch.nn.Parameter, shape: torch.Size) -> None:
     """Give a parameter DeepSpeed's attributes of stage 3."""
     if not hasattr(param, "ds_id"):
@@ -88,6 +106,9 @@ def describe_partitioned(param: torch.nn.Parameter, shape: torch.Size) -> None:
     param.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
     param.ds_persist = False  # type: ignore[attr-defined]
     param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
+    param.partition_numel = _PartitionNumel(param)  # type: ignore[attr-defined]
+    if not hasattr(param, "is_external_param"):
+        param.is_external_param = False  # type: ignore[attr-defined]
 
 
 def empty_out(param: torch.nn.Parameter) -> None:

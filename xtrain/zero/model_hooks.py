@@ -255,6 +255,7 @@ class ModelHooks:
         for param_group, call in frame.uses.items():
             if self._frames and any(self._belongs(tensor, param_group) for tensor in tensors):
                 # A module that returns its parameter (a bias to be added later) lends it to the caller.
+                self._mark_external(tensors, param_group)
                 self._frames[-1].uses[param_group] = call
                 continue
             call.ended = ended
@@ -294,6 +295,12 @@ class ModelHooks:
     def _belongs(tensor: torch.Tensor, param_group: ParamGroup) -> bool:
         home = home_of(tensor)
         return isinstance(home, ShardedHome) and home.param_group is param_group
+
+    @classmethod
+    def _mark_external(cls, tensors: list[torch.Tensor], param_group: ParamGroup) -> None:
+        for tensor in tensors:
+            if cls._belongs(tensor, param_group):
+                tensor.is_external_param = True  # type: ignore[attr-defined]
 
     def leave_later_than(self, moment: float) -> None:
         """Backward has come to a call that had ended at `moment`: it is done with what started after it."""

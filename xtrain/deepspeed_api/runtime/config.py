@@ -5,6 +5,7 @@ The engine does not use it: what there is to configure is in xtrain.config.
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,14 +26,19 @@ __all__ = [
     "ADAMW_OPTIMIZER",
     "ADAM_OPTIMIZER",
     "ADAM_W_MODE",
+    "ADAM_W_MODE_DEFAULT",
     "DEEPSPEED_OPTIMIZERS",
     "LAMB_OPTIMIZER",
     "LION_OPTIMIZER",
+    "MUADAMW_OPTIMIZER",
+    "MUADAM_OPTIMIZER",
     "MUON_OPTIMIZER",
+    "MUSGD_OPTIMIZER",
     "TORCH_ADAM_PARAM",
     "CommsConfig",
     "DeepSpeedConfig",
     "DeepSpeedConfigError",
+    "DtypeEnum",
     "get_gradient_accumulation_steps",
     "get_gradient_clipping",
     "get_log_level",
@@ -53,6 +59,32 @@ DEEPSPEED_OPTIMIZERS = [
 TORCH_ADAM_PARAM = "torch_adam"
 ADAM_W_MODE = "adam_w_mode"
 """Keys of `optimizer.params`."""
+ADAM_W_MODE_DEFAULT = True
+MUADAM_OPTIMIZER, MUADAMW_OPTIMIZER, MUSGD_OPTIMIZER = "muadam", "muadamw", "musgd"
+"""Of the package mup, which a script brings; the config's `optimizer.type` does not take them."""
+
+
+class DtypeEnum(enum.Enum):
+    """Dtypes by the names that configs have for them; `DtypeEnum("bf16")` is `DtypeEnum.bf16`."""
+
+    fp16 = torch.float16
+    fp32 = torch.float32
+    bf16 = torch.bfloat16
+    int8 = torch.int8
+
+    @classmethod
+    def _missing_(cls, value: object) -> DtypeEnum | None:
+        names = {
+            "half": "fp16",
+            "float16": "fp16",
+            "float": "fp32",
+            "float32": "fp32",
+            "bfloat16": "bf16",
+            "int": "int8",
+        }
+        text = str(value).removeprefix("torch.")
+        return cls.__members__.get(names.get(text, text))
+
 
 _COPIED = (
     "managed_gradient_accumulation", "steps_per_print", "dump_state", "disable_python_gc", "disable_allgather",
@@ -121,6 +153,8 @@ class DeepSpeedConfig:
         NotImplementedYetError: the config asks for a feature that xtrain does not have yet, or `mesh_device`
             is given.
     """
+
+    gradient_clipping: float
 
     def __init__(
         self, config: str | Path | Mapping[str, Any], mpu: Any = None, mesh_device: Any = None

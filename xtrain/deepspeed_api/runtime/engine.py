@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from xtrain.backends import Backend
 from xtrain.base import missing
 from xtrain.config import XtrainConfig
+from xtrain.deepspeed_api.compat.callables import DeepSpeedOptimizerCallable, DeepSpeedSchedulerCallable
 from xtrain.deepspeed_api.engine_actions import EngineActions
 from xtrain.deepspeed_api.engine_settings import EngineSettings
 from xtrain.deepspeed_api.engine_state import EngineState
@@ -92,4 +93,4 @@ class XtrainEngine(EngineActions, EngineState, EngineSettings):
 
 DeepSpeedEngine = XtrainEngine
 
-__all__ = ["DeepSpeedEngine", "XtrainEngine"]
+__all__ = ["DeepSpeedEngine", "DeepSpeedOptimizerCallable", "DeepSpeedSchedulerCallable", "XtrainEngine"]

@@ -25,7 +25,7 @@ def is_expert_parameter(p: Any) -> bool:
     return not getattr(p, "allreduce", True)
 
 
-def _spread(value: float, op: comm.ReduceOp, group: Any) -> float:
+def _spread(value: float, op: Any, group: Any) -> float:
     # float64: what a rank has found is not rounded on the way
     found = torch.tensor([value], dtype=torch.float64)
     comm.all_reduce(found, op, group=group)
@@ -155,4 +155,4 @@ def count_used_parameters_in_backward(parameters: Iterable[torch.nn.Parameter]) 
             for param in parameters
             if param.requires_grad
         ]
-    return sum(bool(torch._C._will_engine_execute_node(node)) for node in nodes)  # type: ignore[attr-defined]
+    return sum(bool(torch._C._will_engine_execute_node(node)) for node in nodes)

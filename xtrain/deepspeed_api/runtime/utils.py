@@ -6,6 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,13 @@ from xtrain.runtime.overflow import (
     is_model_parallel_parameter,
 )
 from xtrain.runtime.partitioned_tensor import PartitionedTensor
+from xtrain.runtime.tensor_lists import (
+    align_dense_tensors,
+    all_gather_dp_groups,
+    all_gather_into_tensor_dp_groups,
+    clip_tensors_by_global_norm,
+    get_global_norm_of_tensors,
+)
 from xtrain.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_rank
 
 
@@ -43,6 +51,13 @@ def noop_decorator(func: Callable[..., Any]) -> Callable[..., Any]:
 def ensure_directory_exists(filename: str) -> None:
     """Make the folder that the file is to be written to."""
     os.makedirs(os.path.dirname(os.path.abspath(filename)), exist_ok=True)
+
+
+def get_ma_status() -> int:
+    """Bytes that rank 0 has allocated on its device; 0 on the other ranks."""
+    if comm.is_initialized() and comm.get_rank() != 0:
+        return 0
+    return int(get_accelerator().memory_allocated())
 
 
 def empty_cache() -> None:
@@ -199,17 +214,24 @@ __all__ = [
     "CheckOverflow",
     "DummyOptim",
     "PartitionedTensor",
+    "align_dense_tensors",
+    "all_gather_dp_groups",
+    "all_gather_into_tensor_dp_groups",
     "bwc_pipeline_parallel_world_size",
     "bwc_tensor_model_parallel_rank",
     "call_to_str",
     "clip_grad_norm_",
+    "clip_tensors_by_global_norm",
     "count_used_parameters_in_backward",
     "empty_cache",
     "ensure_directory_exists",
     "get_global_norm",
+    "get_global_norm_of_tensors",
     "get_grad_norm",
+    "get_ma_status",
     "get_only_unique_item",
     "get_weight_norm",
+    "inf",
     "is_model_parallel_parameter",
     "move_to_device",
     "noop_decorator",

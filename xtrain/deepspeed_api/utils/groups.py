@@ -127,6 +127,10 @@ get_data_parallel_rank = _get_data_parallel_rank
 get_model_parallel_world_size = _get_model_parallel_world_size
 
 
+def _get_zero_param_intra_parallel_group() -> None:
+    """The ranks of hpZ, which divide parameters once more among themselves: none, hpZ is not there."""
+
+
 def get_model_parallel_rank() -> int:
     """This process's number among the ranks that hold one copy of the model."""
     return _grid().model.rank

@@ -23,6 +23,7 @@ __all__ = [
     "log_dist_once",
     "log_levels",
     "logger",
+    "print_configuration",
     "print_dist",
     "print_json_dist",
     "set_log_level_from_string",
@@ -94,6 +95,13 @@ def print_json_dist(
         raise ConfigError("print_json_dist() needs a path to write to")
     if is_among(ranks):
         write_text(Path(path), json.dumps({**message, "rank": int(os.environ.get("RANK", "0"))}))
+
+
+def print_configuration(args: Any, name: str) -> None:
+    """Log an object's attributes, a line each, in the order of their names."""
+    logger.info("%s:", name)
+    for key, value in sorted(vars(args).items()):
+        logger.info("  %s %s %s", key, "." * (29 - len(key)), value)
 
 
 def get_log_level_from_string(log_level_str: str) -> int:

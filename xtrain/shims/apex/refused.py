@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from xtrain.base import finders
 from xtrain.base.errors import NotImplementedYetError
 from xtrain.base.missing import MissingModuleError, MissingNameError
 from xtrain.shims.apex_table import REFUSED, find
@@ -21,14 +22,14 @@ PACKAGE = "xtrain.shims.apex"
 def attributes(package: str) -> Callable[[str], Any]:
     """A `__getattr__` for one of the shim's packages: explains names that the table knows."""
 
-    def missing(name: str) -> Any:
+    def explain(name: str) -> Any:
         path = f"{package}.{name}".removeprefix(f"{PACKAGE}.")
         entry = None if name.startswith("_") else find(path)
         if entry is None:
             raise AttributeError(f"module 'apex{package[len(PACKAGE) :]}' has no attribute {name!r}")
         raise MissingNameError(f"apex.{path} ({entry[0]})", entry[1])
 
-    return missing
+    return explain
 
 
 def refused_class(path: str) -> Any:
@@ -56,6 +57,8 @@ class Finder:
 
 
 def install() -> None:
-    """Add the finder, once."""
-    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.append(Finder())
+    """Add the finder, once; before the one that explains DeepSpeed's names, which would take some for its own."""
+    if any(isinstance(finder, Finder) for finder in sys.meta_path):
+        return
+    places = [place for place, finder in enumerate(sys.meta_path) if isinstance(finder, finders.Finder)]
+    sys.meta_path.insert(places[0] if places else len(sys.meta_path), Finder())

@@ -1,7 +1,7 @@
 """`torch.cuda`, `.cuda()`, `"cuda:0"` and `"nccl"` mean the selected backend. Nothing is active before `activate`.
 
 On the host this is xtrain's own work; on Ascend it is torch_npu's, whose vendor keeps it up with its chip
-(docs/decisions/0014-zero-lines.md). On CUDA and DCU there is nothing to translate.
+(docs/decisions/0014-unchanged-scripts.md). On CUDA and DCU there is nothing to translate.
 """
 
 from __future__ import annotations

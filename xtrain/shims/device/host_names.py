@@ -13,8 +13,8 @@ import torch.cuda.nvtx
 
 from xtrain.backends import Backend
 from xtrain.base.errors import NotImplementedYetError
+from xtrain.shims.cuda_names import REFUSED, TENSOR_TYPES
 from xtrain.shims.device.host_cuda import HostCuda
-from xtrain.shims.device.names import REFUSED, TENSOR_TYPES
 from xtrain.shims.patches import Patches, asked_by_torch
 
 _INNER = ("torch.cuda.memory", "torch.cuda.random", "torch.cuda.streams", "torch.cuda._utils")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from xtrain.base.errors import NotImplementedYetError
 
 
@@ -26,6 +28,11 @@ class OpBuilder:
     def is_compatible(self, verbose: bool = False) -> bool:
         """Whether what the operator is for works here. The optimizers do, on every backend."""
         return self.optimizer is not None
+
+    @staticmethod
+    def is_rocm_pytorch() -> bool:
+        """Whether PyTorch was built for AMD's and Hygon's chips."""
+        return torch.version.hip is not None
 
     def load(self, verbose: bool = True) -> Any:
         """Always refuses: there is no compiled library."""

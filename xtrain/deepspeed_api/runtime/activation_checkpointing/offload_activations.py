@@ -6,12 +6,12 @@ Only what is marked moves; `partition_activations` and `cpu_checkpointing` of th
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import threading
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -140,15 +140,10 @@ class CheckpointHiddenStatesOffload(saved_tensors_hooks):
         _patch(1)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _patch(-1)
         _stack().remove(self)
-        super().__exit__(kind, error, traceback)
+        super().__exit__(*error)
         if self._side is not None:
             get_accelerator().current_stream().wait_stream(self._side)
         self.reset()
@@ -273,9 +268,7 @@ def _layer_class() -> Any:
     """Transformers' checkpointed layer; None where it is not installed, or too old to have one."""
     if importlib.util.find_spec("transformers") is None:
         return None
-    import transformers
-
-    return getattr(transformers, "GradientCheckpointingLayer", None)
+    return getattr(importlib.import_module("transformers"), "GradientCheckpointingLayer", None)
 
 
 def _patch(change: int) -> None:

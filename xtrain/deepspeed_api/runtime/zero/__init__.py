@@ -9,4 +9,9 @@ _module = packages.attributes(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(zero, name) if hasattr(zero, name) else _module(name)
+    try:
+        return _module(name)  # first: modules of xtrain.zero have the names of some here
+    except AttributeError:
+        if hasattr(zero, name):
+            return getattr(zero, name)
+        raise

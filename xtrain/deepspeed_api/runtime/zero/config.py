@@ -8,6 +8,8 @@ from pydantic import model_validator
 
 from xtrain.config.schema import OffloadConfig, ZeroConfig
 
+ZERO_OPTIMIZATION = "zero_optimization"
+"""The section's key."""
 DeepSpeedZeroOffloadParamConfig = DeepSpeedZeroOffloadOptimizerConfig = OffloadConfig
 
 

@@ -18,20 +18,21 @@ def _step(
     corrections: tuple[float, float],
     mode: int,
     weight_decay: float,
-) -> torch.Tensor:
-    """The parameter's new value in wide dtype; the moments are updated in place."""
-    beta1, beta2 = betas
-    old, gradient = wide(param), wide(grad).view_as(param)
-    if mode == 0:
-        gradient = gradient + weight_decay * old
-    mean = beta1 * wide(moment) + (1 - beta1) * gradient
-    variance = beta2 * wide(square) + (1 - beta2) * gradient * gradient
-    moment.copy_(mean)
-    square.copy_(variance)
-    update = (mean / corrections[0]) / ((variance / corrections[1]).sqrt() + eps)
-    if mode != 0:
-        update = update + weight_decay * old
-    return old - lr * update
+) -> None:
+    """Update a parameter and its moments in place; those of 16 bits by way of float32 copies."""
+    value, mean, variance = wide(param), wide(moment), wide(square)
+    gradient = wide(grad).view_as(param)
+    if mode == 0 and weight_decay != 0:
+        gradient = gradient.add(value, alpha=weight_decay)
+    mean.mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
+    variance.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    update = (mean / corrections[0]).div_((variance / corrections[1]).sqrt_().add_(eps))
+    if mode != 0 and weight_decay != 0:
+        update.add_(value, alpha=weight_decay)
+    value.sub_(update.mul_(lr))
+    for target, result in ((param, value), (moment, mean), (square, variance)):
+        if target is not result:
+            target.copy_(result)
 
 
 def corrections(bias_correction: int, betas: tuple[float, float], step: int) -> tuple[float, float]:
@@ -56,9 +57,7 @@ def multi_tensor_adam(
     """[gradients, parameters, first moments, second moments]; the flag is neither read nor set, as in apex."""
     divided_by = corrections(bias_correction, (beta1, beta2), int(step))
     for grad, param, moment, square in together(tensor_lists, 4, "multi_tensor_adam"):
-        param.copy_(
-            _step(grad, param, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay)
-        )
+        _step(grad, param, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay)
 
 
 @torch.no_grad()
@@ -83,11 +82,7 @@ def multi_tensor_adam_capturable(
     for grad, param, moment, square in together(tensor_lists, 4, "multi_tensor_adam_capturable"):
         unscaled = wide(grad) * inv_scale
         grad.copy_(unscaled)
-        param.copy_(
-            _step(
-                unscaled, param, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay
-            )
-        )
+        _step(unscaled, param, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay)
 
 
 @torch.no_grad()
@@ -114,9 +109,5 @@ def multi_tensor_adam_capturable_master(
     ):
         unscaled = wide(grad) * inv_scale
         grad.copy_(unscaled)
-        master.copy_(
-            _step(
-                unscaled, master, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay
-            )
-        )
+        _step(unscaled, master, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay)
         param.copy_(master)

@@ -9,4 +9,6 @@ from xtrain.shims.apex.optimizers.fused_sgd import FusedSGD
 
 FusedMixedPrecisionLamb = refused.refused_class("optimizers.FusedMixedPrecisionLamb")
 
+__getattr__ = refused.attributes(__name__)
+
 __all__ = ["FusedAdagrad", "FusedAdam", "FusedLAMB", "FusedMixedPrecisionLamb", "FusedNovoGrad", "FusedSGD"]

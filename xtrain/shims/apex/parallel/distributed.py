@@ -47,9 +47,17 @@ def _exchange(tensors: Iterable[torch.Tensor], operation: Callable[[torch.Tensor
             tensor.copy_(part)
 
 
-def _average(flat: torch.Tensor) -> None:
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
+def flat_dist_call(
+    tensors: Iterable[torch.Tensor], call: Callable[..., Any], extra_args: tuple[Any, ...] | None = None
+) -> None:
+    """Apply a collective to the tensors of each dtype as one; after `all_reduce` they are averaged."""
+
+    def operation(flat: torch.Tensor) -> None:
+        call(flat, *(extra_args or ()))
+        if call is distributed.all_reduce:
+            flat /= distributed.get_world_size()
+
+    _exchange(tensors, operation)
 
 
 class Reducer:
@@ -64,7 +72,7 @@ class Reducer:
         self.grads: list[torch.Tensor] = []
         if isinstance(module_or_grads_list, nn.Module):
             self.module = module_or_grads_list
-            _exchange([p.data for p in self.module.parameters()], lambda flat: distributed.broadcast(flat, 0))
+            flat_dist_call([p.data for p in self.module.parameters()], distributed.broadcast, (0,))
         else:
             self.grads = [grad for grad in module_or_grads_list if isinstance(grad, torch.Tensor)]
 
@@ -73,7 +81,7 @@ class Reducer:
         grads = self.grads
         if self.module is not None:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        _exchange(grads, _average)
+        flat_dist_call(grads, distributed.all_reduce)
 
 
 class DistributedDataParallel(nn.Module):
@@ -122,7 +130,7 @@ class DistributedDataParallel(nn.Module):
         self.world_size = float(distributed.get_world_size())
         self._disable_allreduce = False
         self._queued = False
-        _exchange([p.data for p in module.parameters()], lambda flat: distributed.broadcast(flat, 0))
+        flat_dist_call([p.data for p in module.parameters()], distributed.broadcast, (0,))
         for param in module.parameters():
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(self._gradient_is_there)

@@ -27,7 +27,7 @@ KEPT = frozenset(
 _GRAPHS = "use torch.compile, which needs none"
 _ALLOCATOR = "the host's memory is the operating system's: leave it out on this backend"
 _SENSORS = "read the machine's own sensors"
-_CHIP = "it speaks to NVIDIA's libraries: guard it with `if xtrain's backend is cuda`"
+_CHIP = "it speaks to NVIDIA's libraries: leave it out on this backend"
 _PROFILER = "use torch.profiler"
 
 REFUSED: dict[str, str] = {

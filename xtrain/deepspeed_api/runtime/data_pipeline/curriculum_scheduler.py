@@ -1,0 +1,5 @@
+"""`deepspeed.runtime.data_pipeline.curriculum_scheduler`."""
+
+from xtrain.data.curriculum import CurriculumScheduler
+
+__all__ = ["CurriculumScheduler"]

@@ -1,0 +1,5 @@
+"""`deepspeed.sequence.layer`."""
+
+from xtrain.parallel.ulysses import DistributedAttention
+
+__all__ = ["DistributedAttention"]

@@ -1,0 +1,1 @@
+deepspeed_api/env_report.py
