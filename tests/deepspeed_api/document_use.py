@@ -17,7 +17,7 @@ _TESTS = """## DeepSpeed's own unit tests
 Those of DeepSpeed's repository, on the host, once with deepspeed {version} and once with `import deepspeed` meaning
 xtrain ({date}, torch 2.13.0). Tests with many parameter sets were sampled, by the same draw for both. Only what
 DeepSpeed itself passes on a host counts: most of its tests of fp16, profiling and activation checkpointing skip
-themselves there. Of its {files} test files {importable} can be imported by xtrain, {refused} end with the error that names a
+themselves there. Of its {files} test files xtrain can import {importable}; {refused} end with the error that names a
 feature, and {others} need a package that was not there.
 
 | folder | run | DeepSpeed passes | of these xtrain | why not the rest |
@@ -25,10 +25,10 @@ feature, and {others} need a package that was not there.
 """
 _NAMES = """## What public repositories import
 
-{names} names that {repositories} public repositories import or touch ({date}; `tests/deepspeed_api/public_names.py` reads
-their syntax trees). Counted once for each repository, **{share:.1f} %** can be imported: {working:.1f} % are there,
-{standing:.1f} % stand in for a feature that is not there, so that a script which never uses it runs, and say so when they
-are used. The others are refused at the import. Numbers are those of the repositories.
+{names} names that {repositories} public repositories import or touch, by their syntax trees
+(`tests/deepspeed_api/public_names.py`, {date}). Counted once for each repository, **{share:.1f} %** can be imported:
+{working:.1f} % are there, {standing:.1f} % stand in for a feature that is not there, so that a script which never uses it
+runs, and say so when they are used. The others are refused at the import. Numbers are those of the repositories.
 
 Repositories: {list}.
 """
