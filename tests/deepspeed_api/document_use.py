@@ -27,8 +27,8 @@ _NAMES = """## What public repositories import
 
 {names} names that {repositories} public repositories import or touch, by their syntax trees
 (`tests/deepspeed_api/public_names.py`, {date}). Counted once for each repository, **{share:.1f} %** can be imported:
-{working:.1f} % are there, {standing:.1f} % stand in for a feature that is not there, so that a script which never uses it
-runs, and say so when they are used. The others are refused at the import. Numbers are those of the repositories.
+{working:.1f} % are there, {standing:.1f} % stand in for a feature that is not there, so that a script which never uses
+it runs, and say so when they are used. The others are refused at the import. Numbers are those of the repositories.
 
 Repositories: {list}.
 """
