@@ -37,7 +37,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not services and not libraries"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not services and not libraries"
 
 # Runs that lose a rank, a node and the like; `python -m tests.chaos` makes many.
 test-chaos: $(STAMP)

@@ -18,7 +18,7 @@ from xtrain.zero.train_state import TrainState
 from xtrain.zero.weights import whole_state_dict
 
 
-def _standalone(state: dict[str, Any]) -> dict[str, Any]:
+def standalone(state: dict[str, Any]) -> dict[str, Any]:
     """Copies on the host, so that no flat buffer is written with them; tied tensors stay tied."""
     copies: dict[Any, torch.Tensor] = {}
 
@@ -61,7 +61,7 @@ def save_16bit(state: TrainState, path: Path, exclude_frozen: bool) -> bool:
         if weights is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
-                torch.save(_standalone(weights), temporary)
+                torch.save(standalone(weights), temporary)
 
     together(write, f"writing {path}", CheckpointError)
     return True

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from xtrain.base.errors import ConfigError, NotImplementedYetError
-from xtrain.checkpoint import contents, plain_weights, read, write
+from xtrain.checkpoint import contents, model_states, plain_weights, read, write
 from xtrain.checkpoint.verify import Wanted
 from xtrain.config import solve_batch_sizes
 from xtrain.engine.build import ALIGNED_IS_NOT_COMPILED
@@ -347,6 +347,32 @@ class EngineActions(Engine):
     ) -> dict[str, Any] | None:
         """The whole weights on rank 0, None elsewhere; every rank must call it. Hugging Face's libraries do."""
         return plain_weights.consolidated(self.module, exclude_frozen_parameters)
+
+    def _create_checkpoint_file(self, save_dir: str, tag: str, zero_checkpoint: bool) -> bool:
+        """Make the folder of a checkpoint. Private in DeepSpeed; scripts that write files of their own call it."""
+        model_states.make_folder(Path(save_dir) / str(tag))
+        return True
+
+    def _get_ckpt_name(self, checkpoints_path: str, tag: str, mp_placeholder: str | None = None) -> str:
+        """The file that `_save_checkpoint` writes; with a placeholder, the pattern of those of all parts."""
+        file = model_states.file_of(self.train_state, Path(checkpoints_path) / str(tag))
+        return str(
+            file if mp_placeholder is None else file.with_name(f"mp_rank_{mp_placeholder}_model_states.pt")
+        )
+
+    def _save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str,
+        client_state: dict[str, Any] | None = None,
+        exclude_frozen_parameters: bool = False,
+    ) -> None:
+        """Write weights and the script's own state to `_get_ckpt_name()`, without optimizer states.
+
+        Private in DeepSpeed; scripts whose checkpoints have no optimizer call it, below stage 3 on one rank alone.
+        """
+        folder = Path(save_dir) / str(tag)
+        model_states.save(self.train_state, folder, client_state or {}, exclude_frozen_parameters)
 
     def save_fp16_model(self, save_dir: str, save_filename: str = "pytorch_model.bin") -> bool:
         """The old name of `save_16bit_model`."""
