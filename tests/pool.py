@@ -67,8 +67,10 @@ def _run(
     import torch
     import torch.distributed as dist
 
+    from xtrain.base.log import logger
     from xtrain.comm import ledger
 
+    level = logger.level
     store = dist.FileStore(store_file, world_size)
     try:
         dist.init_process_group(
@@ -84,6 +86,7 @@ def _run(
         store.add("ended", 1)
         return None, _portable(error), traceback.format_exc()
     finally:
+        logger.setLevel(level)  # what an engine's config has said stays
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -362,8 +362,8 @@ def test_names_by_inner_paths_are_the_same_objects() -> None:
     assert xtrain.checkpoint.ZERO_STAGE == "zero_stage"
     assert xtrain.DeepSpeedOptimizerCallable.__args__[-1] is torch.optim.Optimizer
     assert checkpointing._CUDA_RNG_STATE_TRACKER is xtrain.checkpointing.get_cuda_rng_tracker()
-    with pytest.raises(MissingNameError, match=r"checkpointing\.detach_variable"):
-        xtrain.checkpointing.detach_variable  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(MissingNameError, match=r"checkpointing\.checkpoint_profile"):
+        xtrain.checkpointing.checkpoint_profile  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(MissingNameError, match="mixture of experts"):
         groups._get_expert_model_parallel_world_size  # noqa: B018
 

@@ -82,7 +82,7 @@ def test_settings_that_would_be_ignored_are_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, given: str, ignored: str
 ) -> None:
     script, config = tmp_path / "s.py", tmp_path / "ds.json"
-    script.write_text("")
+    script.write_text("deepspeed.add_config_arguments(parser)\n")
     config.write_text(json.dumps({"train_batch_size": 8}))
     args = [f"script={script}"] if "own" in given else []
     args += [f"deepspeed_config={config}"] if "json" in given else []
@@ -124,7 +124,7 @@ def test_a_users_own_choices_and_script(capsys: pytest.CaptureFixture[str], tmp_
         "defaults: [local, _self_]\nname: big\nranks_per_node: 4\nstop_timeout: 5\nenv: {FOO: bar}\n"
     )
     script = tmp_path / "my.py"
-    script.write_text("")
+    script.write_text("deepspeed.add_config_arguments(parser)\n")
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"train_batch_size": 8}))
     args = [
