@@ -52,8 +52,8 @@ def _engine(model: nn.Module) -> Any:
 
 
 def _train(attach: Callable[[nn.Module], None]) -> dict[str, torch.Tensor]:
-    before = len(registration_hooks)
-    model = _model()
+    gc.collect()  # what other tests have dropped
+    before, model = len(registration_hooks), _model()
     engine = _engine(model)
     assert len(registration_hooks) == before + 1
     attach(model)

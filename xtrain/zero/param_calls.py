@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from xtrain.zero.home import Home
+
+class _Home(Protocol):
+    """What is needed of home.py's Home here."""
+
+    shape: torch.Size
+    kept_by_script: bool
+
+    def unshard(self) -> None: ...
+
+    def reshard(self) -> None: ...
+
+    def store(self, whole: torch.Tensor) -> None: ...
 
 
 class _OfParameter:
@@ -30,7 +40,7 @@ class _OfParameter:
         return type(None), ()
 
 
-def _home_of(param: torch.nn.Parameter) -> Home | None:
+def _home_of(param: torch.nn.Parameter) -> _Home | None:
     return getattr(param, "_xtrain_home", None)
 
 
