@@ -81,7 +81,14 @@ setup(
             "datasets>=5",
         ],
         "docs": ["mkdocs-material>=9.5"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11", "build>=1.2"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "build>=1.2",
+        ],
     },
     entry_points={
         "console_scripts": ["xtrain=xtrain.cli:main"],

@@ -22,6 +22,13 @@ hypothesis.settings.load_profile("xtrain")
 from tests import pool  # noqa: E402 - workers inherit the environment set above
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`pytest -n`: the tests of a file share a process, and its ranks; all that start Slurm or hosts share one, too."""
+    for item in items:
+        group = "services" if item.get_closest_marker("services") else item.path.as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Tests never touch the user's cache. Set before any worker starts, which inherits it."""

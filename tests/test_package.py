@@ -51,8 +51,8 @@ def test_the_api_is_deepspeeds() -> None:
 
 def test_a_name_that_is_missing_says_so() -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
-        _python("import xtrain; xtrain.PipelineModule")
-    assert "PipelineModule (pipeline parallelism) is not there yet in xtrain: " in caught.value.stderr
+        _python("import xtrain; xtrain.DualPipeV")
+    assert "DualPipeV (pipeline parallelism) is not there yet in xtrain: " in caught.value.stderr
 
 
 def test_the_engine_never_asks_which_backend_it_is() -> None:

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.deepspeed_api import probe, public_configs, record
+from tests.deepspeed_api import document_use, probe, public_configs, record
 from tests.deepspeed_api.probe import Everything, Found
 from xtrain.base.files import write_text
 
@@ -134,6 +134,8 @@ def document() -> str:
         "### Types of `optimizer`\n",
         *_table(everything.optimizers, "types", _last(everything.optimizers)),
         *_public(),
+        *document_use.names(),
+        *document_use.tests(),
     ]
     for heading, found in everything.objects.items():
         lines += [f"## {_OBJECTS[heading]}\n", *_table(found, "names", _last(found))]

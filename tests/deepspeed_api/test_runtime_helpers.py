@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xtrain
 from tests.deepspeed_api import probe
+from xtrain.activation_checkpointing import checkpointing as activation_checkpointing
 from xtrain.base import log
 from xtrain.base.errors import ConfigError, NotImplementedYetError, TrainingError
 from xtrain.base.missing import MissingNameError
@@ -388,7 +389,10 @@ def test_a_level_that_the_script_has_set_stays(monkeypatch: pytest.MonkeyPatch) 
 
 
 def _settings_as_globals() -> list[Any]:
-    cp: Any = xtrain.checkpointing
+    cp: Any = activation_checkpointing
+    cp.mpu, cp.deepspeed_checkpointing_enabled = None, False  # an earlier test may have left its own
+    cp.CONTIGUOUS_CHECKPOINTING = cp.PARTITION_ACTIVATIONS = cp.CPU_CHECKPOINT = cp.SYNCHRONIZE = False
+    cp.num_layers = None
     seen = [cp.PARTITION_ACTIVATIONS, cp.num_layers, cp.mpu, cp.deepspeed_checkpointing_enabled]
     cp.configure(None, partition_activations=True, num_checkpoints=3, synchronize=True)
     seen += [cp.PARTITION_ACTIVATIONS, cp.num_layers, cp.SYNCHRONIZE, cp.CPU_CHECKPOINT]

@@ -163,11 +163,8 @@ def free_port() -> int:
 
 SCRIPT = """
 import json, sys
-from tests.libraries import loaded, tiny
 from tests.libraries.test_accelerate import _loop
 from accelerate import Accelerator
-from accelerate.state import PartialState
-PartialState._prepare_backend = tiny._several_ranks_on_the_host
 accelerator = Accelerator()
 assert accelerator.state.deepspeed_plugin.zero_stage == 3, accelerator.state
 losses = _loop(accelerator)
@@ -177,29 +174,18 @@ if accelerator.is_main_process:
 
 
 def test_accelerate_launch(ranks: Ranks, tmp_path: Path) -> None:
-    """The shims' command starts the ranks; `deepspeed` in them is xtrain."""
+    """`xtrain run` reaches the ranks, and `deepspeed` in them is xtrain."""
     script, written = tmp_path / "script.py", tmp_path / "losses.json"
     script.write_text(SCRIPT)
-    subprocess.run([sys.executable, "-m", "xtrain.cli", "shims", str(tmp_path / "shims")], check=True)
-    paths = [str(tmp_path / "shims" / "python"), str(Path(__file__).parents[2])]
     launched = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes=2"),
-            *(
-                "--num_machines=1",
-                "--zero_stage=3",
-                "--gradient_accumulation_steps=2",
-                "--gradient_clipping=1.0",
-            ),
-            *(
-                "--mixed_precision=no",
-                "--dynamo_backend=no",
-                f"--main_process_port={free_port()}",
-                "--zero3_init_flag=false",
-            ),
-            *(str(script), str(written)),
+            *(sys.executable, "-m", "xtrain.cli", "run", "--device-shim", "on"),
+            *("-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes=2", "--num_machines=1"),
+            *("--zero_stage=3", "--gradient_accumulation_steps=2", "--gradient_clipping=1.0"),
+            *("--mixed_precision=no", "--dynamo_backend=no", "--zero3_init_flag=false"),
+            *(f"--main_process_port={free_port()}", str(script), str(written)),
         ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=300,

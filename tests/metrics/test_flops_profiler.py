@@ -247,3 +247,14 @@ def test_a_forward_that_fails_is_not_the_profiled_one(ranks: Any, compiled: bool
     flops, seconds = ranks(1, _failing, compiled)[0]
     assert flops == 192
     assert seconds > 0
+
+
+def test_the_printed_totals_stay_when_the_counters_are_reset(capsys: pytest.CaptureFixture[str]) -> None:
+    """A linear layer of 3 x 5 on 2 samples: 2 x 15 multiplications and additions."""
+    model = torch.nn.Linear(3, 5, bias=False)
+    profiler = FlopsProfiler(model)
+    profiler.start_profile()
+    model(torch.ones(2, 3))
+    profiler.print_model_profile(detailed=False)
+    profiler.end_profile()
+    assert (profiler.flops, profiler.macs, profiler.params) == (60, 30, 15)

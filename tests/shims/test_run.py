@@ -76,6 +76,7 @@ ERRORS = {
     "torch.utils.cpp_extension.load('fused', ['k.cu'])": "the CUDA kernel fused (k.cu) is not there yet in xtrain",
     "import deepspeed.inference.engine": "inference.engine (inference and generation) is not there yet in xtrain",
     "raise ImportError('libcudart.so.12: cannot open')": "a compiled CUDA extension cannot be loaded here",
+    "raise ModuleNotFoundError('No module named triton', name='triton')": "Triton is not installed, and its kernels do",
     "deepspeed.initialize(model=1)": "initialize() needs model=<torch module>, got int",
 }
 

@@ -93,9 +93,9 @@ def apex_verdict(name: str) -> Answer:
 _LAUNCHERS = {
     "deepspeed": "put the commands of `xtrain shims DIR` first on the PATH, or write `xtrain deepspeed`",
     "ds_report": "put the commands of `xtrain shims DIR` first on the PATH, or call `xtrain doctor`",
-    "deepspeed launcher": "set PYTHONPATH as `xtrain shims DIR` says, or write `xtrain deepspeed`",
+    "deepspeed launcher": "put `xtrain run` before it, in python's place, or write `xtrain deepspeed`",
 }
-_OTHER_LAUNCHER = "start it below `xtrain run`, or set PYTHONPATH as `xtrain shims DIR` says"
+_OTHER_LAUNCHER = "start it by `xtrain run -m torch.distributed.run ...`, or `xtrain run -m` and its module"
 
 
 def launch_verdict(name: str, line: str) -> Answer:

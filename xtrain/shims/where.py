@@ -31,6 +31,11 @@ def user_line(trace: TracebackType | None) -> str | None:
 def _sentence(error: BaseException) -> str | None:
     if isinstance(error, XtrainError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        return (
+            "Triton is not installed, and its kernels do not run on this backend: install the package triton for a "
+            "script that only imports it (a kernel that is launched is refused), or take the import out"
+        )
     if isinstance(error, ImportError) and any(library in str(error) for library in _CUDA_LIBRARIES):
         return f"a compiled CUDA extension cannot be loaded here ({error}): use the script's own fallback, or torch"
     return None

@@ -73,6 +73,8 @@ class FlopsProfiler:
         self.ds_engine = ds_engine
         self.recompute_fwd_factor = recompute_fwd_factor
         self.started = False
+        # What the last printed profile has found, for who reads it when the counters are reset.
+        self.flops = self.macs = self.params = 0
         self._costs: dict[nn.Module, ModuleCost] = {}
         self._counter: FlopCounterMode | None = None
         self._handles: list[Any] = []
@@ -206,6 +208,8 @@ class FlopsProfiler:
             detailed: list every module.
             output_file: written as a whole; None or "": standard output.
         """
+        self.flops, self.macs = self.get_total_flops(), self.get_total_macs()
+        self.params = self.get_total_params()
         parts = [report.summary(self, profile_step), report.aggregated(self, module_depth, top_modules)]
         text = "\n\n".join([*parts, report.modules(self)] if detailed else parts) + "\n"
         if output_file:

@@ -45,7 +45,7 @@ def activate(backend: Backend, patches: Patches) -> None:
         tensors.replace(patches, own)
         libraries.replace(patches, own, backend.collectives.process_group_backend)
         meaning.replace(patches, own)
-    elif backend.name == "ascend":
+    elif backend.runtime.device_type == "npu":
         # At its import it replaces torch.cuda's names, and "nccl", for the whole process.
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
     else:
