@@ -75,6 +75,13 @@ class Scaled(nn.Module):
         return self.wrap(x * self.weight)
 
 
+class MayHaveWeight(nn.Module):
+    """The identity, or a linear layer once somebody has given it `tied`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.tied) if hasattr(self, "tied") else x
+
+
 class Many(nn.Module):
     """`count` small parameters and one that all ranks have a part of."""
 

@@ -75,6 +75,8 @@ def test_builders_tell_what_there_is_and_load_nothing() -> None:
     assert xtrain.ops.__compatible_ops__ is compatible
     for name in op_builder.__all__:
         builder = getattr(op_builder, name)()
+        if name == "PinMemoryBuilder":
+            continue  # loads what needs no compiling: test_pin_memory.py
         with pytest.raises(NotImplementedYetError, match=builder.NAME):
             builder.load()
         if builder.optimizer is not None:

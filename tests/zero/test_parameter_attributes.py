@@ -11,6 +11,7 @@ from torch import nn
 
 import xtrain
 from tests import toys
+from xtrain.base.errors import ConfigError
 from xtrain.runtime.zero.offload_states import get_state_devices
 from xtrain.runtime.zero.partition_parameters import is_zero_param
 from xtrain.utils import safe_get_local_fp32_param
@@ -161,3 +162,44 @@ def _averaged(stage: int) -> list[float]:
 def test_averaged_gradients_are_what_this_rank_owns(ranks: Callable[..., list[Any]], stage: int) -> None:
     first, second = ranks(2, _averaged, stage)
     assert first + second == [0.5] * 3
+
+
+def _by_hand(from_init: bool) -> None:
+    """Against a copy of the whole weights, made before they are divided."""
+    torch.manual_seed(3)
+    wanted = [param.detach().clone() for param in _two().parameters()]
+    torch.manual_seed(3)
+    with Init(config_dict_or_path=_config(), enabled=from_init):
+        model = _two()
+    engine = None if from_init else xtrain.initialize(model=model, config=_config())[0]
+    params = list(model.parameters())
+    assert not any(param.numel() for param in params)
+    params[0].all_gather_coalesced(params).wait()
+    for param, whole in zip(params, wanted, strict=True):
+        assert torch.equal(param, whole)
+        assert param.ds_status is ZeroParamStatus.AVAILABLE
+    params[0].all_gather()  # it is whole already
+    with torch.no_grad():
+        params[0].fill_(2.0)
+        params[1].fill_(3.0)
+    params[0].partition(params[:1], has_been_updated=True)
+    params[1].partition(params[1:])
+    params[1].partition()  # it is divided already
+    assert not any(param.numel() for param in params)
+    with GatheredParameters(params):
+        assert bool((params[0] == 2.0).all())
+        for param, whole in zip(params[1:], wanted[1:], strict=True):
+            assert torch.equal(param, whole)
+    if engine is not None:
+        engine.backward(engine(torch.ones(1, 4)).sum())
+        engine.step()
+        engine.backward(engine(torch.ones(1, 4)).sum())
+        params[1].all_gather()
+        with pytest.raises(ConfigError, match=r"step\(\) was called while"):
+            engine.step()
+        params[1].partition()
+
+
+@pytest.mark.parametrize("from_init", [True, False])
+def test_parameters_are_gathered_by_hand(ranks: Any, from_init: bool) -> None:
+    ranks(2, _by_hand, from_init)

@@ -282,8 +282,9 @@ class Config(Section):
     """In DeepSpeed: a warning if 8 does not divide it."""
     disable_allgather: Annotated[bool, ONE_BUFFER] = False
     """In DeepSpeed: an old key; collect updated parameters by broadcasts."""
-    zero_force_ds_cpu_optimizer: Annotated[bool, NoEffect("every optimizer works on offloaded states")] = True
-    """In DeepSpeed: accept only its own Adam for offloaded states."""
+    zero_force_ds_cpu_optimizer: bool = True
+    """Written out as true: of the optimizers that a script makes itself, accept only xtrain's own for offloaded states.
+    Left out or false: any, since all work on them."""
     aio: Annotated[FeatureDict | None, NoEffect("files are mapped into memory")] = None
     """In DeepSpeed: block size, queue depth and threads of its library for files."""
 

@@ -28,7 +28,8 @@ class OffloadConfig(Section):
     """Folder on a local disk for device "nvme", which needs it. The files disappear when the process ends."""
     pin_memory: bool = True
     """For device "cpu": use page-locked memory, where the backend has it. Copies are faster, but the memory cannot be
-    swapped out."""
+    swapped out. With DS_PIN_MEMORY_BACKEND=native in the environment the operating system locks it, on every backend
+    and where the device is the host, too; no device is told of it."""
     buffer_count: Annotated[int | None, _MAPPED] = Field(None, ge=0)
     """In DeepSpeed: number of buffers between memory and disk."""
     buffer_size: Annotated[int | None, _MAPPED] = Field(None, ge=0)

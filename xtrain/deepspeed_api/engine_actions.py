@@ -6,7 +6,8 @@ Methods of DeepSpeedEngine; those whose feature is not there yet raise and say w
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ class EngineActions(Engine):
     """Actions under DeepSpeedEngine's names."""
 
     _compiled = False
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """See Engine.coalesce_grad_reduction.
+
+        Raises:
+            NotImplementedYetError: a subclass has a pipeline, whose schedule runs the backward passes.
+        """
+        if self.pipeline_parallelism:
+            raise NotImplementedYetError(
+                "coalesce_grad_reduction() with pipeline parallelism", "leave the block out"
+            )
+        with super().coalesce_grad_reduction():
+            yield
 
     # ---------------------------------------------------------------- batch sizes
 

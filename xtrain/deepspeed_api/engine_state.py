@@ -237,10 +237,8 @@ class EngineState(Engine):
         """Always False: expert parallelism is not there yet."""
         return False
 
-    @property
-    def pipeline_parallelism(self) -> bool:
-        """Always False: pipelines are not there yet."""
-        return False
+    pipeline_parallelism = False
+    """Whether the model is a pipeline: never, pipelines are not there yet. A subclass with one of its own sets it."""
 
     def random_ltd_enabled(self) -> bool:
         """Always False: random layer-token dropping is not there yet."""

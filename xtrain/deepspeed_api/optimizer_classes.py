@@ -7,6 +7,7 @@ class that passes for it.
 
 from __future__ import annotations
 
+import math
 import types
 
 import torch
@@ -43,6 +44,14 @@ class _Divided(ZeroOptimizer):
         """Whether buckets are reduced while backward goes on."""
         return self.reducer.overlap
 
+    def _in_order(self) -> list[torch.nn.Parameter]:
+        """What is trained, in the order of registration: flat groups have the reverse of it."""
+        return [param for group in reversed(self.groups) for param in reversed(group.members)]
+
+    def _number_of(self) -> dict[torch.nn.Parameter, int]:
+        """Its place in that order."""
+        return {param: number for number, param in enumerate(self._in_order())}
+
 
 class DeepSpeedZeroOptimizer(_Divided):
     """Stages 1 and 2. What DeepSpeed has for each parameter group, this has for each bucket."""
@@ -71,6 +80,28 @@ class DeepSpeedZeroOptimizer(_Divided):
     def single_partition_of_fp32_groups(self) -> list[torch.nn.Parameter]:
         """The master slices that this rank owns."""
         return self.masters
+
+    @property
+    def nccl_start_alignment_factor(self) -> int:
+        """Elements: each rank's part of `bit16_groups_flat` starts at a multiple of it."""
+        return math.gcd(*(group.align for group in self.groups))
+
+    @property
+    def accumulated_grads_in_cpu(self) -> dict[int, torch.Tensor]:
+        """Number of the parameter -> this rank's part of what its gradients in this window have added up to: copies in
+        host memory, one-dimensional.
+
+        Parameters of which this rank has no part are left out; nothing is there between a step and the next backward.
+        In stage 1 other ranks' gradients are not in it before the last backward of the window.
+        """
+        result: dict[int, torch.Tensor] = {}
+        if self.reducer.ran_backward:
+            number_of = self._number_of()
+            for item in self.gradients:
+                for member, param in enumerate(item.group.members):
+                    if (mine := item.piece(member)) is not None:
+                        result[number_of[param]] = mine.to("cpu", copy=True)
+        return result
 
 
 class DeepSpeedZeroOptimizer_Stage3(_Divided):
@@ -114,16 +145,12 @@ class DeepSpeedZeroOptimizer_Stage3(_Divided):
         """
         result: dict[int, dict[int, torch.Tensor]] = {}
         if self.reducer.settle():
-            order = {param: number for number, param in enumerate(self._in_order())}
+            order = self._number_of()
             for item in self.gradients:
                 for member, param in enumerate(item.group.members):
                     if (mine := item.piece(member)) is not None:
                         result.setdefault(item.group.group_index, {})[order[param]] = mine.float()
         return result
-
-    def _in_order(self) -> list[torch.nn.Parameter]:
-        """What is trained, in the order of registration: flat groups have the reverse of it."""
-        return [param for group in reversed(self.groups) for param in reversed(group.members)]
 
     def _get_norm_groups(self) -> list[torch.Tensor]:
         """The 2-norm, over all ranks, of the averaged gradients of each master slice. Collective.
@@ -147,6 +174,31 @@ class BF16_Optimizer(ZeroOptimizer):
     def fp32_groups_flat_partition(self) -> list[torch.nn.Parameter]:
         """The master slices that this rank owns."""
         return self.masters
+
+    @property
+    def fp32_groups_gradients_flat(self) -> list[torch.Tensor]:
+        """The averaged gradients of the parameters that have a part in each master slice, one after the other in the
+        order of registration: float32 copies, whole on every rank.
+
+        Between the last backward of a window and the step; empty otherwise. Collective: ranks keep parts of them.
+        """
+        if not self.reducer.settle():
+            return []
+        found = []
+        for item in self.gradients:
+            layout = item.group.layout
+            for bucket in layout.buckets:
+                mine = item.owned(bucket)
+                flat = mine.new_empty(bucket.stop - bucket.start)
+                if layout.partitions > 1:
+                    comm.all_gather_into_tensor(flat, mine.contiguous(), group=self.process_group)
+                else:
+                    flat.copy_(mine)
+                starts = [layout.starts[member] - bucket.start for member in bucket.members]
+                sizes = [layout.sizes[member] for member in bucket.members]
+                parts = [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+                found.append(torch.cat(parts[::-1]).float())
+        return found
 
 
 class _HalfPrecision(ZeroOptimizer):

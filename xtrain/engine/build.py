@@ -16,7 +16,7 @@ from xtrain.backends import Backend
 from xtrain.backends.alignment import is_aligned
 from xtrain.base.errors import ConfigError
 from xtrain.config import XtrainConfig, solve_batch_sizes
-from xtrain.optim import build_optimizer, check_elementwise, check_fresh
+from xtrain.optim import build_optimizer, check_elementwise, check_for_offload, check_fresh
 from xtrain.parallel import DataParallelGrid
 from xtrain.precision import PrecisionPolicy, for_backend, make_loss_scale, make_policy
 from xtrain.precision.autocast import mark_communication
@@ -127,6 +127,12 @@ class Builder:
             groups = as_param_groups(model_parameters, self.module)
             named = {param: name for name, param in names.parameters(self.module)}
             built = build_optimizer(values.optimizer, groups, self.backend.zero.update_chunk, named)
+        offload = values.zero_optimization.offload_optimizer
+        insists = (
+            values.zero_force_ds_cpu_optimizer and "zero_force_ds_cpu_optimizer" in values.model_fields_set
+        )
+        if given is not None and insists and offload is not None and offload.device != "none":
+            check_for_offload(built)
         stage = values.zero_optimization.stage
         check_elementwise(built, stage, values.zero_allow_untested_optimizer)
         if stage or self.precision.module is not None or self.precision.aligned:

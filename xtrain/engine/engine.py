@@ -427,3 +427,5 @@ class Engine(nn.Module):
             self._reducer.detach()
         if self.train_state.partition.gatherer is not None:
             self.train_state.partition.gatherer.detach()
+        if self.train_state.optimizer is not None:
+            self.train_state.optimizer.unlock_memory()

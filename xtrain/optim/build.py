@@ -18,6 +18,11 @@ from xtrain.optim.lamb import Lamb
 from xtrain.optim.lion import Lion
 from xtrain.optim.muon import muon_from_config, tag_parameters
 
+
+class UnsuitableOptimizerError(ConfigError):
+    """An optimizer cannot be used as the config wants it to be."""
+
+
 _NOT_YET = {"onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd"}
 _TYPES = ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon", "SGD")
 
@@ -103,6 +108,20 @@ def check_fresh(optimizer: torch.optim.Optimizer) -> None:
         raise ConfigError(
             f"the optimizer {type(optimizer).__name__} has taken steps already: pass a fresh one to initialize() "
             "and restore its state with load_checkpoint()"
+        )
+
+
+def check_for_offload(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a script's optimizer where the config insists on xtrain's own for offloaded states.
+
+    Raises:
+        UnsuitableOptimizerError: it is not one of xtrain.ops or xtrain.optim.
+    """
+    if not isinstance(optimizer, ChunkedOptimizer):
+        raise UnsuitableOptimizerError(
+            f"the config has zero_force_ds_cpu_optimizer: true and offload_optimizer, and the optimizer is "
+            f"{type(optimizer).__name__}: pass xtrain.ops.adam.DeepSpeedCPUAdam or another one of xtrain.ops, or leave "
+            "the key out, since every optimizer works on offloaded states here"
         )
 
 

@@ -57,6 +57,7 @@ class FlatGroup:
             the parameters when the dtypes are the same. In stage 0 one per parameter, in its shape: the
             parameter itself when the dtypes are the same.
         process_group: the ranks that share the states.
+        align: elements at a multiple of which every parameter and slice starts.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class FlatGroup:
         self.group_index = group_index
         self.partition = options.partition
         self.process_group = process_group
+        self.align = options.align
         self.dtype, self.device = self.members[0].dtype, self.members[0].device
         self.layout: Layout = cut(
             [shape.numel() for shape in self.shapes],

@@ -4,15 +4,14 @@ A parameter that xtrain has taken over carries a `Home`. ZeRO stage 3 leaves `pa
 uses; the home makes it whole again. The attributes that DeepSpeed gives such parameters (`ds_id`,
 `ds_shape`, `ds_numel`, `ds_status`, `ds_persist`: it stays whole, `ds_tensor`: this rank's part,
 `ds_active_sub_modules`: users that a script has entered; the engine counts its own in `ParamGroup.users`;
-`is_external_param`: whether modules that it does not belong to use it, `partition_numel()`: elements of
-this rank's part) are set here too, because scripts and libraries read them.
+`is_external_param`: whether modules that it does not belong to use it, and what can be called on it, of
+param_calls.py) are set here too, because scripts and libraries read them.
 """
 
 from __future__ import annotations
 
 import enum
 import itertools
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from xtrain import comm
+from xtrain.zero.param_calls import AllGather, Partition, PartitionNumel
 
 _ids = itertools.count()
 
@@ -40,10 +40,12 @@ class Home(ABC):
     Attributes:
         shape: the parameter's own, whether or not its data is there.
         process_group: the ranks it is divided over, or that hold copies of it.
+        kept_by_script: whether it is whole because `param.all_gather()` was called.
     """
 
     shape: torch.Size
     process_group: dist.ProcessGroup | None
+    kept_by_script = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """None in a pickle (`torch.save(model)`): buffers and process groups stay with this process."""
@@ -82,22 +84,6 @@ def full_shape(param: torch.Tensor) -> torch.Size:
     return param.shape if home is None else home.shape
 
 
-class _PartitionNumel:
-    """`param.partition_numel()`."""
-
-    def __init__(self, param: torch.nn.Parameter) -> None:
-        self._param = weakref.ref(param)  # which leads here
-
-    def __call__(self) -> int:
-        """Elements of this rank's part; none when the parameter is gone."""
-        part: torch.Tensor | None = getattr(self._param(), "ds_tensor", None)
-        return 0 if part is None else part.numel()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """None in a pickle, as `Home`."""
-        return type(None), ()
-
-
 def describe_partitioned(param: torch.nn.Parameter, shape: torch.Size) -> None:
     """Give a parameter DeepSpeed's attributes of stage 3."""
     if not hasattr(param, "ds_id"):
@@ -106,7 +92,9 @@ def describe_partitioned(param: torch.nn.Parameter, shape: torch.Size) -> None:
     param.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
     param.ds_persist = False  # type: ignore[attr-defined]
     param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
-    param.partition_numel = _PartitionNumel(param)  # type: ignore[attr-defined]
+    param.partition_numel = PartitionNumel(param)  # type: ignore[attr-defined]
+    param.all_gather = param.all_gather_coalesced = AllGather(param)  # type: ignore[attr-defined]
+    param.partition = Partition(param)  # type: ignore[attr-defined]
     if not hasattr(param, "is_external_param"):
         param.is_external_param = False  # type: ignore[attr-defined]
 

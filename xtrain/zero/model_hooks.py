@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from xtrain.base.errors import ConfigError
 from xtrain.zero.gather import Gatherer, ShardedHome
 from xtrain.zero.home import home_of
+from xtrain.zero.late_arrivals import LateArrivals
 from xtrain.zero.param_group import ParamGroup
 
 
@@ -191,18 +192,31 @@ class ModelHooks:
         modules: dict[nn.Module | None, list[ParamGroup]] = defaultdict(list)
         for param_group in gatherer.param_groups:
             modules[param_group.module].append(param_group)
+        self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         for child in module.modules():
-            owned = [*child.parameters(recurse=False), *external_parameters(child)]
-            homes = [home for home in map(home_of, owned) if isinstance(home, ShardedHome)]
-            param_groups = [*modules.get(child, []), *(home.param_group for home in homes)]
-            if any(True for _ in child.parameters(recurse=False)):
-                self._watch(child)
-            if param_groups or child is module:
-                self.hook(child, list(dict.fromkeys(param_groups)))
+            self._take_in(child, modules.get(child, []), always=child is module)
+        self._arrivals = LateArrivals(self._known, self._take_in_late, self._watch)
+
+    def _take_in(self, module: nn.Module, param_groups: list[ParamGroup], always: bool = False) -> None:
+        self._known.add(module)
+        owned = [*module.parameters(recurse=False), *external_parameters(module)]
+        homes = [home for home in map(home_of, owned) if isinstance(home, ShardedHome)]
+        if any(True for _ in module.parameters(recurse=False)):
+            self._watch(module)
+        used = list(dict.fromkeys([*param_groups, *(home.param_group for home in homes)]))
+        if used or always:
+            self.hook(module, used)
+
+    def _take_in_late(self, module: nn.Module) -> None:
+        """A module that the model was given after it was divided; it may hold parameters that are."""
+        for child in module.modules():
+            if child not in self._known:
+                self._take_in(child, [])
 
     def _watch(self, module: nn.Module) -> None:
-        module._parameters = WatchedParameters(module, module._parameters)
-        self._watched.append(module)
+        if not isinstance(module._parameters, WatchedParameters):
+            module._parameters = WatchedParameters(module, module._parameters)
+            self._watched.append(module)
 
     def hook(self, module: nn.Module, param_groups: list[ParamGroup]) -> None:
         """Make `param groups` whole whenever `module` runs."""
@@ -318,6 +332,7 @@ class ModelHooks:
 
     def detach(self) -> None:
         """Remove all hooks."""
+        self._arrivals.stop()
         self.remove()
         for module in self._watched:
             module._parameters = dict(module._parameters)

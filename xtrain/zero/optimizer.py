@@ -23,7 +23,7 @@ from xtrain.precision import LossScale
 from xtrain.zero.gradients import Gradients
 from xtrain.zero.param_fragments import counted_parts, param_fragments
 from xtrain.zero.reducer import GradientReducer
-from xtrain.zero.state_memory import Memory, move_into
+from xtrain.zero.state_memory import HostMemory, Memory, move_into
 
 
 def _sum_of_squares(flat: torch.Tensor, dtype: torch.dtype, chunk_size: int | None) -> torch.Tensor:
@@ -351,6 +351,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == master.shape:
                     state[name] = move_into(self.state_memory, value)
+
+    def unlock_memory(self) -> None:
+        """Let the operating system swap out masters and states again, where the config had them locked."""
+        if isinstance(self.state_memory, HostMemory):
+            states = [value for state in self.state.values() for value in state.values()]
+            self.state_memory.unlock([*self.masters, *filter(torch.is_tensor, states)])
 
     def publish(self) -> None:
         """Round the masters into the parameters and gather every rank's slices."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 import enum
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from xtrain.backends import Backend
+from xtrain.backends.locked_memory import get_active_native_pinned_memory
 from xtrain.base.errors import ConfigError
 from xtrain.base.log import log_dist
 from xtrain.config.schema import OffloadConfig
@@ -31,20 +33,35 @@ class OffloadStateTypeEnum(str, enum.Enum):
 
 
 class HostMemory:
-    """Host memory, page-locked if asked for and the backend has such."""
+    """Host memory, page-locked if asked for and the backend has such; locked by the operating system where
+    DS_PIN_MEMORY_BACKEND is "native".
+    """
 
     def __init__(self, backend: Backend, pin: bool) -> None:
         self._backend = backend
         self._pin = pin
+        self._locked = get_active_native_pinned_memory() if pin else None
 
     def allocate(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros."""
+        """Zeros.
+
+        Raises:
+            BackendError: the operating system allows no more locked memory.
+        """
+        if self._locked is not None:
+            return self._locked.pin_empty(torch.empty(0, dtype=dtype), (elements,)).zero_()
         data = torch.zeros(elements, dtype=dtype)
         return self._backend.runtime.pin_memory(data) if self._pin else data
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is in this kind of memory already."""
-        return tensor.device.type == "cpu"
+        return tensor.device.type == "cpu" if self._locked is None else self._locked.is_pinned(tensor)
+
+    def unlock(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let the operating system swap them out, if it was kept from that."""
+        if self._locked is not None:
+            for tensor in tensors:
+                self._locked.unpin_where(tensor)
 
 
 class DiskMemory:
@@ -104,7 +121,8 @@ def memory_of(config: OffloadConfig | None, key: str, backend: Backend) -> Memor
                 f"config key {key!r} has device 'nvme' but no 'nvme_path': name a folder on a local disk"
             )
         return DiskMemory(config.nvme_path)
-    if backend.runtime.host_memory:
+    locked = config.pin_memory and get_active_native_pinned_memory() is not None
+    if backend.runtime.host_memory and not locked:
         log_dist(
             f"config key {key!r} has no effect: the memory of backend {backend.name!r} is the host's",
             ranks=[0],

@@ -1,12 +1,13 @@
 """`deepspeed.ops.op_builder`: which of DeepSpeed's operators have a counterpart here. Nothing is compiled.
 
 `deepspeed.ops.__compatible_ops__[FusedAdamBuilder.NAME]` is how scripts ask. The optimizers are there, in plain
-tensor operations on every backend; the rest is not. No builder has a library to load.
+tensor operations on every backend, and so is locked host memory; the rest is not. No builder compiles a library.
 """
 
 from xtrain.ops.op_builder.builder import NotImplementedBuilder as NotImplementedBuilder
 from xtrain.ops.op_builder.builder import OpBuilder as OpBuilder
 from xtrain.ops.op_builder.builder import builder_class
+from xtrain.ops.op_builder.pin_memory import PinMemoryBuilder as PinMemoryBuilder
 
 AsyncIOBuilder = builder_class("AsyncIOBuilder", "async_io", "offload to nvme maps files into memory")
 CPUAdagradBuilder = builder_class("CPUAdagradBuilder", "cpu_adagrad", optimizer="adagrad.DeepSpeedCPUAdagrad")

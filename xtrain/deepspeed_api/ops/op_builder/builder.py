@@ -1,4 +1,4 @@
-"""The builders of DeepSpeed's operators: they tell what there is, and load nothing."""
+"""The builders of DeepSpeed's operators: they tell what there is, and compile nothing."""
 
 from __future__ import annotations
 

@@ -19,7 +19,15 @@ from xtrain.zero.linear import zero3_linear_wrap
 partitioned_param_data_shape = [0]
 """Shape of `param.data` while a parameter is divided."""
 
+# torch's own: nothing is put in their place here, so that these are what torch.empty and the others are.
+_orig_torch_tensor = torch.tensor
+_orig_torch_empty = torch.empty
+_orig_torch_zeros = torch.zeros
+_orig_torch_ones = torch.ones
+_orig_torch_full = torch.full
 _orig_torch_arange = torch.arange
+_orig_torch_eye = torch.eye
+_orig_torch_randn = torch.randn
 
 _HERE = "runtime.zero.partition_parameters"
 CUDAQuantizer = refused_class(f"{_HERE}.CUDAQuantizer")

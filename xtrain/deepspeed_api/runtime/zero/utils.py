@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 
 from xtrain.base.errors import ConfigError
-from xtrain.optim.build import check_elementwise
-
-
-class ZeRORuntimeException(ConfigError):
-    """An optimizer cannot be used as the config wants it to be."""
+from xtrain.optim import UnsuitableOptimizerError as ZeRORuntimeException
+from xtrain.optim import check_elementwise
 
 
 def is_zero_supported_optimizer(optimizer: torch.optim.Optimizer) -> bool:
