@@ -49,13 +49,18 @@ def environment(mode: str, environ: MutableMapping[str, str]) -> None:
         entry for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != str(START)
     ]
     # An installed xtrain is found anyway; one that this process has from its working folder would be lost.
-    needed = [] if PathFinder.find_spec("xtrain", _without_working_folder()) else [str(root)]
+    needed = [] if _is_installed() else [str(root)]
     environ["PYTHONPATH"] = os.pathsep.join([str(START), *needed, *given])
     environ[MODE_VARIABLE] = mode
 
 
-def _without_working_folder() -> list[str]:
-    return [entry for entry in sys.path if entry and Path(entry).absolute() != Path.cwd()]
+def _is_installed() -> bool:
+    """Whether another process of this Python finds xtrain from any folder."""
+    editable = any(
+        getattr(finder, "__module__", "").startswith("__editable___xtrain") for finder in sys.meta_path
+    )
+    elsewhere = [entry for entry in sys.path if entry and Path(entry).absolute() != Path.cwd()]
+    return editable or PathFinder.find_spec("xtrain", elsewhere) is not None
 
 
 def _remove_from_environment() -> None:

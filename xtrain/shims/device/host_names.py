@@ -91,6 +91,7 @@ def implemented() -> list[str]:
 def replace(patches: Patches, backend: Backend) -> None:
     """torch.cuda, and the modules in it, answer for the host."""
     host = HostCuda(backend)
+    HostCuda.current = 0
     new: dict[str, Any] = {name: getattr(host, name) for name in implemented()}
     new |= {name: getattr(torch, name) for name in TENSOR_TYPES}
     for name, instead in REFUSED.items():
