@@ -18,6 +18,7 @@ def main() -> None:
     """Train `STEPS` steps in all, from where FOLDER's checkpoint stands; say each step."""
     folder, steps, words = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     leave_on_signal._PATIENCE = 30.0 if "impatient" not in words else 2.0
+    leave_on_signal._IDLE = 25.0 if "idle" not in words else 1.0
     torch.set_num_threads(1)
     engines = []
     for _ in range(2 if "two" in words else 1):
@@ -39,7 +40,10 @@ def main() -> None:
                 engine.step()
         print(f"step {first.global_steps}", flush=True)
         time.sleep(0.02 if steps < 1000 else 0.1)
-        if "sleepy" in words:
+        if "idle" in words:
+            with torch.no_grad():
+                training.loss_of(first.eval(), x, y)
+        if "sleepy" in words or "idle" in words:
             time.sleep(60)
     if comm.get_rank() == 0:
         weights = {name: value.tolist() for name, value in first.module.state_dict().items()}

@@ -153,6 +153,21 @@ def test_a_rank_whose_peer_has_died_ends_soon(tmp_path: Path) -> None:
     assert "rank 0 ends because of SIGTERM, and has saved nothing: rank 1 has ended" in error
 
 
+def test_an_engine_that_takes_no_step_any_more_ends(tmp_path: Path) -> None:
+    """Its script sleeps, or evaluates: nothing would save."""
+    begun = _start(2, tmp_path, 2000, "idle")
+    for process in begun:
+        _read_until(process, "step 1\n")
+    time.sleep(0.5)
+    since = time.monotonic()
+    for process in begun:
+        process.send_signal(signal.SIGTERM)
+    statuses, _, errors = _end(begun)
+    assert time.monotonic() - since < 30
+    assert -signal.SIGTERM in statuses
+    assert any("has saved nothing: no step has begun for" in error for error in errors), errors
+
+
 def test_in_a_run_folder_a_signal_raises_the_recorders_flag(tmp_path: Path) -> None:
     begun = _start(2, tmp_path / "elsewhere", 2000, "unsaved", XTRAIN_RUN_DIR=str(tmp_path))
     _read_until(begun[0], "step 2\n")

@@ -35,6 +35,8 @@ _PATIENCE = 30.0
 """Seconds in which all ranks have to get the signal; launchers kill about as long after it."""
 _AGAIN = 5.0
 """A second signal after so many seconds ends the process at once; earlier, launchers forward the same one twice."""
+_IDLE = 25.0
+"""Where no step is under way and none begins for so many seconds, nothing would save; launchers kill soon after."""
 _LOOK = 1.0
 _QUESTION = "signal"
 
@@ -48,6 +50,10 @@ class _State:
         self.destroyed: weakref.WeakSet[Any] = weakref.WeakSet()
         self.run_dir: Path | None = None
         self.passed = 0
+        self.stepping = False
+        """A micro-batch has begun, and no update has come since."""
+        self.boundary = 0.0
+        """When the last update was, by the monotonic clock."""
         self.number = 0
         self.since = 0.0
         self.decided = threading.Event()
@@ -70,6 +76,7 @@ def attach(engine: Any) -> None:
     """
     reference = weakref.ref(engine)
     _state.engines.append(reference)
+    engine.train_hooks.before_forward.append(lambda *_: _begun(engine.module.training))
     engine.train_hooks.after_update.append(lambda _: _boundary())
     engine.train_hooks.on_destroy.append(lambda _: _detach(reference()))
     _install()
@@ -103,9 +110,15 @@ def _detach(engine: Any) -> None:
     _state.destroyed.add(engine)
 
 
+def _begun(training: bool) -> None:
+    """A micro-batch begins; one that is only evaluated leads to no update."""
+    _state.stepping = _state.stepping or training
+
+
 def _boundary() -> None:
     """An engine has made an update, and all that watch it have seen that."""
     state = _state
+    state.stepping, state.boundary = False, time.monotonic()
     with state.lock:
         state.passed += 1
         if not state.number or state.run_dir is not None:
@@ -212,6 +225,10 @@ def _leave(note: int) -> None:
             _state.decided.set()
         while not _state.leaving:
             _look_for_ended()
+            if _state.run_dir is None and not _state.stepping:
+                idle = time.monotonic() - max(_state.since, _state.boundary)
+                if idle > _IDLE:
+                    _end(f"no step has begun for {idle:.0f} s")
             time.sleep(_LOOK)
     except Exception as error:  # whatever it was, the main thread must not wait for this one
         _end(rendezvous.first_line(error))
