@@ -1,5 +1,8 @@
 """One module per accelerator. Nothing in here imports the engine."""
 
+# First: under `xtrain run` the first import of torch asks for the backend, whose modules must not be half loaded then.
+import torch  # noqa: F401
+
 from xtrain.backends.backend import (
     Backend,
     CollectivesFacet,

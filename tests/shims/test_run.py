@@ -118,3 +118,16 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(code)
     done = _run(tmp_path, "script.py")
     assert done.stdout == f"{importlib.metadata.version('torch')} []\n"
+
+
+def test_whatever_imports_torch_first(tmp_path: Path) -> None:
+    """The first import of torch may be deep in xtrain's own modules, or in torch's compiler."""
+    (tmp_path / "script.py").write_text(
+        "from xtrain.backends import Backend\n"
+        "from deepspeed.runtime.zero import GatheredParameters\n"
+        "import torch, torch._dynamo, deepspeed\n"
+        "double = torch.compile(lambda x: x.cuda() + torch.ones(2, device='cuda'), backend='aot_eager')\n"
+        "print(torch.cuda.is_available(), double(torch.ones(2)).tolist())\n"
+    )
+    done = _run(tmp_path, "--device-shim", "on", "script.py")
+    assert done.stdout == "True [2.0, 2.0]\n", done.stderr

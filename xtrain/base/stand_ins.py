@@ -54,6 +54,7 @@ _FUNCTIONS: dict[str, str] = {
     "compile.passes.selective_gather": "selective_gather",
     "compile.passes.sp_compile": "prepare_autosp_inputs",
     "compile.passes.zero3_compile": "add_z3_gather_release",
+    "compression.compress": "init_compression redundancy_clean",
     "module_inject": "replace_transformer_layer",
     "module_inject.policy": "transpose",
     "runtime.data_pipeline.data_routing.helper": "convert_to_random_ltd remove_random_ltd_state_dict "

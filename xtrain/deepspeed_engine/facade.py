@@ -267,11 +267,21 @@ class Accelerator(MemoryMethods):
     def op_builder_dir(self) -> str:
         raise NotImplementedYetError("get_accelerator().op_builder_dir()", _NO_KERNELS)
 
-    def create_op_builder(self, class_name: str) -> Any:
-        raise NotImplementedYetError(f"the op builder {class_name}", _NO_KERNELS)
+    builder_classes: Callable[[str], Any] | None = None
+    """Finds the class of an op builder by its name; set where DeepSpeed's names are (xtrain/accelerator)."""
 
     def get_op_builder(self, class_name: str) -> Any:
-        raise NotImplementedYetError(f"the op builder {class_name}", _NO_KERNELS)
+        """The class of an op builder, which tells whether there is a counterpart and compiles nothing.
+
+        For an unknown name it is NotImplementedBuilder, as in DeepSpeed.
+        """
+        if Accelerator.builder_classes is None:
+            raise NotImplementedYetError(f"the op builder {class_name}", _NO_KERNELS)
+        return Accelerator.builder_classes(class_name)
+
+    def create_op_builder(self, class_name: str) -> Any:
+        """An op builder: see `get_op_builder`."""
+        return self.get_op_builder(class_name)()
 
     def build_extension(self) -> Any:
         """torch's build command for extensions of your own."""

@@ -109,7 +109,7 @@ class _Reader(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets:
             for inner in ast.walk(target):
-                if isinstance(inner, ast.Name):
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
                     self._bind(inner.id, node.value)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from xtrain.backends import Backend
+from xtrain.backends.backend import Backend
 from xtrain.base.errors import BackendError
 from xtrain.shims.patches import Patches
 

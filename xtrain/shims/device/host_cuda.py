@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from xtrain.backends import Backend
+from xtrain.backends.backend import Backend
 from xtrain.base.errors import BackendError
 from xtrain.shims.device import streams
 from xtrain.shims.patches import asked_by_torch

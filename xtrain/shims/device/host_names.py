@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import torch.cuda.comm
 import torch.cuda.nccl
 import torch.cuda.nvtx
 
-from xtrain.backends import Backend
+from xtrain.backends.backend import Backend
 from xtrain.base.errors import NotImplementedYetError
 from xtrain.shims.cuda_names import REFUSED, TENSOR_TYPES
 from xtrain.shims.device.host_cuda import HostCuda
@@ -49,7 +50,8 @@ def _refused(name: str, real: Any, instead: str) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedYetError(feature, instead)
 
-    return refuse
+    # torch's compiler looks at attributes of some of them when it is imported.
+    return functools.wraps(real)(refuse) if callable(real) else refuse
 
 
 class _Ranges:

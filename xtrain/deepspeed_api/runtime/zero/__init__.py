@@ -9,9 +9,11 @@ _module = packages.attributes(__name__)
 
 
 def __getattr__(name: str) -> Any:
+    if name in zero.__all__:
+        return getattr(zero, name)
     try:
-        return _module(name)  # first: modules of xtrain.zero have the names of some here
+        return _module(name)  # before those of xtrain.zero, of which some have the same names
     except AttributeError:
-        if hasattr(zero, name):
-            return getattr(zero, name)
+        if name in vars(zero):
+            return vars(zero)[name]
         raise
