@@ -14,8 +14,9 @@ from xtrain.base import stand_ins
 HERE = Path(__file__).parent
 _TESTS = """## DeepSpeed's own unit tests
 
-Those of DeepSpeed's repository, on the host, once with deepspeed {version} and once with `import deepspeed` meaning
-xtrain ({date}, torch 2.13.0). Tests with many parameter sets were sampled, by the same draw for both. Only what
+Those of DeepSpeed's repository as of its version 0.19.6, on the host, once with deepspeed {version} and once with
+`import deepspeed` meaning xtrain ({date}, torch 2.13.0; collected while defects were mended, not in one run on one
+commit). Tests with many parameter sets were sampled, by the same draw for both. Only what
 DeepSpeed itself passes on a host counts: most of its tests of fp16, profiling and activation checkpointing skip
 themselves there. Of its {files} test files xtrain can import {importable}; {refused} end with the error that names a
 feature, and {others} need a package that was not there.

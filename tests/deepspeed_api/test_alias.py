@@ -65,6 +65,13 @@ def test_the_package_has_deepspeeds_version_and_xtrains_names(fresh: None) -> No
         _ = package.InferenceEngine
 
 
+def test_apexs_modules_are_the_shims(fresh: None) -> None:
+    alias.install(*alias.APEX)
+    for name, ours in alias.APEX.items():
+        assert importlib.import_module(name) is importlib.import_module(ours)
+    assert callable(importlib.import_module("apex_C").flatten)
+
+
 def test_taken_back_the_names_are_free(fresh: None) -> None:
     alias.install("deepspeed")
     alias.uninstall()

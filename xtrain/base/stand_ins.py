@@ -144,6 +144,17 @@ def _function(path: str) -> Any:
     return refuse
 
 
+def refusing_class(name: str, module: str, feature: str, instead: str, base: type = object) -> Any:
+    """A class whose constructor raises NotImplementedYetError(feature, instead)."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedYetError(feature, instead)
+
+    return type(
+        name, (base,), {"__init__": __init__, "__module__": module, "__doc__": f"Not there yet: {instead}."}
+    )
+
+
 def refused_class(path: str, base: type = object) -> Any:
     """A class whose constructor explains that it is not there. It can be derived from, and asked for by isinstance.
 
@@ -151,10 +162,5 @@ def refused_class(path: str, base: type = object) -> Any:
         path: its dotted path below `deepspeed`, which the table in missing.py must cover.
         base: what DeepSpeed's class derives from.
     """
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedYetError(*_explained(path))
-
     module, _, name = f"xtrain.{path}".rpartition(".")
-    told = f"Not there yet: {_explained(path)[1]}."
-    return type(name, (base,), {"__init__": __init__, "__module__": module, "__doc__": told})
+    return refusing_class(name, module, *_explained(path), base)

@@ -47,13 +47,20 @@ def _members(path: str) -> dict[str, str | None]:
     return resolve.members(path)
 
 
+def _member(path: str, attribute: str) -> Answer | None:
+    """About an attribute that the text of a class has; None for another."""
+    members = _members(path)
+    if attribute not in members:
+        return None
+    said = members[attribute]
+    return (Verdict.AS_IS, "") if said is None else (Verdict.UNSUPPORTED, said)
+
+
 def engine_verdict(name: str) -> Answer:
     """About `engine.X`; what the engine does not have is the module's, as in DeepSpeed."""
     attribute = name.split(".")[1]
-    members = _members(ENGINE_CLASS)
-    if attribute in members:
-        said = members[attribute]
-        return (Verdict.AS_IS, "") if said is None else (Verdict.UNSUPPORTED, said)
+    if (known := _member(ENGINE_CLASS, attribute)) is not None:
+        return known
     path = "runtime.pipe.engine" if attribute in _OF_PIPELINES else f"engine.{attribute}"
     entry = missing.find(path) if attribute in _OF_PIPELINES | surface.ENGINE else None
     if entry is not None:
@@ -66,15 +73,8 @@ def engine_verdict(name: str) -> Answer:
 
 def accelerator_verdict(name: str) -> Answer:
     """About `get_accelerator().X`."""
-    attribute = name.split(".")[1]
-    members = _members(ACCELERATOR_CLASS)
-    if attribute in members:
-        said = members[attribute]
-        return (Verdict.AS_IS, "") if said is None else (Verdict.UNSUPPORTED, said)
-    return (
-        Verdict.UNSUPPORTED,
-        "xtrain's accelerator has no such name: docs/compat.md lists those that there are",
-    )
+    no = "xtrain's accelerator has no such name: docs/compat.md lists those that there are"
+    return _member(ACCELERATOR_CLASS, name.split(".")[1]) or (Verdict.UNSUPPORTED, no)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Names of packages that xtrain answers to: `deepspeed`, `apex` and `amp_C`.
+"""Names of packages that xtrain answers to: `deepspeed`, `apex`, `amp_C` and `apex_C`.
 
 A module below such a name is xtrain's own module, not a second copy. Only the package `deepspeed` itself is an object
 of its own: its version is that of the DeepSpeed that it stands for.
@@ -18,7 +18,12 @@ from typing import Any
 from xtrain.base.errors import ConfigError
 from xtrain.base.missing import API_VERSION
 
-STANDS_FOR = {"deepspeed": "xtrain", "apex": "xtrain.shims.apex", "amp_C": "xtrain.shims.apex.amp_C"}
+APEX = {
+    "apex": "xtrain.shims.apex",
+    "amp_C": "xtrain.shims.apex.amp_C",
+    "apex_C": "xtrain.shims.apex.apex_C",
+}
+STANDS_FOR = {"deepspeed": "xtrain", **APEX}
 """Package and module names, and xtrain's module for each."""
 _VERSIONS = {"deepspeed": API_VERSION, "apex": "0.1"}
 """What `importlib.metadata` says of them."""

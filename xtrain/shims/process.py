@@ -16,13 +16,12 @@ from xtrain.shims.after_import import Hooks
 from xtrain.shims.patches import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Mapping, MutableMapping
 
 MODE_VARIABLE = "XTRAIN_SHIMS"
 """In the environment of a process that was started with shims: what its device shim is to be."""
 MODES = ("auto", "on", "off")
 START = Path(__file__).parent / "start"
-_APEX = ("apex", "amp_C")
 
 
 class _State:
@@ -38,6 +37,10 @@ class _State:
 _state = _State()
 
 
+def _python_path(environ: Mapping[str, str]) -> list[str]:
+    return [entry for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+
+
 def environment(mode: str, environ: MutableMapping[str, str]) -> None:
     """Let processes with this environment start with shims.
 
@@ -45,9 +48,7 @@ def environment(mode: str, environ: MutableMapping[str, str]) -> None:
         mode: of the device shim: "auto", "on" or "off".
     """
     root = Path(__file__).absolute().parents[2]
-    given = [
-        entry for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != str(START)
-    ]
+    given = [entry for entry in _python_path(environ) if entry != str(START)]
     # An installed xtrain is found anyway; one that this process has from its working folder would be lost.
     needed = [] if _is_installed() else [str(root)]
     environ["PYTHONPATH"] = os.pathsep.join([str(START), *needed, *given])
@@ -64,8 +65,8 @@ def _is_installed() -> bool:
 
 
 def _remove_from_environment() -> None:
-    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in entries if entry != str(START))
+    entries = [entry for entry in _python_path(os.environ) if entry != str(START)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(entries)
     os.environ.pop(MODE_VARIABLE, None)
 
 
@@ -93,9 +94,11 @@ def install(device_shim: str = "auto") -> None:
             )
         return
     alias.install("deepspeed")
-    alias.install(*_APEX, wanted=_apex_is_wanted)
+    alias.install(*alias.APEX, wanted=_apex_is_wanted)
     _state.mode = device_shim
-    environment(device_shim, os.environ)
+    # A child's environment is made already, and Python's start is no place to look through folders again.
+    if os.environ.get(MODE_VARIABLE) != device_shim or str(START) not in _python_path(os.environ):
+        environment(device_shim, os.environ)
     where.install()
     if device_shim != "off":
         _state.hooks.add("torch", _torch_is_there)

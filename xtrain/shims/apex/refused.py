@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from xtrain.base import finders
-from xtrain.base.errors import NotImplementedYetError
 from xtrain.base.missing import MissingModuleError, MissingNameError
+from xtrain.base.stand_ins import refusing_class
 from xtrain.shims.apex_table import REFUSED, find
 
 PACKAGE = "xtrain.shims.apex"
@@ -35,12 +35,8 @@ def attributes(package: str) -> Callable[[str], Any]:
 def refused_class(path: str) -> Any:
     """A class whose constructor says that it is not there; for names that scripts import without using them."""
     feature, instead = REFUSED[path]
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedYetError(f"apex.{path} ({feature})", instead)
-
-    name = path.rpartition(".")[2]
-    return type(name, (), {"__init__": __init__, "__doc__": f"Not there: {instead}."})
+    module, _, name = f"{PACKAGE}.{path}".rpartition(".")
+    return refusing_class(name, module, f"apex.{path} ({feature})", instead)
 
 
 class Finder:

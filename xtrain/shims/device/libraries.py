@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from xtrain.shims.device.meaning import is_cuda
 from xtrain.shims.patches import Patches, asked_by_torch
 
 
@@ -31,7 +32,7 @@ def _first_translated(
 
 
 def _type(kind: Any, own: torch.device) -> Any:
-    return own.type if isinstance(kind, str) and kind.partition(":")[0] == "cuda" else kind
+    return own.type if isinstance(kind, str) and is_cuda(kind) else kind
 
 
 def _precision(patches: Patches, own: torch.device) -> None:

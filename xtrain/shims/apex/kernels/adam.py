@@ -103,11 +103,11 @@ def multi_tensor_adam_capturable_master(
     """As `multi_tensor_adam_capturable`, with a fifth list of float32 masters, which the parameters are copied from."""
     if is_set(noop_flag):
         return
-    divided_by = corrections(bias_correction, (beta1, beta2), int(step))
-    for grad, param, moment, square, master in together(
-        tensor_lists, 5, "multi_tensor_adam_capturable_master"
-    ):
-        unscaled = wide(grad) * inv_scale
-        grad.copy_(unscaled)
-        _step(unscaled, master, moment, square, lr, (beta1, beta2), epsilon, divided_by, mode, weight_decay)
+    pairs = [(each[1], each[4]) for each in together(tensor_lists, 5, "multi_tensor_adam_capturable_master")]
+    grads, _, moments, squares, masters = tensor_lists
+    multi_tensor_adam_capturable(
+        chunk_size, noop_flag, [grads, masters, moments, squares], lr, beta1, beta2, epsilon, step, mode,
+        bias_correction, weight_decay, inv_scale,
+    )  # fmt: skip
+    for param, master in pairs:
         param.copy_(master)
